@@ -1,0 +1,147 @@
+"""The PyTorch backend: averages the queries first, runs anywhere, the default on CPU.
+
+The mean over text commutes with the dot product, so the work is `(N + M) H D` where the literal steps need `N M H D`,
+and the repeated KV heads, the `[H, N, M]` logits and the half-precision intermediate results are never made.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hawk_kernels.selection import Selection, kept_counts, max_kept
+
+_INT32_MIN = -(2**31)
+
+
+def score_tokens(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    w: torch.Tensor,
+    q_mask: torch.Tensor | None,
+    k_mask: torch.Tensor | None,
+    normalize: str | None,
+    scale: float,
+) -> torch.Tensor:
+    """Importance `[B, M]` float32 of validated `[B, H, N, D]` queries and `[B, Hkv, M, D]` keys."""
+    batch, num_heads, _, head_dim = q.shape
+    num_key_value_heads, num_keys = k.shape[1:3]
+    queries = _mean_query(q, q_mask, scale)
+    grouped = queries.view(batch, num_key_value_heads, num_heads // num_key_value_heads, head_dim)
+    c = torch.matmul(grouped, k.float().transpose(-1, -2)).view(batch, num_heads, num_keys)
+    c.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    importance = _weighted_sum(c, w.float(), k_mask, normalize)
+    return importance if k_mask is None else importance.masked_fill_(~k_mask, -torch.inf)
+
+
+def _mean_query(q: torch.Tensor, q_mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """Mean over text `[B, H, D]` float32, times the scale; NaN (which scores 0) where there is no text."""
+    if q_mask is None:
+        num_queries = q.shape[2]
+        return q.sum(dim=2, dtype=torch.float32).mul_(scale / num_queries if num_queries else torch.nan)
+    # Zeroed, not multiplied by the mask: padding may hold NaN.
+    total = torch.where(q_mask[:, None, :, None], q, 0).sum(dim=2, dtype=torch.float32)
+    return total.mul_(scale / q_mask.sum(dim=1, dtype=torch.float32)[:, None, None])
+
+
+def _weighted_sum(
+    c: torch.Tensor, w: torch.Tensor, k_mask: torch.Tensor | None, normalize: str | None
+) -> torch.Tensor:
+    """`sum_i w[i] norm(c[i, :])` over the candidates, `[B, M]`; `c [B, H, M]` is finite and may be overwritten."""
+    outside = None if k_mask is None else ~k_mask[:, None, :]
+    if normalize is None:
+        weights = w.expand(c.shape[0], -1)
+    elif normalize == "l2":
+        if outside is not None:
+            c.masked_fill_(outside, 0.0)
+        # In float64 no square over- or underflows; below float32's normal range a vector has no direction left.
+        norm = torch.linalg.vector_norm(c, dim=-1, dtype=torch.float64)
+        weights = torch.where(norm >= torch.finfo(torch.float32).tiny, w / norm, 0.0).float()
+    elif normalize == "softmax":
+        if outside is not None:
+            c.masked_fill_(outside, -torch.inf)
+        c = torch.softmax(c, dim=-1)
+        weights = w.expand(c.shape[0], -1)
+    elif c.shape[-1] == 0:
+        return c.new_empty(c.shape[0], 0)
+    else:
+        lowest = (c if outside is None else c.masked_fill(outside, torch.inf)).amin(dim=-1)
+        highest = (c if outside is None else c.masked_fill(outside, -torch.inf)).amax(dim=-1)
+        extent = highest - lowest
+        weights = torch.where(extent > 0, w / extent, 0.0)
+        c.sub_(lowest[..., None])
+        if outside is not None:
+            c.masked_fill_(outside, 0.0)
+    return torch.matmul(weights[:, None, :], c).squeeze(1)
+
+
+def select_topk(
+    scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str
+) -> Selection:
+    """Selection of validated float32 scores `[B, M]`; without a mask every token is a candidate."""
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    width = max_kept(r, scores.shape[1], rounding)
+    if width == 0 or scores.shape[0] == 0:
+        return Selection(torch.zeros_like(scores, dtype=torch.bool), scores.new_empty(scores.shape[0], width,
+                         dtype=torch.int64), scores)
+    indices = None if mask is not None or scores.device.type != "cpu" else _untied_top(scores, width)
+    if indices is not None:
+        keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, indices, True)
+        return Selection(keep, indices, scores)
+    return _ranked_top(scores, r, mask, rounding, width)
+
+
+def _untied_top(scores: torch.Tensor, width: int) -> torch.Tensor | None:
+    """Ascending indices of the best `width` by `torch.topk`, or None where a tie or NaN leaves the order to it.
+
+    Reading a value of a CPU tensor is no host sync.
+    """
+    num_keys = scores.shape[1]
+    values, indices = scores.topk(min(width + 1, num_keys))
+    if values[:, 0].isnan().any() or (width < num_keys and (values[:, width - 1] <= values[:, width]).any()):
+        return None
+    return indices[:, :width].sort(dim=1).values
+
+
+def _ranked_top(
+    scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str, width: int
+) -> Selection:
+    """The best by an order-preserving integer key; ties by a running count, so lower indices win. Static shapes."""
+    bits = (scores + 0.0).view(torch.int32)  # -0 + 0 is +0
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key.masked_fill_(scores.isnan(), _INT32_MIN + 1)
+    if mask is None:
+        num_candidates = torch.full((scores.shape[0],), scores.shape[1], dtype=torch.int64, device=scores.device)
+    else:
+        key.masked_fill_(~mask, _INT32_MIN)
+        num_candidates = mask.sum(dim=1)
+    budget = kept_counts(r, num_candidates, rounding)[:, None]
+
+    best = key.topk(width, dim=1).values
+    threshold = best.gather(1, (budget - 1).clamp_(min=0))
+    above = key > threshold
+    tied = key == threshold
+    tie_rank = tied.cumsum(dim=1)
+    keep = above | (tied & (tie_rank <= budget - above.sum(dim=1, keepdim=True)))
+    keep &= budget > 0
+
+    position = torch.where(keep, keep.cumsum(dim=1) - 1, width)
+    indices = torch.full((scores.shape[0], width + 1), -1, dtype=torch.int64, device=scores.device)
+    columns = torch.arange(scores.shape[1], device=scores.device).expand_as(position)
+    indices.scatter_(1, position, columns)
+    return Selection(keep, indices[:, :width].contiguous(), scores)
+
+
+def score_and_select(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    w: torch.Tensor,
+    r: float | int,
+    q_mask: torch.Tensor | None,
+    k_mask: torch.Tensor | None,
+    normalize: str | None,
+    scale: float,
+    rounding: str,
+) -> Selection:
+    """`select_topk(score_tokens(...))` of validated arguments."""
+    return select_topk(score_tokens(q, k, w, q_mask, k_mask, normalize, scale), r, k_mask, rounding)
