@@ -61,9 +61,7 @@ def score_and_select(
     )
     ratio, budget = _checked_keep(r, k.shape[2], k_mask is not None)
     _check_rounding(rounding)
-    selected = ops.score_and_select(
-        q, k, w, q_mask, k_mask, ratio, budget, normalize, scale, rounding, backend
-    )
+    selected = ops.score_and_select(q, k, w, q_mask, k_mask, ratio, budget, normalize, scale, rounding, backend)
     return _selection(selected, batched)
 
 
@@ -126,10 +124,8 @@ def select_topk(
     _check_rounding(rounding)
     if not batched:
         scores, mask = scores.unsqueeze(0), None if mask is None else mask.unsqueeze(0)
-    # A copy, because an operator may not return what it was given.
-    scores = scores.detach().to(torch.float32, copy=True)
     selected = ops.select_topk(
-        scores, mask, ratio, budget, rounding, choose_backend(None, scores.device)
+        scores.detach().float(), mask, ratio, budget, rounding, choose_backend(None, scores.device)
     )
     return _selection(selected, batched)
 
@@ -164,7 +160,7 @@ def _check_rounding(rounding: object) -> None:
         raise ValueError(f"rounding: expected 'floor' (paper) or 'ceil' (release), got {rounding!r}")
 
 
-def _checked_keep(r: object, num_keys: int, masked: bool) -> tuple[float, int]:
+def _checked_keep(r: object, num_keys: int, masked: bool) -> tuple[float, int | torch.SymInt]:
     """`(ratio, 0)` or `(1.0, budget)`."""
     expected = "r: expected a float in (0, 1] (the fraction kept) or an int >= 1 (a budget)"
     if isinstance(r, bool) or not isinstance(r, (numbers.Real, torch.SymInt, torch.SymFloat)):
@@ -195,9 +191,7 @@ def _checked_scoring(
     normalize: str | None,
     scale: float | None,
     backend: str | None,
-) -> tuple[
-    bool, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, float, str
-]:
+) -> tuple[bool, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, float, str]:
     """The arguments, batched, without grad, with defaults filled in; first item: whether they came batched."""
     _check_tensor("q", q)
     _check_tensor("k", k)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -48,7 +48,7 @@ def choose_backend(requested: str | None, device: torch.device, head_dim: int | 
     return requested
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_backend(name: str) -> ModuleType:
     """The module of a backend; imported when it is first used, so that importing the package needs torch only."""
     return import_module(f"hawk_kernels.backends.{name}")

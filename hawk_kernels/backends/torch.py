@@ -43,9 +43,7 @@ def _mean_query(q: torch.Tensor, q_mask: torch.Tensor | None, scale: float) -> t
     return total.mul_(scale / q_mask.sum(dim=1, dtype=torch.float32)[:, None, None])
 
 
-def _weighted_sum(
-    c: torch.Tensor, w: torch.Tensor, k_mask: torch.Tensor | None, normalize: str | None
-) -> torch.Tensor:
+def _weighted_sum(c: torch.Tensor, w: torch.Tensor, k_mask: torch.Tensor | None, normalize: str | None) -> torch.Tensor:
     """`sum_i w[i] norm(c[i, :])` over the candidates, `[B, M]`; `c [B, H, M]` is finite and may be overwritten."""
     outside = None if k_mask is None else ~k_mask[:, None, :]
     if normalize is None:
@@ -55,7 +53,7 @@ def _weighted_sum(
             c.masked_fill_(outside, 0.0)
         # In float64 no square over- or underflows; below float32's normal range a vector has no direction left.
         norm = torch.linalg.vector_norm(c, dim=-1, dtype=torch.float64)
-        weights = torch.where(norm >= torch.finfo(torch.float32).tiny, w / norm, 0.0).float()
+        weights = (w / norm.masked_fill_(norm < torch.finfo(torch.float32).tiny, torch.inf)).float()
     elif normalize == "softmax":
         if outside is not None:
             c.masked_fill_(outside, -torch.inf)
@@ -74,33 +72,38 @@ def _weighted_sum(
     return torch.matmul(weights[:, None, :], c).squeeze(1)
 
 
-def select_topk(
-    scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str
-) -> Selection:
+def select_topk(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str) -> Selection:
     """Selection of validated float32 scores `[B, M]`; without a mask every token is a candidate."""
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+    own_scores = scores.clone() if mask is None else scores.masked_fill(~mask, -torch.inf)
+    return _select(own_scores, r, mask, rounding)
+
+
+def _select(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str) -> Selection:
+    """As `select_topk`, for scores that are `-inf` outside the mask and may be returned as they are."""
     width = max_kept(r, scores.shape[1], rounding)
     if width == 0 or scores.shape[0] == 0:
-        return Selection(torch.zeros_like(scores, dtype=torch.bool), scores.new_empty(scores.shape[0], width,
-                         dtype=torch.int64), scores)
-    indices = None if mask is not None or scores.device.type != "cpu" else _untied_top(scores, width)
-    if indices is not None:
-        keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, indices, True)
-        return Selection(keep, indices, scores)
+        return Selection(
+            torch.zeros_like(scores, dtype=torch.bool),
+            scores.new_empty(scores.shape[0], width, dtype=torch.int64),
+            scores,
+        )
+    if mask is None and scores.device.type == "cpu":
+        untied = _untied_top(scores, width)
+        if untied is not None:
+            return untied
     return _ranked_top(scores, r, mask, rounding, width)
 
 
-def _untied_top(scores: torch.Tensor, width: int) -> torch.Tensor | None:
-    """Ascending indices of the best `width` by `torch.topk`, or None where a tie or NaN leaves the order to it.
+def _untied_top(scores: torch.Tensor, width: int) -> Selection | None:
+    """The best `width` of each row by `torch.topk`, or None where a tie or a NaN would leave the order to it.
 
-    Reading a value of a CPU tensor is no host sync.
+    The number of scores that reach the threshold tells. Reading it is no host sync: this is for CPU tensors.
     """
-    num_keys = scores.shape[1]
-    values, indices = scores.topk(min(width + 1, num_keys))
-    if values[:, 0].isnan().any() or (width < num_keys and (values[:, width - 1] <= values[:, width]).any()):
+    keep = scores >= scores.topk(width).values[:, -1:]
+    positions = keep.nonzero()
+    if positions.shape[0] != scores.shape[0] * width:
         return None
-    return indices[:, :width].sort(dim=1).values
+    return Selection(keep, positions[:, 1].clone(memory_format=torch.contiguous_format).view(-1, width), scores)
 
 
 def _ranked_top(
@@ -144,4 +147,4 @@ def score_and_select(
     rounding: str,
 ) -> Selection:
     """`select_topk(score_tokens(...))` of validated arguments."""
-    return select_topk(score_tokens(q, k, w, q_mask, k_mask, normalize, scale), r, k_mask, rounding)
+    return _select(score_tokens(q, k, w, q_mask, k_mask, normalize, scale), r, k_mask, rounding)

@@ -13,12 +13,14 @@ import triton
 import triton.language as tl
 
 from hawk_kernels.backends.triton.launch import arrival_counters, on_device
-from hawk_kernels.backends.triton.radix import budget_of, select_in_registers
-from hawk_kernels.backends.triton.select_topk import MAX_BLOCK, block_of, keep_arguments, select_topk, warps_of
+from hawk_kernels.backends.triton.radix import budget_of, load_candidates, select_from_memory, select_in_registers
+from hawk_kernels.backends.triton.select_rows import MAX_ROW_IN_REGISTERS, keep_arguments, row_block, select_topk
 from hawk_kernels.selection import Selection, max_kept
 
 # tl.dot takes at least 16 columns, and more heads a program would not fit beside a tile of keys.
 HEADS_PER_PROGRAM = 16
+# The last arriver works alone: beyond this length sharing its work is worth two more launches.
+MAX_ROW_IN_ONE_LAUNCH = 16384
 # Programs beyond the multiprocessors only repeat the averaging; this many is about one wave on A100 to B200.
 _PROGRAMS_PER_ROW = 128
 _FLOAT32_TINY = tl.constexpr(1.1754943508222875e-38)
@@ -97,6 +99,16 @@ def _dot_exact(keys, query, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _neutral_pair(MODE: tl.constexpr):
+    """The statistics of no columns at all."""
+    if MODE == _SOFTMAX:
+        return float("-inf"), 0.0
+    if MODE == _MINMAX:
+        return float("inf"), float("-inf")
+    return 0.0, 0.0
+
+
+@triton.jit
 def _tile_statistics(c, inside, MODE: tl.constexpr):
     """Two numbers per head of a tile `c [BLOCK_M, BLOCK_H]`, combined over tiles by `_combine`.
 
@@ -127,17 +139,16 @@ def _merge(first, second, tile_first, tile_second, MODE: tl.constexpr):
         one = first / divisor
         other = tile_first / divisor
         return larger, second * one * one + tile_second * other * other
-    elif MODE == _SOFTMAX:
+    if MODE == _SOFTMAX:
         larger = tl.maximum(first, tile_first)
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         return larger, second * tl.exp(first - shift) + tile_second * tl.exp(tile_first - shift)
-    else:
-        return tl.minimum(first, tile_first), tl.maximum(second, tile_second)
+    return tl.minimum(first, tile_first), tl.maximum(second, tile_second)
 
 
 @triton.jit
 def _combine(first, second, MODE: tl.constexpr):
-    """The pair `(a, b)` of each head from those of its tiles `[BLOCK_H, BLOCK_T]`, such that `_normalized` is the norm."""
+    """The pair `(a, b)` of each head, as `_normalized` takes it, from those of its tiles `[BLOCK_H, BLOCK_T]`."""
     if MODE == _L2:
         a = tl.max(first, 1)
         divisor = tl.where(a >= _FLOAT32_TINY, a, 1.0)
@@ -157,9 +168,9 @@ def _combine(first, second, MODE: tl.constexpr):
 def _normalized(c, a, b, MODE: tl.constexpr):
     if MODE == _L2:
         return tl.where(a >= _FLOAT32_TINY, c / tl.where(a >= _FLOAT32_TINY, a, 1.0) / tl.where(b > 0, b, 1.0), 0.0)
-    elif MODE == _SOFTMAX:
+    if MODE == _SOFTMAX:
         return tl.exp(c - a) / b
-    elif MODE == _MINMAX:
+    if MODE == _MINMAX:
         return tl.where(b > 0, (c - a) / tl.where(b > 0, b, 1.0), 0.0)
     return c
 
@@ -176,8 +187,7 @@ def _combine_row(
         tiles = tl.arange(0, BLOCK_T)
         pair = statistics_ptr + (heads[:, None] * num_tiles + tiles[None, :]) * 2
         inside = head_inside[:, None] & (tiles[None, :] < num_tiles)
-        neutral_first = 0.0 if MODE == _L2 else float("-inf") if MODE == _SOFTMAX else float("inf")
-        neutral_second = float("-inf") if MODE == _MINMAX else 0.0
+        neutral_first, neutral_second = _neutral_pair(MODE)
         first = tl.load(pair, mask=inside, other=neutral_first, cache_modifier=".cg")
         second = tl.load(pair + 1, mask=inside, other=neutral_second, cache_modifier=".cg")
         a, b = _combine(first, second, MODE)
@@ -192,9 +202,8 @@ def _importance(
 ):  # fmt: skip
     """`I[k]` of some columns of one row: the sum over heads, or over partial sums where nothing is normalised."""
     importance = tl.zeros([BLOCK], tl.float32)
-    c_row_ptr = c_ptr + columns
     for c_row in range(num_c_rows):
-        c = tl.load(c_row_ptr, mask=candidate, other=0.0, cache_modifier=".cg")
+        c = tl.load(c_ptr + columns, mask=candidate, other=0.0, cache_modifier=".cg")
         if MODE == _NO_NORM:
             importance += c
         else:
@@ -202,17 +211,8 @@ def _importance(
             b = tl.load(norms_ptr + c_row * 2 + 1, cache_modifier=".cg")
             weight = tl.load(w_ptr + c_row * w_stride).to(tl.float32)
             importance += weight * _normalized(c, a, b, MODE)
-        c_row_ptr += num_keys
+        c_ptr += num_keys
     return tl.where(candidate, importance, float("-inf"))
-
-
-@triton.jit
-def _load_candidates(k_mask_ptr, row, columns, num_keys, stride_b, stride_m, HAS_K_MASK: tl.constexpr):
-    candidate = columns < num_keys
-    if HAS_K_MASK:
-        offsets = row * stride_b + columns.to(tl.int64) * stride_m
-        candidate = tl.load(k_mask_ptr + offsets, mask=candidate, other=0) != 0
-    return candidate
 
 
 @triton.jit
@@ -226,7 +226,7 @@ def _score_select_kernel(
     HEAD_DIM: tl.constexpr, MODE: tl.constexpr, HAS_Q_MASK: tl.constexpr, HAS_K_MASK: tl.constexpr,
     FINISH: tl.constexpr, CEIL: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_ROW: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_ROW: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     part = tl.program_id(1)
@@ -249,26 +249,16 @@ def _score_select_kernel(
     )  # fmt: skip
 
     weight = tl.load(w_ptr + heads * w_stride, mask=head_inside, other=0.0).to(tl.float32)
-    if MODE == _NO_NORM:
-        first = tl.zeros([BLOCK_H], tl.float32)
-        second = tl.zeros([BLOCK_H], tl.float32)
-    elif MODE == _L2:
-        first = tl.zeros([BLOCK_H], tl.float32)
-        second = tl.zeros([BLOCK_H], tl.float32)
-    elif MODE == _SOFTMAX:
-        first = tl.full([BLOCK_H], float("-inf"), tl.float32)
-        second = tl.zeros([BLOCK_H], tl.float32)
-    else:
-        first = tl.full([BLOCK_H], float("inf"), tl.float32)
-        second = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    neutral_first, neutral_second = _neutral_pair(MODE)
+    first = tl.full([BLOCK_H], neutral_first, tl.float32)
+    second = tl.full([BLOCK_H], neutral_second, tl.float32)
 
+    k_mask_ptr += row * k_mask_stride_b
     keys_ptr = k_ptr + row * k_stride_b + group.to(tl.int64) * k_stride_h
     begin = tile * keys_per_program
     for start in range(begin, tl.minimum(begin + keys_per_program, num_keys), BLOCK_M):
         columns = start + tl.arange(0, BLOCK_M)
-        candidate = _load_candidates(
-            k_mask_ptr, row, columns, num_keys, k_mask_stride_b, k_mask_stride_m, HAS_K_MASK
-        )
+        candidate = load_candidates(k_mask_ptr, columns, num_keys, k_mask_stride_m, HAS_K_MASK)
         keys = tl.load(
             keys_ptr + columns.to(tl.int64)[:, None] * k_stride_m + dims.to(tl.int64)[None, :] * k_stride_d,
             mask=candidate[:, None] & dim_inside[None, :],
@@ -304,22 +294,38 @@ def _score_select_kernel(
             )  # fmt: skip
             tl.debug_barrier()
         if FINISH != _NORMS:
-            row_columns = tl.arange(0, BLOCK_ROW)
-            row_candidate = _load_candidates(
-                k_mask_ptr, row, row_columns, num_keys, k_mask_stride_b, k_mask_stride_m, HAS_K_MASK
-            )
             num_c_rows = num_parts if MODE == _NO_NORM else num_heads
-            importance = _importance(
-                c_ptr + row * num_c_rows * num_keys, norms_row_ptr, w_ptr, row_columns, row_candidate,
-                num_c_rows, num_keys, w_stride, MODE, BLOCK_ROW,
-            )  # fmt: skip
-            tl.store(scores_ptr + row * num_keys + row_columns, importance, mask=row_columns < num_keys)
-            if FINISH == _SELECTION:
-                kept = budget_of(tl.sum(row_candidate.to(tl.int32), 0), numerator, denominator, budget, CEIL)
-                select_in_registers(
-                    importance, row_candidate, row_columns, kept, num_keys, width,
-                    mask_ptr + row * num_keys, indices_ptr + row * width, BLOCK_ROW,
-                )  # fmt: skip
+            c_ptr += row * num_c_rows * num_keys
+            scores_ptr += row * num_keys
+            mask_ptr += row * num_keys
+            indices_ptr += row * width
+            if IN_REGISTERS:
+                columns = tl.arange(0, BLOCK_ROW)
+                candidate = load_candidates(k_mask_ptr, columns, num_keys, k_mask_stride_m, HAS_K_MASK)
+                importance = _importance(
+                    c_ptr, norms_row_ptr, w_ptr, columns, candidate, num_c_rows, num_keys, w_stride, MODE, BLOCK_ROW
+                )
+                tl.store(scores_ptr + columns, importance, mask=columns < num_keys)
+                if FINISH == _SELECTION:
+                    kept = budget_of(tl.sum(candidate.to(tl.int32), 0), numerator, denominator, budget, CEIL)
+                    select_in_registers(importance, candidate, kept, num_keys, width, mask_ptr, indices_ptr, BLOCK_ROW)
+            else:
+                counted = tl.zeros([BLOCK_ROW], tl.int32)
+                for row_start in range(0, num_keys, BLOCK_ROW):
+                    columns = row_start + tl.arange(0, BLOCK_ROW)
+                    candidate = load_candidates(k_mask_ptr, columns, num_keys, k_mask_stride_m, HAS_K_MASK)
+                    counted += candidate.to(tl.int32)
+                    importance = _importance(
+                        c_ptr, norms_row_ptr, w_ptr, columns, candidate, num_c_rows, num_keys, w_stride, MODE, BLOCK_ROW
+                    )
+                    tl.store(scores_ptr + columns, importance, mask=columns < num_keys)
+                if FINISH == _SELECTION:
+                    tl.debug_barrier()
+                    kept = budget_of(tl.sum(counted, 0), numerator, denominator, budget, CEIL)
+                    select_from_memory(
+                        scores_ptr, k_mask_ptr, k_mask_stride_m, kept, num_keys, width, mask_ptr, indices_ptr,
+                        HAS_K_MASK, BLOCK_ROW,
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -330,7 +336,7 @@ def _importance_kernel(
 ):  # fmt: skip
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
-    candidate = _load_candidates(k_mask_ptr, row, columns, num_keys, k_mask_stride_b, k_mask_stride_m, HAS_K_MASK)
+    candidate = load_candidates(k_mask_ptr + row * k_mask_stride_b, columns, num_keys, k_mask_stride_m, HAS_K_MASK)
     importance = _importance(
         c_ptr + row * num_c_rows * num_keys, norms_ptr + row * num_heads * 2, w_ptr, columns, candidate,
         num_c_rows, num_keys, w_stride, MODE, BLOCK,
@@ -349,10 +355,13 @@ def score_and_select(
     scale: float,
     rounding: str,
 ) -> Selection:
-    """Selection by `[B, H, N, D]` queries and `[B, Hkv, M, D]` keys, validated: one launch up to `MAX_BLOCK` keys."""
-    if k.shape[2] > MAX_BLOCK:
+    """Selection by validated `[B, H, N, D]` queries and `[B, Hkv, M, D]` keys.
+
+    One launch up to `MAX_ROW_IN_ONE_LAUNCH` keys, three above.
+    """
+    if k.shape[2] > MAX_ROW_IN_ONE_LAUNCH:
         scores = score_tokens(q, k, w, q_mask, k_mask, normalize, scale)
-        return select_topk(scores, r, k_mask, rounding, in_place=True)
+        return select_topk(scores, r, k_mask, rounding)
     batch, num_keys = k.shape[0], k.shape[2]
     selection = Selection(
         torch.empty((batch, num_keys), dtype=torch.bool, device=k.device),
@@ -373,13 +382,13 @@ def score_tokens(
     normalize: str | None,
     scale: float,
 ) -> torch.Tensor:
-    """Importance `[B, M]` float32 of validated arguments: one launch up to `MAX_BLOCK` keys, two above."""
+    """Importance `[B, M]` float32 of validated arguments: one launch, two for long rows."""
     batch, num_keys = k.shape[0], k.shape[2]
     scores = torch.empty((batch, num_keys), dtype=torch.float32, device=k.device)
     if batch == 0 or num_keys == 0:
         return scores
     unselected = Selection(scores, scores, scores)
-    if num_keys <= MAX_BLOCK:
+    if num_keys <= MAX_ROW_IN_ONE_LAUNCH:
         _launch(q, k, w, q_mask, k_mask, normalize, scale, unselected, _SCORES, (1, 1, 0), "floor")
         return scores
     c, norms = _launch(q, k, w, q_mask, k_mask, normalize, scale, unselected, _NORMS, (1, 1, 0), "floor")
@@ -415,7 +424,7 @@ def _launch(
     batch, num_heads, num_queries, head_dim = q.shape
     num_key_value_heads, num_keys = k.shape[1:3]
     group_size = num_heads // num_key_value_heads
-    config = launch_config(group_size, num_key_value_heads, num_keys, head_dim)
+    config = launch_config(group_size, num_key_value_heads, num_keys, head_dim, k.element_size())
     num_tiles, num_parts = config["grid"]
     num_c_rows = num_parts if normalize is None else num_heads
     c = torch.empty((batch, num_c_rows, num_keys), dtype=torch.float32, device=k.device)
@@ -438,20 +447,20 @@ def _launch(
     return c, norms
 
 
-def launch_config(group_size: int, num_key_value_heads: int, num_keys: int, head_dim: int) -> dict:
+def launch_config(group_size: int, num_key_value_heads: int, num_keys: int, head_dim: int, itemsize: int) -> dict:
     """Grid and block sizes by shape alone, so that the same shape always adds in the same order."""
     heads_per_program = min(triton.next_power_of_2(group_size), HEADS_PER_PROGRAM)
     num_parts = num_key_value_heads * triton.cdiv(group_size, heads_per_program)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    block_m = 64 if block_d <= 128 else 32
+    block_m = 64 if block_d * itemsize <= 256 else 32
     tiles_wanted = max(1, _PROGRAMS_PER_ROW // num_parts)
     keys_per_program = triton.cdiv(triton.cdiv(num_keys, tiles_wanted), block_m) * block_m
     num_tiles = triton.cdiv(num_keys, keys_per_program)
-    block_row = block_of(min(num_keys, MAX_BLOCK))
+    block_row = row_block(num_keys)
     return {
         "grid": (num_tiles, num_parts),
         "keys_per_program": keys_per_program,
-        "num_warps": warps_of(block_row),
+        "num_warps": 8,
         "blocks": {
             "BLOCK_H": HEADS_PER_PROGRAM,
             "BLOCK_N": max(1, 512 // block_d),
@@ -459,5 +468,6 @@ def launch_config(group_size: int, num_key_value_heads: int, num_keys: int, head
             "BLOCK_D": block_d,
             "BLOCK_T": triton.next_power_of_2(num_tiles),
             "BLOCK_ROW": block_row,
+            "IN_REGISTERS": num_keys <= MAX_ROW_IN_REGISTERS,
         },
     }
