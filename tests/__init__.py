@@ -1,0 +1,1 @@
+"""Tests: readable specifications of what the project promises."""

@@ -1,0 +1,159 @@
+"""What the Triton backend does around its kernels: how many launches, what it writes, what it leaves behind."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hawk_kernels.backends.triton import launch, score_select, select_rows
+from tests.cases import NORMALIZATIONS, make_case
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels that were launched."""
+    names = []
+
+    def counting(kernel):
+        class Counting:
+            def __getitem__(self, grid):
+                names.append(kernel.__name__)
+                return kernel[grid]
+
+        return Counting()
+
+    for module, name in (
+        (score_select, "_score_select_kernel"),
+        (score_select, "_importance_kernel"),
+        (select_rows, "_select_kernel"),
+    ):
+        monkeypatch.setattr(module, name, counting(getattr(module, name)))
+    return names
+
+
+def run(case, normalize):
+    q_mask, k_mask = case.options.get("q_mask"), case.options.get("k_mask")
+    return score_select.score_and_select(case.q, case.k, case.w, 0.3, q_mask, k_mask, normalize, 0.25, "floor")
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("num_keys", [1, 100, 4097, 16384])
+def test_one_launch_up_to_16384_keys(launches, normalize, num_keys, device):
+    run(make_case(2, 2, 1, 3, num_keys, 16, masked=True).to(device), normalize)
+    assert launches == ["_score_select_kernel"]
+
+
+def test_three_launches_above(launches, device):
+    run(make_case(1, 2, 1, 3, 16385, 16).to(device), "l2")
+    assert launches == ["_score_select_kernel", "_importance_kernel", "_select_kernel"]
+
+
+@pytest.mark.parametrize("num_keys", [70, 5000])
+def test_poisoned_memory_does_not_show(monkeypatch, num_keys, device):
+    """Outputs and workspace come from torch.empty: every byte that is read must have been written."""
+    case = make_case(2, 4, 2, 3, num_keys, 16, masked=True).to(device)
+    clean = [run(case, normalize) for normalize in NORMALIZATIONS]
+    empty = torch.empty
+
+    def poisoned(*size, **options):
+        tensor = empty(*size, **options)
+        return tensor.fill_(True if tensor.dtype == torch.bool else -7 if tensor.dtype == torch.int64 else torch.nan)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    for normalize, expected in zip(NORMALIZATIONS, clean, strict=True):
+        for got, want in zip(run(case, normalize), expected, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_nothing_is_written_outside_the_outputs(monkeypatch, device):
+    """Outputs in the middle of a larger buffer: the guard zones around them stay as they were."""
+    case = make_case(3, 4, 2, 3, 61, 16, masked=True).to(device)
+    guards = []
+    empty = torch.empty
+
+    def guarded(size, *, dtype, device):
+        count = int(torch.Size(size).numel())
+        buffer = empty(count + 128, dtype=dtype, device=device).fill_(1)
+        guards.append((buffer[:64], buffer[64 + count :]))
+        return buffer[64 : 64 + count].view(size)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    for normalize in NORMALIZATIONS:
+        run(case, normalize)
+    assert len(guards) == 4 * 5
+    assert all((zone == 1).all() for pair in guards for zone in pair)
+
+
+def test_the_last_arriver_resets_its_counter(monkeypatch, device):
+    counters = torch.zeros(8, dtype=torch.int32, device=device)
+    monkeypatch.setattr(score_select, "arrival_counters", lambda num_rows, device: counters)
+    case = make_case(3, 4, 2, 3, 200, 16).to(device)
+    first = run(case, "l2")
+    assert counters.eq(0).all()
+    for got, expected in zip(run(case, "l2"), first, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnDevice:
+    def test_graph_capture_and_replay(self, device):
+        case = make_case(2, 28, 4, 20, 1296, 128, dtype=torch.bfloat16).to(device)
+        expected = run(case, "l2")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run(case, "l2")
+        for _ in range(3):
+            graph.replay()
+            for got, want in zip(captured, expected, strict=True):
+                assert torch.equal(got, want)
+
+    def test_two_streams_do_not_share_counters(self, device):
+        case = make_case(4, 28, 4, 20, 5120, 128, dtype=torch.bfloat16).to(device)
+        expected = run(case, "l2")
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        results = []
+        torch.cuda.synchronize()
+        for _ in range(100):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    results.append(run(case, "l2"))
+        torch.cuda.synchronize()
+        for result in results:
+            for got, want in zip(result, expected, strict=True):
+                assert torch.equal(got, want)
+
+    def test_thousand_runs_are_bitwise_equal(self, device):
+        case = make_case(2, 28, 4, 64, 4096, 128, dtype=torch.bfloat16).to(device)
+        expected = run(case, "l2")
+        for _ in range(1000):
+            assert all(torch.equal(got, want) for got, want in zip(run(case, "l2"), expected, strict=True))
+
+
+def test_counters_on_cpu_are_fresh():
+    assert launch.arrival_counters(3, torch.device("cpu")).tolist() == [0, 0, 0]
+
+
+def test_compiles_without_a_device(repository, tmp_path, capsys):
+    """Real compilers for four targets: nothing spills, and the stores are behind a barrier before the arrival."""
+    report = tmp_path / "compiled.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-m", "bench.compile_only", "--quick", "--json", str(report)],
+        cwd=repository,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    with capsys.disabled():
+        print(f"\n{result.stdout}")
+    rows = json.loads(report.read_text())["rows"]
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert all(row["spills"] == 0 for row in rows), [row for row in rows if row["spills"]]
+    fused = [row for row in rows if row["variant"].startswith("score_select") and row["target"].startswith("sm")]
+    assert fused
+    assert all(row["barrier_before_arrival"] for row in fused)
