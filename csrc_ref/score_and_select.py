@@ -11,7 +11,5 @@ def score_and_select(
 
     The paper is `normalize=None, rounding="floor"`; the authors' release is `normalize="l2", rounding="ceil"`.
     """
-    scores = score_tokens(
-        q, k, w, q_mask=q_mask, k_mask=k_mask, normalize=normalize, scale=scale, backend=backend
-    )
+    scores = score_tokens(q, k, w, q_mask=q_mask, k_mask=k_mask, normalize=normalize, scale=scale, backend=backend)
     return select_topk(scores, r, mask=k_mask, rounding=rounding)

@@ -26,8 +26,11 @@ def score_tokens(
     batch, num_heads, _, head_dim = q.shape
     num_key_value_heads, num_keys = k.shape[1:3]
     queries = _mean_query(q, q_mask, scale)
-    grouped = queries.view(batch, num_key_value_heads, num_heads // num_key_value_heads, head_dim)
-    c = torch.matmul(grouped, k.float().transpose(-1, -2)).view(batch, num_heads, num_keys)
+    groups = batch * num_key_value_heads
+    # torch.matmul would do the same with twice the host work.
+    keys = k.float().reshape(groups, num_keys, head_dim)
+    c = torch.bmm(queries.view(groups, num_heads // num_key_value_heads, head_dim), keys.transpose(1, 2))
+    c = c.view(batch, num_heads, num_keys)
     c.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     importance = _weighted_sum(c, w.float(), k_mask, normalize)
     return importance if k_mask is None else importance.masked_fill_(~k_mask, -torch.inf)
@@ -69,7 +72,7 @@ def _weighted_sum(c: torch.Tensor, w: torch.Tensor, k_mask: torch.Tensor | None,
         c.sub_(lowest[..., None])
         if outside is not None:
             c.masked_fill_(outside, 0.0)
-    return torch.matmul(weights[:, None, :], c).squeeze(1)
+    return torch.bmm(weights[:, None, :], c).squeeze(1)
 
 
 def select_topk(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str) -> Selection:
