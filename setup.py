@@ -1,0 +1,44 @@
+"""Packaging. Exact, tested versions are in constraints.txt; here are the ranges that the code is written for."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+version = re.search(r'^__version__ = "(.+)"$', (root / "hawk_kernels/__init__.py").read_text(), re.M).group(1)
+
+# prune() needs transformers; score_and_select() does not, and is called from code bases that pin their own fork of it.
+hf = ["transformers>=5.5,<6", "pillow>=10"]
+dev = [
+    "hypothesis>=6.100",
+    "mypy>=1.10",
+    "pytest>=8",
+    "pytest-benchmark>=4",
+    "ruff>=0.6",
+    "scikit-learn>=1.4",
+]
+
+setup(
+    name="hawk_kernels",
+    version=version,
+    description="Triton kernels that make visual-token pruning of vision-language models actually fast",
+    long_description=(root / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["hawk_kernels", "hawk_kernels.*"]),
+    package_data={"hawk_kernels": ["py.typed", "head_weights/*.json", "assets/*", "assets/*/*"]},
+    python_requires=">=3.10,<3.14",
+    install_requires=["numpy>=1.26", "torch>=2.11", "triton>=3.6; sys_platform == 'linux'"],
+    extras_require={"hf": hf, "dev": hf + dev},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
