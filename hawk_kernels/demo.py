@@ -1,0 +1,587 @@
+"""Ask a vision-language model about a picture, with all visual tokens and with a fifth of them.
+
+`python -m hawk_kernels.demo` needs no network: it uses the tiny model that ships with the package. With `--model` it
+takes any checkpoint that `hawk_kernels.prune` supports, such as Qwen/Qwen2.5-VL-7B-Instruct.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+TINY_MODEL = Path(__file__).parent / "assets" / "tinyvqa"
+"""The folder of the shipped model: a 0.8 M-parameter Qwen2.5-VL that knows coloured digits and nothing else."""
+
+SAMPLE_IMAGE = TINY_MODEL / "samples" / "digits_8x8.png"
+SAMPLE_PROMPT = "Which digit is red?"
+REAL_MODEL_PROMPT = "Describe this image in one sentence."
+_REAL_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
+
+_ROUNDS_AT_MOST = 9
+_ROUNDS_SECONDS = 2.0
+
+
+class DemoError(Exception):
+    """Something a user can put right; the message says what happened and what to do."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, and what it took."""
+
+    text: str
+    visual_tokens: int
+    prompt_tokens: int
+    seconds: float
+
+
+def load_processor(name_or_path: str, **kwargs: Any) -> Any:
+    """The processor of a checkpoint: `AutoProcessor`, or one for images only where torchvision is missing.
+
+    The processors of Qwen2-VL and Qwen2.5-VL insist on a video processor, which needs torchvision, even for someone who
+    only asks about images. Without torchvision this returns the same processor without that part: everything but the
+    call with `videos`, which is an error, is that of the class in transformers.
+
+    Args:
+        name_or_path: a model id on the Hub, or a folder.
+        **kwargs: passed to `from_pretrained`, say `revision` or `local_files_only`.
+
+    Raises:
+        ImportError: torchvision is missing and the checkpoint is of another family.
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    try:
+        return AutoProcessor.from_pretrained(name_or_path, **kwargs)
+    except ImportError as error:
+        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        if "torchvision" not in str(error).lower() or config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
+            raise
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    image_processor = AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
+    return _image_only_processor(config.model_type)(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+
+
+def _image_only_processor(model_type: str) -> type:
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor
+    from transformers.processing_utils import ProcessorMixin
+
+    family = Qwen2_5_VLProcessor if model_type == "qwen2_5_vl" else Qwen2VLProcessor
+
+    class ImageOnlyProcessor(family):  # type: ignore[misc, valid-type]
+        """The family's processor without its video part. transformers reads the parts off this signature."""
+
+        def __init__(
+            self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
+        ) -> None:
+            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+            self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+            self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+        def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
+            if videos is not None:
+                raise ValueError("videos need torchvision, which is not installed: pip install torchvision.")
+            return super().__call__(images=images, text=text, **kwargs)
+
+    return ImageOnlyProcessor
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of the demo."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hawk_kernels.demo",
+        description="Answer a question about a picture with all visual tokens and with a part of them, and draw what "
+        "was kept. Without options: the tiny model and a sample picture that ship with the package.",
+    )
+    parser.add_argument(
+        "--model", default=None, help="model id on the Hugging Face Hub or a folder (default: the shipped tiny model)"
+    )
+    parser.add_argument("--image", default=None, help="picture to ask about (default: a shipped sample)")
+    parser.add_argument("--prompt", default=None, help=f"the question (default with the sample: {SAMPLE_PROMPT!r})")
+    parser.add_argument(
+        "--keep-ratio",
+        type=_keep_ratio,
+        default=0.2,
+        help="share of the visual tokens that stays, above 0 and up to 1.0; a whole number is a count of tokens "
+        "(default: 0.2)",
+    )
+    parser.add_argument("--method", default="hawk", help="pruning method (default: hawk)")
+    parser.add_argument(
+        "--head-weights",
+        default=None,
+        help="'uniform', or a JSON file of head weights (default: the registry's; 'uniform' for the tiny model)",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
+    parser.add_argument("--max-new-tokens", type=_positive, default=64, help="longest answer (default: 64)")
+    parser.add_argument(
+        "--output", default="overlay_hawk.png", help="where the overlay goes (default: overlay_hawk.png here)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; 0 on success, 1 with one line on stderr when something has to be put right first."""
+    args = build_parser().parse_args(argv)
+    try:
+        report = run(args)
+    except DemoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print(describe(report))
+    return 0
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Load, ask both ways, draw; everything that happened as one JSON-ready dict.
+
+    Raises:
+        DemoError: a dependency, the model, the picture, the device or an option is not as it must be.
+    """
+    _need_packages()
+    is_tiny = args.model is None or Path(args.model).resolve() == TINY_MODEL.resolve()
+    image_path = Path(args.image) if args.image is not None else SAMPLE_IMAGE
+    prompt = args.prompt or (SAMPLE_PROMPT if is_tiny else REAL_MODEL_PROMPT)
+    head_weights = args.head_weights or ("uniform" if is_tiny else None)
+    output = Path(args.output)
+    _check_output(output)
+    image = _open_image(image_path)
+    device = _find_device(args.device)
+
+    _quieten()
+    seconds: dict[str, float] = {}
+    with _Timer(seconds, "load"), _memory_in_words(device):
+        model, processor = _load_model(str(TINY_MODEL) if is_tiny else args.model, args.dtype, device, is_tiny)
+    with _Timer(seconds, "preprocess"):
+        inputs = _preprocess(processor, image, prompt, device, model.dtype)
+
+    budget = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
+    with _memory_in_words(device), _one_thread(is_tiny):
+        plain, pruned, keep_mask, scores, stats, rounds = _answer_both_ways(
+            model, processor, inputs, budget, args.keep_ratio, args.method, head_weights, device
+        )
+    seconds["generate_all"], seconds["generate_pruned"] = plain.seconds, pruned.seconds
+
+    overlay: str | None = None
+    with _Timer(seconds, "overlay"):
+        grid = _token_grid(inputs, model.config, plain.visual_tokens)
+        if grid is not None:
+            from hawk_kernels.viz import draw_overlay
+
+            words = {"title": _shortened(prompt), "subtitle": _outcome(plain, pruned)}
+            try:
+                draw_overlay(image, keep_mask, scores, grid, **words).save(output)
+            except OSError as error:
+                raise DemoError(f"cannot write the overlay to {output}: {error}") from error
+            overlay = str(output.resolve())
+    return {
+        "model": "tinyvqa" if is_tiny else args.model,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": str(device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "image": str(image_path),
+        "image_size": list(image.size),
+        "grid": list(grid) if grid is not None else None,
+        "prompt": prompt,
+        "method": args.method,
+        "keep_ratio": args.keep_ratio,
+        "head_weights": head_weights or "registry",
+        "all_tokens": _answer_dict(plain),
+        "pruned": _answer_dict(pruned),
+        "same_answer": plain.text == pruned.text,
+        "stats": stats,
+        "seconds": {part: round(value, 6) for part, value in seconds.items()},
+        "timed_rounds": rounds,
+        "overlay": overlay,
+    }
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report as text for a person."""
+    plain, pruned, seconds = report["all_tokens"], report["pruned"], report["seconds"]
+    width, height = report["image_size"]
+    grid = f", {report['grid'][0]} x {report['grid'][1]} visual tokens" if report["grid"] else ""
+    heads = {"uniform": "uniform head weights", "registry": "head weights from the registry"}.get(
+        report["head_weights"], f"head weights from {report['head_weights']}"
+    )
+    size = _count(report["parameters"])
+    parts = ", ".join(f"{part} {_time(seconds[part])}" for part in ("load", "preprocess", "overlay"))
+    lines = [
+        f"model     {report['model']} ({size} parameters, {report['dtype']}, {report['device']})",
+        f"image     {report['image']} ({width} x {height} pixels{grid})",
+        f"question  {report['prompt']}",
+        f"pruning   {report['method']}, keep {_share(report['keep_ratio'])}, {heads}",
+        "",
+        f"{'':<16}{'visual tokens':>14}{'prompt tokens':>15}{'generate':>12}   answer",
+        _row("all tokens", plain),
+        _row("pruned", pruned),
+        "",
+        f"{parts}; generate: {_rounds(report['timed_rounds'])} after one warm-up each way",
+        _verdict(plain, pruned),
+    ]
+    if report["model"] == "tinyvqa" and report["head_weights"] == "uniform":
+        lines.append("The tiny model has no published HAWK head weights; every head counts the same here.")
+    if report["overlay"]:
+        lines.append(f"overlay   {report['overlay']}")
+    else:
+        lines.append("No overlay: this model's visual tokens do not lie on one grid that the demo knows.")
+    return "\n".join(lines)
+
+
+def _verdict(plain: dict[str, Any], pruned: dict[str, Any]) -> str:
+    ratio = pruned["seconds"] / plain["seconds"]
+    if ratio <= 1:
+        return f"Pruned generation took {ratio:.0%} of the time."
+    verdict = f"Pruning made generation {ratio:.2f} times as long here"
+    if plain["visual_tokens"] >= 1000:
+        return verdict + "."
+    return (
+        f"{verdict}: {plain['visual_tokens']} visual tokens are nothing, so scoring and selecting costs more than the\n"
+        "shorter prompt saves. It pays with thousands of visual tokens in a model of billions of parameters."
+    )
+
+
+def _share(keep_ratio: float | int) -> str:
+    if isinstance(keep_ratio, int):
+        return f"{keep_ratio} visual tokens"
+    return f"{keep_ratio:.4g} of the visual tokens"
+
+
+def _outcome(plain: Answer, pruned: Answer) -> str:
+    return (
+        f"answer with all {plain.visual_tokens} visual tokens: {_shortened(plain.text)}"
+        f"      with {pruned.visual_tokens} of them: {_shortened(pruned.text)}"
+    )
+
+
+def _shortened(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 70 else flat[:67] + "..."
+
+
+def _row(name: str, answer: dict[str, Any]) -> str:
+    return (
+        f"{name:<16}{answer['visual_tokens']:>14}{answer['prompt_tokens']:>15}{_time(answer['seconds']):>12}   "
+        f"{answer['text']}"
+    )
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.2f} M"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _rounds(count: int) -> str:
+    return f"median of {count} interleaved rounds" if count > 1 else "one round"
+
+
+def _answer_dict(answer: Answer) -> dict[str, Any]:
+    return {
+        "text": answer.text,
+        "visual_tokens": answer.visual_tokens,
+        "prompt_tokens": answer.prompt_tokens,
+        "seconds": round(answer.seconds, 6),
+    }
+
+
+def _keep_ratio(text: str) -> float | int:
+    """A share written with a point, or a whole number of tokens; as in `prune(model, keep_ratio=...)`."""
+    try:
+        value: float | int = int(text) if text.strip().lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number; give a share such as 0.2, or a count such as 64."
+        ) from None
+    if (isinstance(value, int) and value < 1) or (isinstance(value, float) and not 0 < value <= 1):
+        raise argparse.ArgumentTypeError(
+            f"{text} is out of range; give a share above 0 and up to 1.0, or a whole number of tokens from 1."
+        )
+    return value
+
+
+def _positive(text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1.")
+    return int(text)
+
+
+def _need_packages() -> None:
+    missing = []
+    for module, package in (("torch", "torch"), ("transformers", "transformers"), ("PIL", "pillow")):
+        try:
+            __import__(module)
+        except ImportError:
+            missing.append(package)
+    if missing:
+        raise DemoError(f"the demo needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}")
+
+
+def _quieten() -> None:
+    """Loading bars and generation hints would bury the answer, and spoil `--json`."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _open_image(path: Path) -> Image.Image:
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.is_file():
+        raise DemoError(f"there is no picture at {path}; give the path of a PNG or JPEG file with --image.")
+    try:
+        return Image.open(path).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DemoError(f"{path} is not a picture that Pillow can read ({error}); give a PNG or JPEG file.") from error
+
+
+def _check_output(path: Path) -> None:
+    """Before the work, not after it."""
+    from PIL import Image
+
+    if not path.parent.is_dir():
+        raise DemoError(f"the folder of --output {path} does not exist; make it first or choose another.")
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise DemoError(f"--output {path} does not end like a picture file; use a name such as overlay.png.")
+
+
+@contextmanager
+def _one_thread(wanted: bool) -> Iterator[None]:
+    """A second thread gains a tiny model nothing, and on a busy machine waiting for it drowns what is timed."""
+    import torch
+
+    before = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _memory_in_words(device: torch.device) -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise DemoError(
+            f"{device} ran out of memory ({_first_line(error)}); try --dtype bfloat16, a smaller picture, fewer "
+            "--max-new-tokens, or another --device."
+        ) from error
+
+
+def _find_device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            found.append("mps")
+        reason = str(error).strip().splitlines()[0]
+        raise DemoError(f"--device {name} cannot be used here ({reason}); usable: {', '.join(found)}.") from error
+    return device
+
+
+def _load_model(name: str, dtype: str, device: torch.device, is_tiny: bool) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText
+
+    if is_tiny and not (TINY_MODEL / "model.safetensors").is_file():
+        raise DemoError(
+            f"the shipped model is missing from {TINY_MODEL}; reinstall hawk-kernels, or train it in a checkout with "
+            "python -m bench.tinyvqa.train --out hawk_kernels/assets/tinyvqa"
+        )
+    no_hub = None if Path(name).is_dir() else _why_no_hub(name)
+    try:
+        with _hub_offline(no_hub is not None):
+            processor = load_processor(name)
+            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    except ImportError as error:
+        raise DemoError(f"{name} needs a package that is not installed: {_first_line(error)}") from error
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir():
+            problem = f"the folder {name} does not hold a vision-language checkpoint that loads: {_first_line(error)}"
+        else:
+            problem = no_hub or f"{name} was found on the Hugging Face Hub but does not load: {_first_line(error)}"
+        raise DemoError(problem) from error
+    return model.to(device).eval(), processor
+
+
+def _why_no_hub(name: str) -> str | None:
+    """Why this model cannot be fetched, or `None` if it can.
+
+    Asked once and first, because every file of an unreachable checkpoint is otherwise tried six times: two minutes of
+    silence before the same answer.
+    """
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return f"there is no folder {name}; give the folder of a checkpoint, or a model id such as {_REAL_MODEL}."
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        return (
+            f"the Hugging Face Hub shows no model {name}: check the name (such as {_REAL_MODEL}), and for a private or "
+            f"gated one run `hf auth login`. ({_first_line(error)})"
+        )
+    except Exception as error:  # whatever the HTTP client of this version of the Hub's library raises
+        return (
+            f"could not get {name}: the Hugging Face Hub cannot be reached ({_first_line(error)}), and the local cache "
+            f"holds no complete copy. Run `hf download {name} --local-dir FOLDER` where there is network, copy FOLDER "
+            "here and pass --model FOLDER. Without --model the demo needs no network."
+        )
+    return None
+
+
+@contextmanager
+def _hub_offline(offline: bool) -> Iterator[None]:
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _preprocess(processor: Any, image: Image.Image, prompt: str, device: torch.device, dtype: torch.dtype) -> Any:
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return processor(text=[text], images=[image], return_tensors="pt").to(device=device, dtype=dtype)
+
+
+def _answer_both_ways(
+    model: Any,
+    processor: Any,
+    inputs: Any,
+    budget: dict[str, Any],
+    keep_ratio: float | int,
+    method: str,
+    head_weights: str | None,
+    device: torch.device,
+) -> tuple[Answer, Answer, Any, Any, Any, int]:
+    """Both answers with their median times; mask and scores of the visual tokens; statistics; rounds timed.
+
+    Each way runs once untimed first. Then they take turns, so that a busy moment of the machine hits both.
+    """
+    import torch
+
+    from hawk_kernels import prune
+
+    is_visual = inputs["input_ids"][0] == model.config.image_token_id
+    prompt_tokens = inputs["input_ids"].shape[1]
+    visual_tokens = int(is_visual.sum())
+
+    def timed(generate: Callable[[], Any]) -> tuple[str, float]:
+        _finish(device)
+        started = time.perf_counter()
+        out = generate()
+        _finish(device)
+        elapsed = time.perf_counter() - started
+        return processor.batch_decode(out[:, prompt_tokens:], skip_special_tokens=True)[0].strip(), elapsed
+
+    def whole() -> Any:
+        return model.generate(**inputs, **budget)
+
+    def pruned() -> tuple[str, float, Any]:
+        with ExitStack() as stack:
+            # Only what prune() refuses is the user's to put right; an error while generating is a bug and stays one.
+            try:
+                pruning = stack.enter_context(
+                    prune(model, keep_ratio=keep_ratio, method=method, head_weights=head_weights)
+                )
+            except (ValueError, TypeError, ImportError, OSError) as error:
+                hint = " (on this command line: --head-weights uniform)" if "head_weights" in str(error) else ""
+                raise DemoError(f"{error}{hint}") from error
+            text, elapsed = timed(whole)
+        return text, elapsed, pruning
+
+    with torch.inference_mode():
+        plain_text, _ = timed(whole)
+        pruned_text, _, pruning = pruned()
+        plain_times: list[float] = []
+        pruned_times: list[float] = []
+        while len(plain_times) < _ROUNDS_AT_MOST and sum(plain_times + pruned_times) < _ROUNDS_SECONDS:
+            plain_times.append(timed(whole)[1])
+            pruned_times.append(pruned()[1])
+    kept = pruning.keep_mask[0].to(is_visual.device)
+    kept_visual = int((kept & is_visual).sum())
+    return (
+        Answer(plain_text, visual_tokens, prompt_tokens, statistics.median(plain_times)),
+        Answer(pruned_text, kept_visual, prompt_tokens - visual_tokens + kept_visual, statistics.median(pruned_times)),
+        kept[is_visual].cpu(),
+        pruning.scores[0].to(is_visual.device)[is_visual].float().cpu(),
+        pruning.stats.to_dict(),
+        len(plain_times),
+    )
+
+
+def _finish(device: torch.device) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _token_grid(inputs: Any, config: Any, count: int) -> tuple[int, int] | None:
+    """Rows and columns of the image's visual tokens, or `None` where they cannot be told."""
+    if "image_grid_thw" in inputs:
+        merge = config.vision_config.spatial_merge_size
+        _, height, width = (int(x) for x in inputs["image_grid_thw"][0])
+        return height // merge, width // merge
+    side = round(count**0.5)
+    return (side, side) if side * side == count else None
+
+
+class _Timer:
+    """Adds the wall time of a block to `seconds[part]`."""
+
+    def __init__(self, seconds: dict[str, float], part: str) -> None:
+        self.seconds, self.part = seconds, part
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.part] = time.perf_counter() - self.started
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
