@@ -1,0 +1,1 @@
+"""Pruning Hugging Face vision-language models; imports transformers."""

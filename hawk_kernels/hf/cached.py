@@ -1,0 +1,149 @@
+"""What a pruned prompt leaves with its cache, and how later calls over that cache are corrected.
+
+The caller goes on counting the tokens of the whole prompt: masks and positions have its length. The cache is shorter.
+The record that translates between the two is an attribute of the cache object, so that copies of a cache and several
+caches at once each carry their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_ATTRIBUTE = "_hawk_kernels_prompt"
+
+
+@dataclass
+class CachedPrompt:
+    """A pruned prompt in a cache.
+
+    Attributes:
+        full_length: tokens of a row before pruning, padding included, `T`.
+        mask: int64 `[B, P]`, the mask of the tokens that are in the cache.
+        is_full: whether that mask is all ones.
+        next_position: `[..., B, 1]`, the position id of the first token after the prompt.
+        constant_mask: `[B, max_cache_len]` for a cache of fixed size, where a mask that grows or a look at the cache's
+            length would recompile every step; else None.
+    """
+
+    full_length: int
+    mask: torch.Tensor
+    is_full: bool
+    next_position: torch.Tensor
+    constant_mask: torch.Tensor | None
+
+    def attach(self, cache: Any) -> None:
+        setattr(cache, _ATTRIBUTE, self)
+
+    def mask_for(
+        self, cache: Any, incoming: torch.Tensor | dict[str, Any] | None, batch: int, length: int
+    ) -> torch.Tensor | None:
+        """The mask of a call with `length` new tokens over the pruned cache.
+
+        Args:
+            cache: the cache, before the call.
+            incoming: the caller's mask: None, 2-D over the whole prompt, or prepared for a cache of fixed size.
+            batch: rows of the call.
+            length: new tokens.
+
+        Raises:
+            ValueError: the mask does not have the length of the whole prompt and what followed, or the rows changed.
+        """
+        given = incoming if isinstance(incoming, torch.Tensor) and incoming.dim() == 2 else None
+        if self.constant_mask is not None and given is None:
+            return self._rows(self.constant_mask, batch)
+        if incoming is not None and given is None:
+            came = "a dict of masks" if isinstance(incoming, dict) else f"a mask of {incoming.dim()} dimensions"
+            raise ValueError(
+                f"attention_mask: expected a [batch, length] mask or None over a pruned cache, got {came}; pass the "
+                "2-D mask"
+            )
+        if given is None and self.is_full:
+            return None
+        prompt = self.mask
+        if self.constant_mask is None:
+            cached = int(cache.get_seq_length())
+            # assisted decoding may have cropped into the prompt, whose end is text
+            prompt = prompt[:, :cached]
+            new = cached - prompt.shape[1] + length
+            if given is not None:
+                self.check_length(cache, given, length)
+        seen = self.full_length - self.mask.shape[1] + prompt.shape[1]
+        prompt = self._rows(prompt, batch)
+        tail = prompt.new_ones(batch, new) if given is None else given[:, seen:].to(prompt)
+        return torch.cat([prompt, tail], dim=1)
+
+    def positions_for(self, cache: Any, length: int) -> torch.Tensor:
+        """Position ids of `length` new tokens, `[..., B, length]`, going on where the prompt ended."""
+        after = int(cache.get_seq_length()) - self.mask.shape[1]
+        return self.next_position + torch.arange(after, after + length, device=self.next_position.device)
+
+    def check_length(self, cache: Any, attention_mask: torch.Tensor, length: int) -> None:
+        """Refuse a 2-D mask that does not span the whole prompt and all that followed.
+
+        Raises:
+            ValueError: another length.
+        """
+        seen = int(cache.get_seq_length()) + self.full_length - self.mask.shape[1]
+        if attention_mask.shape[1] != seen + length:
+            raise ValueError(
+                f"attention_mask: expected length {seen + length} ({seen} tokens so far, counted before pruning, and "
+                f"{length} new), got {attention_mask.shape[1]}. {_CONTINUE}. Assisted decoding needs "
+                "transformers >= 5.14"
+            )
+
+    def check_continues(self, cache: Any, position_ids: torch.Tensor) -> None:
+        """Refuse tokens that are in the cache already: `generate` slices a full history by the pruned length.
+
+        Raises:
+            ValueError: the positions do not go on where the cache ends.
+        """
+        # of several rows of positions the first may count otherwise; all advance alike over text
+        expected, came = self.positions_for(cache, 1), position_ids[..., :1].to(self.next_position.device)
+        expected, came = (positions[-1] if positions.dim() > 2 else positions for positions in (expected, came))
+        if not bool((came == expected).all()):
+            raise ValueError(
+                f"position_ids: expected {position_ids.shape[-1]} tokens that go on where the pruned cache ends, got "
+                f"some that are in the cache already. {_CONTINUE}"
+            )
+
+    def _rows(self, mask: torch.Tensor, batch: int) -> torch.Tensor:
+        if mask.shape[0] == batch:
+            return mask
+        if self.is_full:
+            return mask[:1].expand(batch, -1)
+        raise ValueError(
+            f"past_key_values: expected the {mask.shape[0]} rows of the prompt that was pruned into this cache, got "
+            f"{batch}; prefill again with the rows you need"
+        )
+
+
+_CONTINUE = (
+    "A pruned cache cannot take the full history again: pass only the new tokens as input_ids, with an attention_mask "
+    "over the whole conversation before pruning, or start with a new cache"
+)
+
+
+def cached_prompt(cache: Any) -> CachedPrompt | None:
+    """The record that a pruned prompt left with `cache`, if any."""
+    record = getattr(cache, _ATTRIBUTE, None)
+    # a growing cache that was reset is empty; the length of one of fixed size lives on the device
+    if record is not None and record.constant_mask is None and cache.get_seq_length() == 0:
+        return None
+    return record
+
+
+def forget(cache: Any) -> None:
+    """Drop the record of a cache that was reset and is about to be filled again."""
+    if hasattr(cache, _ATTRIBUTE):
+        delattr(cache, _ATTRIBUTE)
+
+
+def constant_mask(cache: Any, mask: torch.Tensor) -> torch.Tensor | None:
+    """`mask` continued by ones to the size of the cache, or None for a cache that grows."""
+    if not getattr(cache, "is_compileable", False):
+        return None
+    limit = cache.get_max_length() if hasattr(cache, "get_max_length") else cache.get_max_cache_shape()
+    return torch.cat([mask, mask.new_ones(mask.shape[0], int(limit) - mask.shape[1])], dim=1)

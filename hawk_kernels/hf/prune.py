@@ -1,0 +1,386 @@
+"""`with prune(model, keep_ratio): ...`: fewer visual tokens for whatever runs inside, by forward hooks alone.
+
+Three modules are watched. The model that the caller calls tells how many logits are wanted. The multimodal model below
+sees `input_ids`: there the prompt is read. The text model sees `inputs_embeds`: there tokens are scored, dropped and
+the rest packed, and later masks are translated to the shorter cache. What happens between two hooks of one call
+is kept per thread; what outlives a call is kept with the cache.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import threading
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawk_kernels.head_weights import resolve_head_weights
+from hawk_kernels.hf.arguments import call_length, is_slice_of_longer, named, visual_features
+from hawk_kernels.hf.cached import CachedPrompt, cached_prompt, constant_mask, forget
+from hawk_kernels.hf.choose import choose_tokens
+from hawk_kernels.hf.families import dissect
+from hawk_kernels.hf.packing import Packing
+from hawk_kernels.hf.prompt import Prompt
+from hawk_kernels.hf.reading import Query, read_prompt
+from hawk_kernels.hf.report import PruningStats, sample_stats
+from hawk_kernels.hf.uncached import UncachedPrompt
+from hawk_kernels.hf.upload import upload
+from hawk_kernels.methods import Method, resolve_method
+
+BUDGETS = ("shared", "per_image")
+
+
+def prune(
+    model: nn.Module,
+    keep_ratio: float | int,
+    *,
+    method: str | Method = "hawk",
+    head_weights: str | Path | torch.Tensor | list[float] | None = None,
+    budget: str = "shared",
+    query: Query | None = None,
+    **options: Any,
+) -> Pruning:
+    """Prune the visual tokens of every prompt that `model` reads inside a `with` block (HAWK, arXiv 2604.07812).
+
+        with prune(model, keep_ratio=0.2) as pruning:
+            out = model.generate(**inputs)   # same call, same slicing of `out`
+
+    Works for `generate` and for `model(**inputs)`. Logits keep the length of the prompt; those of dropped tokens come
+    from a hidden state of zeros, so that `labels` and slicing stay right. `hidden_states` and `attentions` of the
+    output are those of the tokens that stayed. A cache that was filled inside the block must be continued inside one.
+
+    Args:
+        model: a transformers model of a supported family.
+        keep_ratio: float in (0, 1], the fraction of the visual tokens that is kept, at least one; or an int, how many.
+        method: name of a method, or a method object.
+        head_weights: None (the shipped registry), "uniform", a `[H]` tensor or sequence, or the path of a weights file.
+        budget: "shared" by all images of a row, or "per_image": `keep_ratio` applies to each image or video.
+        query: the text that ranks the visual tokens: a bool mask `[B, T]`, or a callable from `input_ids` to one. By
+            default the text after the last image up to the final end of turn.
+        **options: the method's own, such as `normalize="l2"` and `rounding="floor"` of "hawk".
+
+    Returns:
+        A context manager that shows what happened: `keep_mask`, `scores`, `query_mask`, `stats`.
+
+    Raises:
+        TypeError: a model that is not supported, an unknown option, or an argument of another type.
+        ValueError: a value out of range, or a model whose head weights are not known.
+    """
+    return Pruning(model, keep_ratio, method, head_weights, budget, query, options)
+
+
+class Pruning:
+    """What `prune` returns: the `with` block, and what happened to the last prompt inside it.
+
+    Results are those of the last prefill in the calling thread, or of any thread where this one has had none. They are
+    None before the first prefill, and stay after the block. Their rows are those that the model saw: `generate` repeats
+    a sample for its beams and return sequences. The object can be entered again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        keep_ratio: float | int,
+        method: str | Method,
+        head_weights: Any,
+        budget: str,
+        query: Query | None,
+        options: dict[str, Any],
+    ) -> None:
+        self._anatomy = dissect(model)
+        self._keep_ratio = _checked_keep_ratio(keep_ratio)
+        self._method = resolve_method(method, options)
+        if budget not in BUDGETS:
+            raise ValueError(f"budget: expected 'shared' or 'per_image', got {budget!r}")
+        if query is not None and not callable(query) and not isinstance(query, torch.Tensor):
+            raise TypeError(f"query: expected a bool mask [B, T] or a callable, got {type(query).__name__}")
+        self._per_image = budget == "per_image"
+        self._query = query
+        self._head_weights: torch.Tensor | None = None
+        source = None
+        if self._method.uses_head_weights:
+            self._head_weights, source = resolve_head_weights(
+                head_weights, model.config, self._anatomy.projections.num_heads
+            )
+        elif head_weights is not None:
+            raise TypeError(f"head_weights: method {self._method.name!r} uses none; leave the argument out")
+        self._no_stats = PruningStats(
+            model=type(model).__name__,
+            family=self._anatomy.family.model_type,
+            method=self._method.name,
+            method_options=self._method.options(),
+            head_weights=source,
+            keep_ratio=self._keep_ratio,
+            budget=budget,
+        )
+        self._handles: list[Any] = []
+        self._thread = _ThreadState()
+        self._latest: _Result | None = None
+
+    @property
+    def keep_mask(self) -> torch.Tensor | None:
+        """bool `[B, T]` over the prompt: True = stayed, False = dropped or padding."""
+        return None if self._result is None else self._result.keep_mask
+
+    @property
+    def scores(self) -> torch.Tensor | None:
+        """float32 `[B, T]` over the prompt: importance of each visual token, `-inf` where nothing was scored."""
+        return None if self._result is None else self._result.scores
+
+    @property
+    def query_mask(self) -> torch.Tensor | None:
+        """bool `[B, T]` over the prompt: True = this text token ranked the visual ones."""
+        return None if self._result is None else self._result.query_mask
+
+    @property
+    def stats(self) -> PruningStats:
+        """Sample by sample: tokens before and after, budget, and why something was left alone."""
+        return self._no_stats if self._result is None else self._result.stats
+
+    def __enter__(self) -> Pruning:
+        parts = self._anatomy
+        watched = (parts.head, parts.multimodal, parts.text)
+        hooks = [hook for module in watched for hook in module._forward_pre_hooks.values()]
+        if any(isinstance(getattr(hook, "__self__", None), Pruning) for hook in hooks):
+            raise ValueError(
+                f"model: expected one that is not pruned yet, got a {type(parts.head).__name__} that is being pruned "
+                "already; leave that block first"
+            )
+        self._handles = [
+            parts.head.register_forward_pre_hook(self._before_head, with_kwargs=True),
+            parts.multimodal.register_forward_pre_hook(self._before_multimodal, with_kwargs=True),
+            parts.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
+            parts.text.register_forward_hook(self._after_text, with_kwargs=True),
+            parts.multimodal.register_forward_hook(self._after_multimodal, always_call=True),
+        ]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self.stats!r}"
+
+    @property
+    def _result(self) -> _Result | None:
+        return self._thread.result or self._latest
+
+    def _publish(self, length: int, masks: tuple[torch.Tensor, ...], samples: Any, reason: str | None) -> None:
+        """Show `(keep_mask, scores, query_mask)` of the first `length` tokens, those of the prompt."""
+        stats = replace(self._no_stats, samples=samples, reason=reason)
+        keep_mask, scores, query_mask = (mask[:, :length] for mask in masks)
+        self._thread.result = self._latest = _Result(keep_mask, scores, query_mask, stats)
+
+    def _before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = named(module, args, kwargs)
+        logits_to_keep = kwargs.get("logits_to_keep")
+        positions: Any = kwargs.get("position_ids")
+        # only generate passes both, and of its position ids only a chunk's are a slice of longer ones
+        if logits_to_keep is not None and kwargs.get("return_dict") and is_slice_of_longer(positions):
+            raise ValueError(
+                f"prefill_chunk_size: expected the prompt in one call, got a chunk of {positions.shape[-1]} of "
+                f"{positions.stride(-2)} tokens; the budget and the question are those of the whole prompt, so call "
+                "generate without prefill_chunk_size"
+            )
+        if call_length(kwargs) > 1:
+            wanted = logits_to_keep if isinstance(logits_to_keep, int) else 0
+            self._thread.logits_to_keep = wanted
+            # assisted decoding appends its guesses to the prompt and wants the logits of these
+            is_assisted = wanted > 1 and positions is not None and kwargs.get("past_key_values") is not None
+            self._thread.guesses = wanted - 1 if is_assisted and not kwargs.get("return_dict") else 0
+
+    def _before_multimodal(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        kwargs = named(module, args, kwargs)
+        cache, input_ids, mask = (kwargs.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
+        length = call_length(kwargs)
+        if length > 1:
+            if input_ids is None and (cache is None or int(cache.get_seq_length()) == 0):
+                raise ValueError(
+                    "input_ids: expected the token ids of the prompt, got inputs_embeds only; without ids nobody can "
+                    "tell which tokens are visual. Pass input_ids and pixel_values, or leave the prune block"
+                )
+            self._thread.is_inside, self._thread.prefill = True, None
+            if input_ids is not None:
+                self._thread.prefill = self._read(kwargs, input_ids)
+            if self._thread.prefill is not None:
+                forget(cache)
+                return None
+        record = cached_prompt(cache)
+        if record is None:
+            return None
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            return (), {**kwargs, "position_ids": record.positions_for(cache, length)}
+        if length > 1:
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+                record.check_length(cache, mask, length)
+            else:
+                record.check_continues(cache, positions)
+        return None
+
+    def _read(self, kwargs: dict[str, Any], input_ids: torch.Tensor) -> _Prefill | None:
+        """The prompt of a call over an empty cache."""
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        features = visual_features(kwargs, self._anatomy.family.features)
+        earlier = self._thread.uncached if cache is None else None
+        if earlier is not None and not earlier.may_grow_into(input_ids, features):
+            earlier = None
+        query = self._query if earlier is None else None
+        prompt, valid = read_prompt(self._anatomy, input_ids, mask, cache, query, self._thread.guesses)
+        if prompt is None:
+            if features:
+                reason = "images came over a cache that is not empty; only prompts in one call are pruned"
+                self._leave_alone(torch.ones_like(input_ids, dtype=torch.bool), None, reason)
+            return None
+        if earlier is not None and not earlier.grows_into(prompt):
+            self._thread.uncached = None
+            return self._read(kwargs, input_ids)
+        self._thread.uncached = earlier
+        return _Prefill(prompt, valid, features)
+
+    def _leave_alone(self, keep_mask: torch.Tensor, prompt: Prompt | None, reason: str) -> None:
+        scores = torch.full(keep_mask.shape, -math.inf, device=keep_mask.device)
+        samples = () if prompt is None else sample_stats(prompt, None, self._per_image, reason)
+        length = keep_mask.shape[1] if prompt is None else prompt.length
+        self._publish(length, (keep_mask, scores, torch.zeros_like(keep_mask)), samples, reason)
+
+    def _before_text(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        kwargs = named(module, args, kwargs)
+        cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        if embeds is None:
+            return None
+        if embeds.shape[1] > 1:
+            if not self._thread.is_inside:
+                raise ValueError(
+                    "model: the text model was called by itself with inputs_embeds inside a prune block, where nobody "
+                    "can tell which tokens are visual; call the model that was given to prune, or leave the block"
+                )
+            if self._thread.prefill is not None:
+                packed = self._prefill(self._thread.prefill, embeds, kwargs)
+                return None if packed is None else ((), packed)
+        record = cached_prompt(cache)
+        if record is None:
+            return None
+        mask = record.mask_for(cache, kwargs.get("attention_mask"), *embeds.shape[:2])
+        return (), {**kwargs, "attention_mask": mask}
+
+    def _prefill(self, prefill: _Prefill, embeds: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """The text model's arguments for the tokens that stay, or None where all do."""
+        prompt, device = prefill.prompt, embeds.device
+        if embeds.shape[:2] != prompt.ids.shape:
+            raise ValueError(
+                f"inputs_embeds: expected one embedding for each of the {list(prompt.ids.shape)} input_ids, got shape "
+                f"{list(embeds.shape)}; a model that inserts tokens between the two is not supported"
+            )
+        valid = upload(prompt.valid, device) if prefill.valid is None else prefill.valid.to(device)
+        earlier = self._thread.uncached
+        if earlier is not None:
+            prefill.kept, prefill.counts = earlier.extended(valid, prompt.valid)
+        elif not prompt.visual.any():
+            prefill.kept, prefill.counts = valid, prompt.valid.sum(axis=1).tolist()
+            self._leave_alone(valid, prompt, "no visual tokens")
+        else:
+            choice = choose_tokens(
+                embeds,
+                prompt,
+                self._method,
+                self._keep_ratio,
+                self._per_image,
+                self._anatomy.projections,
+                self._head_weights,
+            )
+            prefill.kept, prefill.counts = choice.kept, choice.counts
+            samples = sample_stats(prompt, choice.budgets, self._per_image, None)
+            self._publish(prompt.length, (choice.kept, choice.scores, upload(prompt.query, device)), samples, None)
+        if prefill.counts == prompt.valid.sum(axis=1).tolist():
+            return None
+        prefill.packing = Packing(prefill.kept, prefill.counts)
+        packed, prefill.following = prefill.packing.pack_arguments(kwargs)
+        return packed
+
+    def _after_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None or embeds.shape[1] == 1:
+            return None
+        prefill = self._thread.prefill
+        if prefill is None or prefill.kept is None:
+            return None
+        prompt, packing, cache = prefill.prompt, prefill.packing, output.past_key_values
+        if cache is None and self._thread.uncached is None:
+            self._thread.uncached = UncachedPrompt(prompt, prefill.features, prefill.kept, prefill.counts)
+        if packing is None or prefill.following is None:
+            return None
+        if cache is not None:
+            CachedPrompt(
+                full_length=prompt.ids.shape[1],
+                mask=packing.mask,
+                is_full=packing.is_full,
+                next_position=prefill.following,
+                constant_mask=constant_mask(cache, packing.mask),
+            ).attach(cache)
+        wanted = self._thread.logits_to_keep
+        if wanted and prompt.ends_in_text(wanted):
+            return None
+        output["last_hidden_state"] = packing.unpack(output.last_hidden_state)
+        return output
+
+    def _after_multimodal(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._thread.is_inside, self._thread.prefill = False, None
+        self._thread.logits_to_keep = self._thread.guesses = 0
+
+
+@dataclass(frozen=True)
+class _Result:
+    keep_mask: torch.Tensor
+    scores: torch.Tensor
+    query_mask: torch.Tensor
+    stats: PruningStats
+
+
+@dataclass
+class _Prefill:
+    """A prompt on its way from the multimodal model to the text model and back.
+
+    The text model fills in which tokens stay, their number in each row and, where some were dropped, how the rest were
+    packed and the position ids of what follows.
+    """
+
+    prompt: Prompt
+    valid: torch.Tensor | None
+    features: tuple[Any, ...]
+    kept: torch.Tensor | None = None
+    counts: list[int] = field(default_factory=list)
+    packing: Packing | None = None
+    following: torch.Tensor | None = None
+
+
+class _ThreadState(threading.local):
+    is_inside: bool = False
+    prefill: _Prefill | None = None
+    logits_to_keep: int = 0
+    guesses: int = 0
+    uncached: UncachedPrompt | None = None
+    result: _Result | None = None
+
+
+def _checked_keep_ratio(keep_ratio: float | int) -> float | int:
+    expected = "keep_ratio: expected a float in (0, 1] (the fraction kept) or an int >= 1 (a budget)"
+    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, numbers.Real):
+        raise TypeError(f"{expected}, got {type(keep_ratio).__name__}")
+    if isinstance(keep_ratio, numbers.Integral):
+        if keep_ratio < 1:
+            raise ValueError(f"{expected}, got {keep_ratio}; to keep everything use 1.0")
+        return int(keep_ratio)
+    if not 0.0 < keep_ratio <= 1.0:
+        raise ValueError(f"{expected}, got {keep_ratio}; it is the fraction kept, not the fraction removed")
+    return float(keep_ratio)

@@ -1,0 +1,119 @@
+"""What pruning did to a prompt, for people and for logs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hawk_kernels.hf.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class SampleStats:
+    """One row of a batch.
+
+    Attributes:
+        visual_tokens_before: visual tokens of the prompt.
+        visual_tokens_after: those that stayed.
+        prompt_tokens_before: tokens of the prompt without padding.
+        prompt_tokens_after: those that stayed.
+        budget: visual tokens the row may keep.
+        budget_per_image: the same image by image, or None where the images share one budget.
+        query_tokens: text tokens that ranked the visual ones.
+        query_source: where these were found.
+        reason: why nothing was dropped, or None.
+    """
+
+    visual_tokens_before: int
+    visual_tokens_after: int
+    prompt_tokens_before: int
+    prompt_tokens_after: int
+    budget: int
+    budget_per_image: list[int] | None
+    query_tokens: int
+    query_source: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class PruningStats:
+    """The last prefill, sample by sample.
+
+    Attributes:
+        model: class of the model.
+        family: its `model_type`.
+        method: name of the method.
+        method_options: what the method was made with.
+        head_weights: where the head weights come from, or None for a method without.
+        keep_ratio: fraction kept, or the budget.
+        budget: "shared" or "per_image".
+        samples: one entry a row; empty before the first prefill.
+        reason: why the whole call was left alone, or None.
+    """
+
+    model: str
+    family: str
+    method: str
+    method_options: dict[str, Any]
+    head_weights: str | None
+    keep_ratio: float | int
+    budget: str
+    samples: tuple[SampleStats, ...] = field(default=())
+    reason: str | None = "no prompt has been read yet"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain dicts, lists, strings and numbers, ready for JSON."""
+        return {**asdict(self), "samples": [asdict(sample) for sample in self.samples]}
+
+    def __repr__(self) -> str:
+        heads = f", head weights: {self.head_weights}" if self.head_weights else ""
+        lines = [
+            f"PruningStats({self.model}, {self.method}, keep_ratio={self.keep_ratio}, budget={self.budget}{heads})"
+        ]
+        if self.reason:
+            lines.append(f"  left alone: {self.reason}")
+        for row, sample in enumerate(self.samples):
+            line = (
+                f"  sample {row}: visual tokens {sample.visual_tokens_before} -> {sample.visual_tokens_after}, "
+                f"prompt tokens {sample.prompt_tokens_before} -> {sample.prompt_tokens_after}, "
+                f"{sample.query_tokens} query tokens ({sample.query_source})"
+            )
+            lines.append(f"{line}; {sample.reason}" if sample.reason and not self.reason else line)
+        return "\n".join(lines)
+
+
+def sample_stats(
+    prompt: Prompt, budgets: list[list[int]] | None, per_image: bool, reason: str | None
+) -> tuple[SampleStats, ...]:
+    """Statistics of each row of a batch.
+
+    Args:
+        prompt: the batch on the host.
+        budgets: visual tokens kept, for each row a list with one entry an image or one for the row; None: all.
+        per_image: whether budgets are those of images.
+        reason: why nothing was dropped at all, or None.
+    """
+    samples = []
+    for row in range(len(prompt.ids)):
+        visual, tokens = int(prompt.visual[row].sum()), int(prompt.valid[row, : prompt.length].sum())
+        kept = visual if budgets is None else sum(budgets[row])
+        if reason is None and visual == 0:
+            why: str | None = "no visual tokens"
+        elif reason is None and kept == visual:
+            why = "the budget covers every visual token"
+        else:
+            why = reason
+        samples.append(
+            SampleStats(
+                visual_tokens_before=visual,
+                visual_tokens_after=kept,
+                prompt_tokens_before=tokens,
+                prompt_tokens_after=tokens - visual + kept,
+                budget=kept,
+                budget_per_image=list(budgets[row]) if budgets is not None and per_image else None,
+                query_tokens=int(prompt.query[row].sum()),
+                query_source=prompt.query_sources[row],
+                reason=why,
+            )
+        )
+    return tuple(samples)

@@ -1,0 +1,80 @@
+"""What every pruning method has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from hawk_kernels.api import select_topk
+from hawk_kernels.methods.view import PrefillView, Segments
+from hawk_kernels.selection import ROUNDINGS, Selection, kept_count
+
+
+class Method(ABC):
+    """Scores the visual tokens of a prompt and chooses those that stay.
+
+    A method keeps exactly `kept_count(r, M_b)` tokens of a row (or of each image, with segments): the shapes that
+    follow are computed from that number on the host, without waiting for the device.
+
+    Attributes:
+        name: what `prune(method=...)` calls it.
+        uses_head_weights: whether `PrefillView.head_weights` must be there.
+        uses_text: whether a row with visual tokens must have text queries.
+        rounding: "floor" or "ceil", how a keep ratio becomes a number of tokens.
+    """
+
+    name: str
+    uses_head_weights: bool = False
+    uses_text: bool = False
+    rounding: str = "floor"
+
+    @abstractmethod
+    def score(self, view: PrefillView) -> torch.Tensor:
+        """Importance of each visual token, float32 `[B, M]`; `-inf` where `view.candidates` is False."""
+
+    def select(self, view: PrefillView, r: float | int) -> Selection:
+        """The tokens that stay: the highest scores of each row, or of each of its images."""
+        scores = self.score(view)
+        if view.segments is not None:
+            return select_in_segments(scores, r, view.segments, self.rounding)
+        return select_topk(scores, r, mask=view.candidates, rounding=self.rounding)
+
+    def kept_count(self, r: float | int, num_candidates: int) -> int:
+        """How many of `num_candidates` tokens `select` keeps."""
+        return kept_count(r, num_candidates, self.rounding)
+
+    def options(self) -> dict[str, object]:
+        """The options this method was made with, for statistics; what JSON cannot hold is described."""
+        plain = (str, int, float, bool, type(None))
+        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {name: value if isinstance(value, plain) else repr(value) for name, value in public.items()}
+
+
+def select_in_segments(scores: torch.Tensor, r: float | int, segments: Segments, rounding: str) -> Selection:
+    """`select_topk` with `r` applied to each segment instead of each row.
+
+    Args:
+        scores: float32 `[B, M]`.
+        r: fraction kept of each segment, or its budget.
+        segments: which tokens make up an image.
+        rounding: "floor" or "ceil".
+    """
+    batch, num_tokens = scores.shape
+    of_segment = scores.reshape(-1)[segments.index]
+    kept = select_topk(of_segment, r, mask=segments.mask, rounding=rounding).mask
+    # padding of shorter segments lands in one cell behind the end
+    target = torch.where(segments.mask, segments.index, batch * num_tokens)
+    mask = kept.new_zeros(batch * num_tokens + 1).scatter_(0, target.reshape(-1), kept.reshape(-1))
+    mask = mask[:-1].view(batch, num_tokens)
+    order = torch.arange(num_tokens, device=scores.device).expand(batch, -1)
+    slot = torch.where(mask, mask.cumsum(1) - 1, segments.kept_per_row)
+    indices = slot.new_full((batch, segments.kept_per_row + 1), -1).scatter_(1, slot, order)
+    return Selection(mask, indices[:, :-1], scores)
+
+
+def check_rounding(rounding: str) -> str:
+    """`rounding`, or a ValueError where it is none."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding: expected 'floor' (paper) or 'ceil' (release), got {rounding!r}")
+    return rounding
