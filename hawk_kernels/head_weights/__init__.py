@@ -1,0 +1,150 @@
+"""Head importance of known checkpoints: one JSON file each, found by a fingerprint of the model's config.
+
+A file is an object with `weights` (a list of `H` numbers) and, for the registry, `model`, `fingerprint`, `layer`,
+`source`, `definition` and `date`. The fingerprint holds the fields of the config that a fine-tuned or renamed
+copy shares with the checkpoint the weights were measured on, so a local path finds its weights too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+_FOLDER = Path(__file__).parent
+_TEXT_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+_CALIBRATE = "hawk-kernels calibrate"
+
+
+class HeadWeights(NamedTuple):
+    """Importance of the attention heads of the layer whose queries and keys score the tokens.
+
+    Attributes:
+        values: float32 `[H]`, non-negative, at least one above zero.
+        source: where they come from, for statistics.
+    """
+
+    values: torch.Tensor
+    source: str
+
+
+def fingerprint(config: Any) -> dict[str, Any]:
+    """The fields of a model's config that tell checkpoints apart, whatever path they were loaded from."""
+    text = _text_config(config)
+    return {"model_type": config.model_type, **{field: getattr(text, field, None) for field in _TEXT_FIELDS}}
+
+
+def resolve_head_weights(head_weights: Any, config: Any, num_heads: int) -> HeadWeights:
+    """The head weights for a model.
+
+    Args:
+        head_weights: None looks the model up in the shipped registry; "uniform"; a `[H]` tensor or sequence, or the
+            path of a weights file.
+        config: the model's config.
+        num_heads: `H`, the query heads of the scoring layer.
+
+    Raises:
+        ValueError: a model without known weights, or weights that are not finite, non-negative, `num_heads` long
+            and not all zero.
+        TypeError: none of the above kinds.
+    """
+    if head_weights is None:
+        return _from_registry(config, num_heads)
+    if isinstance(head_weights, str) and head_weights == "uniform":
+        return HeadWeights(torch.full((num_heads,), 1.0 / num_heads), "uniform")
+    if isinstance(head_weights, (str, Path)):
+        return load_head_weights(head_weights, num_heads)
+    if isinstance(head_weights, torch.Tensor):
+        if head_weights.dtype == torch.bool or head_weights.is_complex():
+            raise TypeError(f"head_weights: expected real numbers, got dtype {head_weights.dtype}; use .float()")
+        if head_weights.dim() != 1:
+            raise ValueError(
+                f"head_weights: expected a tensor of shape [{num_heads}], got {list(head_weights.shape)}; pass one "
+                "weight a head"
+            )
+        values = head_weights.detach().to("cpu", torch.float64).tolist()
+        return HeadWeights(_checked(values, num_heads, "head_weights"), "given")
+    if isinstance(head_weights, Sequence) or hasattr(head_weights, "__array__"):
+        return HeadWeights(_checked(list(head_weights), num_heads, "head_weights"), "given")
+    raise TypeError(
+        "head_weights: expected None (the registry), 'uniform', a [H] tensor or sequence, or the path of a weights "
+        f"file, got {type(head_weights).__name__}"
+    )
+
+
+def load_head_weights(path: str | Path, num_heads: int) -> HeadWeights:
+    """Head weights from a JSON file with a `weights` list.
+
+    Raises:
+        ValueError: no such file, not such a file, or weights that are not finite, non-negative, `num_heads` long and
+            not all zero.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"head_weights: expected 'uniform' or the path of a weights file, got {str(path)!r}, which is no file; "
+            f"`{_CALIBRATE}` writes one"
+        )
+    content = _read(path)
+    return HeadWeights(_checked(content["weights"], num_heads, str(path)), f"file {path.name}")
+
+
+def _from_registry(config: Any, num_heads: int) -> HeadWeights:
+    marks = fingerprint(config)
+    for path in sorted(_FOLDER.glob("*.json")):
+        content = _read(path)
+        if content.get("fingerprint") and all(marks.get(k) == v for k, v in content["fingerprint"].items()):
+            return HeadWeights(_checked(content["weights"], num_heads, path.name), f"registry: {content['model']}")
+    known = sorted(_read(path)["model"] for path in _FOLDER.glob("*.json"))
+    name = getattr(config, "_name_or_path", "") or config.model_type
+    raise ValueError(
+        f"head_weights: no weights are known for {name} (known: {', '.join(known)}); measure them with "
+        f"`{_CALIBRATE} --model {name}` and pass the file it writes, or say head_weights='uniform'"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path}: expected a JSON file of head weights, got {error}; `{_CALIBRATE}` writes one"
+        ) from error
+    if not isinstance(content, Mapping) or not isinstance(content.get("weights"), list):
+        raise ValueError(f"{path}: expected a JSON object with a list 'weights'; `{_CALIBRATE}` writes one")
+    return dict(content)
+
+
+def _checked(weights: list[Any], num_heads: int, origin: str) -> torch.Tensor:
+    for head, weight in enumerate(weights):
+        if isinstance(weight, bool) or not hasattr(weight, "__float__"):
+            raise ValueError(f"{origin}: expected numbers, got {weight!r} for head {head}; pass one number a head")
+    tensor = torch.tensor([float(weight) for weight in weights], dtype=torch.float32)
+    values = tensor.tolist()
+    remedy = f"measure them with `{_CALIBRATE}` or use head_weights='uniform'"
+    if len(values) != num_heads:
+        raise ValueError(
+            f"{origin}: expected {num_heads} weights, one for each attention head of the model, got {len(values)}; "
+            f"{remedy}"
+        )
+    for head, value in enumerate(values):
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{origin}: expected finite weights >= 0, got {value} for head {head}; {remedy}")
+    if not any(value > 0 for value in values):
+        raise ValueError(f"{origin}: expected at least one weight above zero, got {num_heads} zeros; {remedy}")
+    return tensor
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else getattr(config, "text_config", config)
