@@ -70,7 +70,7 @@ def variants(quick: bool = False) -> Iterator[Variant]:
     ]
     fused += [("bf16", "l2", head_dim, 1296, False) for head_dim in (16, 64, 72, 80, 96, 256)]
     fused += [("fp32", "l2", 256, 1296, True)]
-    fused += [("bf16", "l2", 128, num_keys, False) for num_keys in (1, 576, 2880, 5120, 16384)]
+    fused += [("bf16", "l2", 128, num_keys, False) for num_keys in (1, 576, 2048, 2880, 5120, 16384)]
     fused += [(dtype, mode, 128, 16384, True) for dtype in ("bf16", "fp32") for mode in score_select.MODES]
     if quick:
         fused = [("bf16", "l2", 128, 576, False), ("fp32", None, 256, 1296, True), ("bf16", "softmax", 72, 16384, True)]
@@ -81,14 +81,14 @@ def variants(quick: bool = False) -> Iterator[Variant]:
         constants = {"MODE": score_select.MODES[mode], "HAS_K_MASK": True, "BLOCK": 1024}
         pointers = {"w_ptr": "*fp32", "k_mask_ptr": "*i1"}
         yield Variant(f"importance {mode}", score_select._importance_kernel, pointers, constants, 4)
-    for num_keys in (1, 1296, 4096, 131072):
+    for num_keys in (1, 1296, 2048, 131072):
         yield _select(num_keys)
 
 
 def _fused(
     dtype: str, mode: str | None, head_dim: int, num_keys: int, masked: bool, finish: int | None = None
 ) -> Variant:
-    config = score_select.launch_config(7, 4, num_keys, head_dim, 4 if dtype == "fp32" else 2)
+    config = score_select.launch_config(7, 4, num_keys, head_dim)
     constants = {
         "HEAD_DIM": head_dim,
         "MODE": score_select.MODES[mode],

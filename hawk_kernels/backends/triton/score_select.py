@@ -23,6 +23,9 @@ HEADS_PER_PROGRAM = 16
 MAX_ROW_IN_ONE_LAUNCH = 16384
 # Programs beyond the multiprocessors only repeat the averaging; this many is about one wave on A100 to B200.
 _PROGRAMS_PER_ROW = 128
+# The largest tile that spills on no target, for no dtype, norm or head size (bench/compile_only.py).
+_KEYS_PER_TILE = 32
+_NUM_WARPS = 4
 _FLOAT32_TINY = tl.constexpr(1.1754943508222875e-38)
 _NO_NORM, _L2, _SOFTMAX, _MINMAX = (tl.constexpr(mode) for mode in range(4))
 # What the last arriver goes on to: the norms only (long rows), the scores, the selection.
@@ -424,7 +427,7 @@ def _launch(
     batch, num_heads, num_queries, head_dim = q.shape
     num_key_value_heads, num_keys = k.shape[1:3]
     group_size = num_heads // num_key_value_heads
-    config = launch_config(group_size, num_key_value_heads, num_keys, head_dim, k.element_size())
+    config = launch_config(group_size, num_key_value_heads, num_keys, head_dim)
     num_tiles, num_parts = config["grid"]
     num_c_rows = num_parts if normalize is None else num_heads
     c = torch.empty((batch, num_c_rows, num_keys), dtype=torch.float32, device=k.device)
@@ -447,24 +450,22 @@ def _launch(
     return c, norms
 
 
-def launch_config(group_size: int, num_key_value_heads: int, num_keys: int, head_dim: int, itemsize: int) -> dict:
+def launch_config(group_size: int, num_key_value_heads: int, num_keys: int, head_dim: int) -> dict:
     """Grid and block sizes by shape alone, so that the same shape always adds in the same order."""
-    heads_per_program = min(triton.next_power_of_2(group_size), HEADS_PER_PROGRAM)
-    num_parts = num_key_value_heads * triton.cdiv(group_size, heads_per_program)
+    num_parts = num_key_value_heads * triton.cdiv(group_size, HEADS_PER_PROGRAM)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    block_m = 64 if block_d * itemsize <= 256 else 32
     tiles_wanted = max(1, _PROGRAMS_PER_ROW // num_parts)
-    keys_per_program = triton.cdiv(triton.cdiv(num_keys, tiles_wanted), block_m) * block_m
+    keys_per_program = triton.cdiv(triton.cdiv(num_keys, tiles_wanted), _KEYS_PER_TILE) * _KEYS_PER_TILE
     num_tiles = triton.cdiv(num_keys, keys_per_program)
     block_row = row_block(num_keys)
     return {
         "grid": (num_tiles, num_parts),
         "keys_per_program": keys_per_program,
-        "num_warps": 8,
+        "num_warps": _NUM_WARPS,
         "blocks": {
             "BLOCK_H": HEADS_PER_PROGRAM,
+            "BLOCK_M": _KEYS_PER_TILE,
             "BLOCK_N": max(1, 512 // block_d),
-            "BLOCK_M": block_m,
             "BLOCK_D": block_d,
             "BLOCK_T": triton.next_power_of_2(num_tiles),
             "BLOCK_ROW": block_row,

@@ -11,8 +11,8 @@ from hawk_kernels.backends.triton.radix import budget_of, load_candidates, selec
 from hawk_kernels.selection import Selection, keep_fraction, max_kept
 
 # The scores, keys and running counts of a longer row do not fit in the registers of one program.
-MAX_ROW_IN_REGISTERS = 4096
-_LONG_ROW_BLOCK = 2048
+MAX_ROW_IN_REGISTERS = 2048
+_LONG_ROW_BLOCK = 1024
 _NUM_WARPS = 8
 
 
