@@ -18,17 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hawk_kernels.checkpoint import TINY_MODEL, CheckpointError, first_line, load_checkpoint
+
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-TINY_MODEL = Path(__file__).parent / "assets" / "tinyvqa"
-"""The folder of the shipped model: a 0.8 M-parameter Qwen2.5-VL that knows coloured digits and nothing else."""
-
 SAMPLE_IMAGE = TINY_MODEL / "samples" / "digits_8x8.png"
 SAMPLE_PROMPT = "Which digit is red?"
 REAL_MODEL_PROMPT = "Describe this image in one sentence."
-_REAL_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 
 _ROUNDS_AT_MOST = 9
 _ROUNDS_SECONDS = 2.0
@@ -46,58 +44,6 @@ class Answer:
     visual_tokens: int
     prompt_tokens: int
     seconds: float
-
-
-def load_processor(name_or_path: str, **kwargs: Any) -> Any:
-    """The processor of a checkpoint: `AutoProcessor`, or one for images only where torchvision is missing.
-
-    The processors of Qwen2-VL and Qwen2.5-VL insist on a video processor, which needs torchvision, even for someone who
-    only asks about images. Without torchvision this returns the same processor without that part: everything but the
-    call with `videos`, which is an error, is that of the class in transformers.
-
-    Args:
-        name_or_path: a model id on the Hub, or a folder.
-        **kwargs: passed to `from_pretrained`, say `revision` or `local_files_only`.
-
-    Raises:
-        ImportError: torchvision is missing and the checkpoint is of another family.
-    """
-    from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
-
-    try:
-        return AutoProcessor.from_pretrained(name_or_path, **kwargs)
-    except ImportError as error:
-        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-        if "torchvision" not in str(error).lower() or config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
-            raise
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
-    image_processor = AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
-    return _image_only_processor(config.model_type)(image_processor, tokenizer, chat_template=tokenizer.chat_template)
-
-
-def _image_only_processor(model_type: str) -> type:
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor
-    from transformers.processing_utils import ProcessorMixin
-
-    family = Qwen2_5_VLProcessor if model_type == "qwen2_5_vl" else Qwen2VLProcessor
-
-    class ImageOnlyProcessor(family):  # type: ignore[misc, valid-type]
-        """The family's processor without its video part. transformers reads the parts off this signature."""
-
-        def __init__(
-            self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
-        ) -> None:
-            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-            self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-            self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
-
-        def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
-            if videos is not None:
-                raise ValueError("videos need torchvision, which is not installed: pip install torchvision.")
-            return super().__call__(images=images, text=text, **kwargs)
-
-    return ImageOnlyProcessor
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -140,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         report = run(args)
-    except DemoError as error:
+    except (DemoError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if args.json:
@@ -154,7 +100,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Load, ask both ways, draw; everything that happened as one JSON-ready dict.
 
     Raises:
-        DemoError: a dependency, the model, the picture, the device or an option is not as it must be.
+        DemoError: a dependency, the picture, the device or an option is not as it must be.
+        CheckpointError: the model does not load.
     """
     _need_packages()
     is_tiny = args.model is None or Path(args.model).resolve() == TINY_MODEL.resolve()
@@ -169,7 +116,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _quieten()
     seconds: dict[str, float] = {}
     with _Timer(seconds, "load"), _memory_in_words(device):
-        model, processor = _load_model(str(TINY_MODEL) if is_tiny else args.model, args.dtype, device, is_tiny)
+        model, processor = load_checkpoint(str(TINY_MODEL) if is_tiny else args.model, args.dtype, device)
     with _Timer(seconds, "preprocess"):
         inputs = _preprocess(processor, image, prompt, device, model.dtype)
 
@@ -389,7 +336,7 @@ def _memory_in_words(device: torch.device) -> Iterator[None]:
         yield
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise DemoError(
-            f"{device} ran out of memory ({_first_line(error)}); try --dtype bfloat16, a smaller picture, fewer "
+            f"{device} ran out of memory ({first_line(error)}); try --dtype bfloat16, a smaller picture, fewer "
             "--max-new-tokens, or another --device."
         ) from error
 
@@ -411,74 +358,6 @@ def _find_device(name: str) -> torch.device:
         reason = str(error).strip().splitlines()[0]
         raise DemoError(f"--device {name} cannot be used here ({reason}); usable: {', '.join(found)}.") from error
     return device
-
-
-def _load_model(name: str, dtype: str, device: torch.device, is_tiny: bool) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText
-
-    if is_tiny and not (TINY_MODEL / "model.safetensors").is_file():
-        raise DemoError(
-            f"the shipped model is missing from {TINY_MODEL}; reinstall hawk-kernels, or train it in a checkout with "
-            "python -m bench.tinyvqa.train --out hawk_kernels/assets/tinyvqa"
-        )
-    no_hub = None if Path(name).is_dir() else _why_no_hub(name)
-    try:
-        with _hub_offline(no_hub is not None):
-            processor = load_processor(name)
-            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-    except ImportError as error:
-        raise DemoError(f"{name} needs a package that is not installed: {_first_line(error)}") from error
-    except (OSError, ValueError) as error:
-        if Path(name).is_dir():
-            problem = f"the folder {name} does not hold a vision-language checkpoint that loads: {_first_line(error)}"
-        else:
-            problem = no_hub or f"{name} was found on the Hugging Face Hub but does not load: {_first_line(error)}"
-        raise DemoError(problem) from error
-    return model.to(device).eval(), processor
-
-
-def _why_no_hub(name: str) -> str | None:
-    """Why this model cannot be fetched, or `None` if it can.
-
-    Asked once and first, because every file of an unreachable checkpoint is otherwise tried six times: two minutes of
-    silence before the same answer.
-    """
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        return f"there is no folder {name}; give the folder of a checkpoint, or a model id such as {_REAL_MODEL}."
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    try:
-        HfApi().model_info(name, timeout=10)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        return (
-            f"the Hugging Face Hub shows no model {name}: check the name (such as {_REAL_MODEL}), and for a private or "
-            f"gated one run `hf auth login`. ({_first_line(error)})"
-        )
-    except Exception as error:  # whatever the HTTP client of this version of the Hub's library raises
-        return (
-            f"could not get {name}: the Hugging Face Hub cannot be reached ({_first_line(error)}), and the local cache "
-            f"holds no complete copy. Run `hf download {name} --local-dir FOLDER` where there is network, copy FOLDER "
-            "here and pass --model FOLDER. Without --model the demo needs no network."
-        )
-    return None
-
-
-@contextmanager
-def _hub_offline(offline: bool) -> Iterator[None]:
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or offline
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _preprocess(processor: Any, image: Image.Image, prompt: str, device: torch.device, dtype: torch.dtype) -> Any:

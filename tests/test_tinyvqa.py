@@ -15,7 +15,7 @@ from PIL import Image  # noqa: E402
 
 from bench.tinyvqa import data, evaluate, train  # noqa: E402
 from bench.tinyvqa.checkpoint import build_config, build_image_processor, build_model, build_tokenizer  # noqa: E402
-from hawk_kernels.demo import TINY_MODEL, load_processor  # noqa: E402
+from hawk_kernels.checkpoint import TINY_MODEL, load_processor  # noqa: E402
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.tinyvqa.data import KINDS, draw_batch, objects_for, to_image
-from hawk_kernels.demo import TINY_MODEL, load_processor
+from hawk_kernels.checkpoint import TINY_MODEL, load_processor
 
 GRIDS = ((2, 2), (4, 4), (6, 6), (8, 8), (6, 9), (10, 10))
 PRUNED_GRID = (8, 8)

@@ -1,0 +1,152 @@
+"""Loading a vision-language checkpoint for someone who typed its name: every failure says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+TINY_MODEL = Path(__file__).parent / "assets" / "tinyvqa"
+"""The folder of the shipped model: a 0.8 M-parameter Qwen2.5-VL that knows coloured digits and nothing else."""
+
+_REAL_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that does not load; the message says what happened and what to do."""
+
+
+def load_processor(name_or_path: str, **kwargs: Any) -> Any:
+    """The processor of a checkpoint: `AutoProcessor`, or one for images only where torchvision is missing.
+
+    The processors of Qwen2-VL and Qwen2.5-VL insist on a video processor, which needs torchvision, even for someone who
+    only asks about images. Without torchvision this returns the same processor without that part: everything but the
+    call with `videos`, which is an error, is that of the class in transformers.
+
+    Args:
+        name_or_path: a model id on the Hub, or a folder.
+        **kwargs: passed to `from_pretrained`, say `revision` or `local_files_only`.
+
+    Raises:
+        ImportError: torchvision is missing and the checkpoint is of another family.
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    try:
+        return AutoProcessor.from_pretrained(name_or_path, **kwargs)
+    except ImportError as error:
+        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        if "torchvision" not in str(error).lower() or config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
+            raise
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    image_processor = AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
+    return _image_only_processor(config.model_type)(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+
+
+def _image_only_processor(model_type: str) -> type:
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor
+    from transformers.processing_utils import ProcessorMixin
+
+    family = Qwen2_5_VLProcessor if model_type == "qwen2_5_vl" else Qwen2VLProcessor
+
+    class ImageOnlyProcessor(family):  # type: ignore[misc, valid-type]
+        """The family's processor without its video part. transformers reads the parts off this signature."""
+
+        def __init__(
+            self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
+        ) -> None:
+            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+            self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+            self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+        def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
+            if videos is not None:
+                raise ValueError("videos need torchvision, which is not installed: pip install torchvision.")
+            return super().__call__(images=images, text=text, **kwargs)
+
+    return ImageOnlyProcessor
+
+
+def load_checkpoint(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
+    """Model (on `device`, in eval mode) and processor of a checkpoint.
+
+    Args:
+        name: a model id on the Hub, or a folder.
+        dtype: name of a dtype, or "auto".
+        device: where the model goes.
+
+    Raises:
+        CheckpointError: it cannot be found, fetched or read; the message says why and what to do.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    is_tiny = Path(name).resolve() == TINY_MODEL.resolve()
+    if is_tiny and not (TINY_MODEL / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"the shipped model is missing from {TINY_MODEL}; reinstall hawk-kernels, or train it in a checkout with "
+            "python -m bench.tinyvqa.train --out hawk_kernels/assets/tinyvqa"
+        )
+    no_hub = None if Path(name).is_dir() else _why_no_hub(name)
+    try:
+        with _hub_offline(no_hub is not None):
+            processor = load_processor(name)
+            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    except ImportError as error:
+        raise CheckpointError(f"{name} needs a package that is not installed: {first_line(error)}") from error
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir():
+            problem = f"the folder {name} does not hold a vision-language checkpoint that loads: {first_line(error)}"
+        else:
+            problem = no_hub or f"{name} was found on the Hugging Face Hub but does not load: {first_line(error)}"
+        raise CheckpointError(problem) from error
+    return model.to(device).eval(), processor
+
+
+def _why_no_hub(name: str) -> str | None:
+    """Why this model cannot be fetched, or `None` if it can.
+
+    Asked once and first, because every file of an unreachable checkpoint is otherwise tried six times: two minutes of
+    silence before the same answer.
+    """
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return f"there is no folder {name}; give the folder of a checkpoint, or a model id such as {_REAL_MODEL}."
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        return (
+            f"the Hugging Face Hub shows no model {name}: check the name (such as {_REAL_MODEL}), and for a private or "
+            f"gated one run `hf auth login`. ({first_line(error)})"
+        )
+    except Exception as error:  # whatever the HTTP client of this version of the Hub's library raises
+        return (
+            f"could not get {name}: the Hugging Face Hub cannot be reached ({first_line(error)}), and the local cache "
+            f"holds no complete copy. Run `hf download {name} --local-dir FOLDER` where there is network, copy FOLDER "
+            "here and pass --model FOLDER. Without --model the demo needs no network."
+        )
+    return None
+
+
+@contextmanager
+def _hub_offline(offline: bool) -> Iterator[None]:
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error that says anything."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
