@@ -31,6 +31,7 @@ setup(
     package_data={"hawk_kernels": ["py.typed", "head_weights/*.json", "assets/*", "assets/*/*"]},
     python_requires=">=3.10,<3.14",
     install_requires=["numpy>=1.26", "torch>=2.11", "triton>=3.6; sys_platform == 'linux'"],
+    entry_points={"console_scripts": ["hawk-kernels = hawk_kernels.__main__:main"]},
     extras_require={"hf": hf, "dev": hf + dev},
     classifiers=[
         "Programming Language :: Python :: 3",

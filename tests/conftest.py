@@ -11,6 +11,9 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Tiny tensors gain nothing from a second thread, and on a busy machine waiting for it is most of the time.
+torch.set_num_threads(1)
+
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
 

@@ -364,6 +364,19 @@ def test_plain_decoding_with_and_without_masks_goes_on_at_the_right_positions(mo
     assert torch.equal(torch.cat(said, dim=1), expected)
 
 
+def test_a_cache_cropped_into_the_prompt(model):
+    # unequal counts and no mask, so that the padding of the packed rows is known to the cache alone
+    inputs = qwen_batch(question(Picture(4, 4)), question(Picture(2, 4), seed=3, after=13))
+    assert inputs.pop("attention_mask").all()
+    with torch.no_grad(), prune(model, 0.25, head_weights="uniform"):
+        output = model(**inputs, use_cache=True)
+        cache = output.past_key_values
+        cache.crop(-3)
+        tokens = inputs["input_ids"][:, -3:].split([1, 2], dim=1)
+        again = torch.cat([model(input_ids=token, past_key_values=cache).logits for token in tokens], dim=1)
+    assert (again - output.logits[:, -3:]).abs().max() < 1e-4
+
+
 def first_turn(model, inputs):
     out = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
     return out.sequences, out.past_key_values
