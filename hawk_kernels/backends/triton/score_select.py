@@ -23,9 +23,10 @@ HEADS_PER_PROGRAM = 16
 MAX_ROW_IN_ONE_LAUNCH = 16384
 # Programs beyond the multiprocessors only repeat the averaging; this many is about one wave on A100 to B200.
 _PROGRAMS_PER_ROW = 128
-# The largest tile that spills on no target, for no dtype, norm or head size (bench/compile_only.py).
+# The largest tiles that spill on no target, for no dtype, norm or head size (bench/compile_only.py).
 _KEYS_PER_TILE = 32
 _NUM_WARPS = 4
+_QUERY_ELEMENTS = {"row in registers": 256, "row in memory": 512}
 _FLOAT32_TINY = tl.constexpr(1.1754943508222875e-38)
 _NO_NORM, _L2, _SOFTMAX, _MINMAX = (tl.constexpr(mode) for mode in range(4))
 # What the last arriver goes on to: the norms only (long rows), the scores, the selection.
@@ -457,7 +458,8 @@ def launch_config(group_size: int, num_key_value_heads: int, num_keys: int, head
     tiles_wanted = max(1, _PROGRAMS_PER_ROW // num_parts)
     keys_per_program = triton.cdiv(triton.cdiv(num_keys, tiles_wanted), _KEYS_PER_TILE) * _KEYS_PER_TILE
     num_tiles = triton.cdiv(num_keys, keys_per_program)
-    block_row = row_block(num_keys)
+    in_registers = num_keys <= MAX_ROW_IN_REGISTERS
+    query_elements = _QUERY_ELEMENTS["row in registers" if in_registers else "row in memory"]
     return {
         "grid": (num_tiles, num_parts),
         "keys_per_program": keys_per_program,
@@ -465,10 +467,10 @@ def launch_config(group_size: int, num_key_value_heads: int, num_keys: int, head
         "blocks": {
             "BLOCK_H": HEADS_PER_PROGRAM,
             "BLOCK_M": _KEYS_PER_TILE,
-            "BLOCK_N": max(1, 512 // block_d),
+            "BLOCK_N": max(1, query_elements // block_d),
             "BLOCK_D": block_d,
             "BLOCK_T": triton.next_power_of_2(num_tiles),
-            "BLOCK_ROW": block_row,
-            "IN_REGISTERS": num_keys <= MAX_ROW_IN_REGISTERS,
+            "BLOCK_ROW": row_block(num_keys),
+            "IN_REGISTERS": in_registers,
         },
     }
