@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hawk_kernels.backends.triton import score_select, select_rows
+from hawk_kernels.backends.triton import column_stats, score_select, select_rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -83,6 +83,35 @@ def variants(quick: bool = False) -> Iterator[Variant]:
         yield Variant(f"importance {mode}", score_select._importance_kernel, pointers, constants, 4)
     for num_keys in (1, 1296, 2048, 131072):
         yield _select(num_keys)
+    columns = [(dtype, head_dim, 1024, 1024, "dense") for dtype in DTYPES for head_dim in (64, 72, 80, 96, 128, 256)]
+    columns += [("bf16", 80, 6400, 6400, "segments"), ("fp32", 80, 6400, 6400, "segments")]
+    columns += [(dtype, 128, 1, 16384, "causal rows max") for dtype in DTYPES]
+    for dtype, head_dim, num_queries, num_keys, kind in columns[4:5] + columns[-3:] if quick else columns:
+        yield from _columns(dtype, head_dim, num_queries, num_keys, kind)
+
+
+def _columns(dtype: str, head_dim: int, num_queries: int, num_keys: int, kind: str) -> Iterator[Variant]:
+    config = column_stats.launch_config(16, num_queries, num_keys, head_dim, 4 if dtype == "fp32" else 2)
+    pass_constants = {
+        "HEAD_DIM": head_dim,
+        "CAUSAL": "causal" in kind,
+        "SEGMENTED": "segments" in kind,
+        "HAS_Q_ROWS": "rows" in kind,
+        "UPCAST": False,
+        "q_stride_d": 1,
+        "k_stride_d": 1,
+        **config["blocks"],
+    }
+    maximum, counted = {"MAXIMUM": "max" in kind}, kind != "dense"
+    pointers = {"q_ptr": DTYPES[dtype], "k_ptr": DTYPES[dtype], "starts_ptr": "*i32", "ends_ptr": "*i32"}
+    pointers["q_rows_ptr"] = "*i1"
+    name = f"{dtype} D={head_dim} N={num_queries} {kind}"
+    warps = config["num_warps"]
+    yield Variant(f"row pass {name}", column_stats._row_pass, pointers, pass_constants, warps)
+    constants = {**pass_constants, **maximum}
+    yield Variant(f"column pass {name}", column_stats._column_pass, pointers, constants, warps)
+    constants = {**maximum, "MEAN": counted, "HAS_COUNTS": counted, "HAS_WEIGHTS": counted, "BLOCK": 256}
+    yield Variant(f"finish {name}", column_stats._finish, {}, constants, 4)
 
 
 def _fused(

@@ -9,13 +9,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hawk_kernels.api import score_and_select, score_tokens, select_topk
+from hawk_kernels.attention import attention_column_mean
+from hawk_kernels.hiprune import hiprune_select
 from hawk_kernels.selection import Selection
 
 if TYPE_CHECKING:
     from hawk_kernels.hf.prune import Pruning, prune
 
 __version__ = "0.1.0"
-__all__ = ["Pruning", "Selection", "prune", "score_and_select", "score_tokens", "select_topk"]
+__all__ = [
+    "Pruning",
+    "Selection",
+    "attention_column_mean",
+    "hiprune_select",
+    "prune",
+    "score_and_select",
+    "score_tokens",
+    "select_topk",
+]
 
 _FROM_TRANSFORMERS = ("Pruning", "prune")
 

@@ -182,6 +182,63 @@ def _checked_keep(r: object, num_keys: int, masked: bool) -> tuple[float, int | 
     return ratio, 0
 
 
+def _check_queries_and_keys(q: torch.Tensor, k: torch.Tensor) -> None:
+    """Types, dtypes, shapes and devices of `q` and `k`."""
+    _check_tensor("q", q)
+    _check_tensor("k", k)
+    for name, tensor in (("q", q), ("k", k)):
+        if tensor.dtype not in _FLOATS:
+            raise TypeError(
+                f"{name}: expected dtype float32, float16 or bfloat16, got {tensor.dtype}; use {name}.float()"
+            )
+    if q.dtype != k.dtype:
+        raise TypeError(f"k: expected the dtype of q, {q.dtype}, got {k.dtype}; use k.to(q.dtype)")
+    if q.dim() not in (3, 4):
+        raise ValueError(f"q: expected [B, H, N, D] or [H, N, D], got shape {_shape(q)}")
+    if k.dim() != q.dim():
+        layout = "[B, Hkv, M, D]" if q.dim() == 4 else "[Hkv, M, D]"
+        raise ValueError(f"k: expected {layout} because q has {q.dim()} dimensions, got shape {_shape(k)}")
+    if q.dim() == 4 and q.shape[0] != k.shape[0]:
+        raise ValueError(f"k: expected batch size {q.shape[0]} as q has, got {k.shape[0]} (shape {_shape(k)})")
+    num_heads, _, head_dim = q.shape[-3:]
+    num_key_value_heads = k.shape[-3]
+    if k.shape[-1] != head_dim:
+        raise ValueError(f"k: expected head_dim {head_dim} as q has, got {k.shape[-1]} (shape {_shape(k)})")
+    if num_heads < 1 or head_dim < 1:
+        raise ValueError(f"q: expected at least one head and head_dim >= 1, got shape {_shape(q)}")
+    if num_key_value_heads < 1 or num_heads % num_key_value_heads != 0:
+        raise ValueError(
+            f"k: expected a number of KV heads that divides q's {num_heads} heads, got {num_key_value_heads}"
+        )
+    _check_device("k", k, q.device)
+
+
+def _check_head_vector(name: str, weights: torch.Tensor, q: torch.Tensor) -> None:
+    """One floating point weight a head of `q`, beside it."""
+    _check_tensor(name, weights)
+    if not weights.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating point dtype, got {weights.dtype}; use {name}.float()")
+    num_heads = q.shape[-3]
+    if weights.dim() != 1 or weights.shape[0] != num_heads:
+        raise ValueError(f"{name}: expected shape [{num_heads}], one weight a head of q, got {_shape(weights)}")
+    _check_device(name, weights, q.device)
+
+
+def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device} as q, got {tensor.device}; use {name}.to({str(device)!r})")
+
+
+def _checked_scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return float(head_dim**-0.5)
+    if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"scale: expected a float or None (D ** -0.5), got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}; None means D ** -0.5")
+    return float(scale)
+
+
 def _checked_scoring(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -193,44 +250,10 @@ def _checked_scoring(
     backend: str | None,
 ) -> tuple[bool, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, float, str]:
     """The arguments, batched, without grad, with defaults filled in; first item: whether they came batched."""
-    _check_tensor("q", q)
-    _check_tensor("k", k)
-    _check_tensor("w", w)
-    for name, tensor in (("q", q), ("k", k)):
-        if tensor.dtype not in _FLOATS:
-            raise TypeError(
-                f"{name}: expected dtype float32, float16 or bfloat16, got {tensor.dtype}; use {name}.float()"
-            )
-    if q.dtype != k.dtype:
-        raise TypeError(f"k: expected the dtype of q, {q.dtype}, got {k.dtype}; use k.to(q.dtype)")
-    if not w.dtype.is_floating_point:
-        raise TypeError(f"w: expected a floating point dtype, got {w.dtype}; use w.float()")
-
-    if q.dim() not in (3, 4):
-        raise ValueError(f"q: expected [B, H, N, D] or [H, N, D], got shape {_shape(q)}")
-    if k.dim() != q.dim():
-        layout = "[B, Hkv, M, D]" if q.dim() == 4 else "[Hkv, M, D]"
-        raise ValueError(f"k: expected {layout} because q has {q.dim()} dimensions, got shape {_shape(k)}")
+    _check_queries_and_keys(q, k)
+    _check_head_vector("w", w, q)
     batched = q.dim() == 4
-    if batched and q.shape[0] != k.shape[0]:
-        raise ValueError(f"k: expected batch size {q.shape[0]} as q has, got {k.shape[0]} (shape {_shape(k)})")
-    num_heads, num_queries, head_dim = q.shape[-3:]
-    num_key_value_heads, num_keys = k.shape[-3:-1]
-    if k.shape[-1] != head_dim:
-        raise ValueError(f"k: expected head_dim {head_dim} as q has, got {k.shape[-1]} (shape {_shape(k)})")
-    if num_heads < 1 or head_dim < 1:
-        raise ValueError(f"q: expected at least one head and head_dim >= 1, got shape {_shape(q)}")
-    if num_key_value_heads < 1 or num_heads % num_key_value_heads != 0:
-        raise ValueError(
-            f"k: expected a number of KV heads that divides q's {num_heads} heads, got {num_key_value_heads}"
-        )
-    if w.dim() != 1 or w.shape[0] != num_heads:
-        raise ValueError(f"w: expected shape [{num_heads}], one weight a head of q, got {_shape(w)}")
-    for name, tensor in (("k", k), ("w", w)):
-        if tensor.device != q.device:
-            raise ValueError(
-                f"{name}: expected device {q.device} as q, got {tensor.device}; use {name}.to({str(q.device)!r})"
-            )
+    num_queries, head_dim, num_keys = q.shape[-2], q.shape[-1], k.shape[-2]
     batch = (q.shape[0],) if batched else ()
     if q_mask is not None:
         _check_mask("q_mask", q_mask, (*batch, num_queries), "one entry a query", q.device)
@@ -239,12 +262,7 @@ def _checked_scoring(
 
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize: expected None, 'l2', 'softmax' or 'minmax', got {normalize!r}")
-    if scale is None:
-        scale = head_dim**-0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"scale: expected a float or None (D ** -0.5), got {type(scale).__name__}")
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}; None means D ** -0.5")
+    scale = _checked_scale(scale, head_dim)
     backend = choose_backend(backend, q.device, head_dim)
 
     q, k, w = q.detach(), k.detach(), w.detach()
@@ -252,4 +270,4 @@ def _checked_scoring(
         q, k = q.unsqueeze(0), k.unsqueeze(0)
         q_mask = None if q_mask is None else q_mask.unsqueeze(0)
         k_mask = None if k_mask is None else k_mask.unsqueeze(0)
-    return batched, q, k, w, q_mask, k_mask, float(scale), backend
+    return batched, q, k, w, q_mask, k_mask, scale, backend

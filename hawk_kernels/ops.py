@@ -1,4 +1,4 @@
-"""The three operators as `torch.library` sees them: opaque to `torch.compile`, with shapes known in advance.
+"""The operators as `torch.library` sees them: opaque to `torch.compile`, with shapes known in advance.
 
 Defined with `torch.library.define` and `impl`, which cost about half of what `custom_op` costs on each call.
 """
@@ -31,6 +31,11 @@ _LIBRARY.define(
     "-> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
+_LIBRARY.define(
+    "attention_column_mean(Tensor q, Tensor k, Tensor? cu_seqlens, bool causal, Tensor? q_rows, Tensor? head_weights, "
+    "bool reduce_heads, str reduction, float scale, str backend) -> Tensor",
+    tags=_TAGS,
+)
 
 
 def _without_autocast(tensor: torch.Tensor):
@@ -53,6 +58,13 @@ def _score_tokens(q, k, w, q_mask, k_mask, normalize, scale, backend):
 
 def _select_topk(scores, mask, ratio, budget, rounding, backend):
     return load_backend(backend).select_topk(scores, budget or ratio, mask, rounding)
+
+
+def _attention_column_mean(q, k, cu_seqlens, causal, q_rows, head_weights, reduce_heads, reduction, scale, backend):
+    with _without_autocast(q):
+        return load_backend(backend).attention_column_mean(
+            q, k, cu_seqlens, causal, q_rows, head_weights, reduce_heads, reduction, scale
+        )
 
 
 def _width(num_keys, ratio, budget, rounding):
@@ -86,10 +98,18 @@ def _fake_select_topk(scores, mask, ratio, budget, rounding, backend):
     return _fake_selection(scores, scores.shape[1], ratio, budget, rounding)
 
 
+def _fake_attention_column_mean(
+    q, k, cu_seqlens, causal, q_rows, head_weights, reduce_heads, reduction, scale, backend
+):
+    heads = () if reduce_heads else (q.shape[1],)
+    return k.new_empty((k.shape[0], *heads, k.shape[2]), dtype=torch.float32)
+
+
 for _name, _run, _fake in (
     ("score_and_select", _score_and_select, _fake_score_and_select),
     ("score_tokens", _score_tokens, _fake_score_tokens),
     ("select_topk", _select_topk, _fake_select_topk),
+    ("attention_column_mean", _attention_column_mean, _fake_attention_column_mean),
 ):
     _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hawk_kernels::{_name}", _fake, lib=_LIBRARY)
@@ -97,3 +117,4 @@ for _name, _run, _fake in (
 score_and_select = torch.ops.hawk_kernels.score_and_select.default
 score_tokens = torch.ops.hawk_kernels.score_tokens.default
 select_topk = torch.ops.hawk_kernels.select_topk.default
+attention_column_mean = torch.ops.hawk_kernels.attention_column_mean.default

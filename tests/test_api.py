@@ -17,6 +17,9 @@ SIGNATURES = {
     "backend=None)",
     "score_tokens": "(q, k, w, *, q_mask=None, k_mask=None, normalize=None, scale=None, backend=None)",
     "select_topk": "(scores, r, *, mask=None, rounding='floor')",
+    "attention_column_mean": "(q, k, *, cu_seqlens=None, causal=False, q_rows=None, head_weights=None, "
+    "reduce_heads=True, reduction='mean', scale=None, backend=None)",
+    "hiprune_select": "(object_attention, deep_attention, r, *, grid, alpha=0.1, rounding='floor')",
     "prune": "(model, keep_ratio, *, method='hawk', head_weights=None, budget='shared', query=None, **options)",
 }
 
@@ -32,7 +35,16 @@ def test_signatures_are_frozen(name):
 
 
 def test_names_are_frozen():
-    assert hawk_kernels.__all__ == ["Pruning", "Selection", "prune", "score_and_select", "score_tokens", "select_topk"]
+    assert hawk_kernels.__all__ == [
+        "Pruning",
+        "Selection",
+        "attention_column_mean",
+        "hiprune_select",
+        "prune",
+        "score_and_select",
+        "score_tokens",
+        "select_topk",
+    ]
     assert set(hawk_kernels.__all__) <= set(dir(hawk_kernels))
     assert Selection._fields == ("mask", "indices", "scores")
     for name in hawk_kernels.__all__:

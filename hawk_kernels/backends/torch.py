@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from hawk_kernels.backends.torch_column_stats import attention_column_mean
 from hawk_kernels.selection import Selection, kept_counts, max_kept
+
+__all__ = ["attention_column_mean", "score_and_select", "score_tokens", "select_topk"]
 
 _INT32_MIN = -(2**31)
 

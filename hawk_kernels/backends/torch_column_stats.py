@@ -1,0 +1,130 @@
+"""Column statistics of attention in PyTorch: whole rows of the attention matrix, one tile of rows at a time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import pairwise
+
+import torch
+
+from hawk_kernels.backends.visibility import seeing_rows, segment_bounds
+
+# Logits of a tile: 4 MB of float32, which stay in a core's cache between the product, the softmax and the sum.
+_TILE = 1 << 20
+
+
+def attention_column_mean(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    causal: bool,
+    q_rows: torch.Tensor | None,
+    head_weights: torch.Tensor | None,
+    reduce_heads: bool,
+    reduction: str,
+    scale: float,
+) -> torch.Tensor:
+    """Statistics `[B, M]` or `[B, H, M]` float32 of validated arguments.
+
+    Reads `q_rows` and `cu_seqlens` on the host: rows that do not count are never multiplied, and segments of one length
+    run side by side.
+    """
+    num_queries, num_key_value_heads, num_keys = q.shape[2], *k.shape[1:3]
+    queries = q.unflatten(1, (num_key_value_heads, -1))
+    columns = q.new_zeros((*queries.shape[:3], num_keys), dtype=torch.float32)
+    if cu_seqlens is not None:
+        _fill_segments(columns[0], queries[0], k[0], _limits(cu_seqlens, num_keys), causal, q_rows, reduction, scale)
+    elif q_rows is None:
+        for out, row_queries, row_keys in zip(columns, queries, k):
+            out += _columns(row_queries, row_keys, range(num_queries), causal, reduction, scale)
+    else:
+        for out, row_queries, row_keys, rows in zip(columns, queries, k, q_rows):
+            out += _columns(row_queries, row_keys, rows.nonzero().flatten().tolist(), causal, reduction, scale)
+    columns = columns.flatten(1, 2)
+    if reduction == "mean":
+        bounds = None if cu_seqlens is None else segment_bounds(cu_seqlens, num_keys)
+        columns /= seeing_rows(num_queries, num_keys, bounds, causal, q_rows, k.device).unsqueeze(1)
+    if not reduce_heads:
+        return columns
+    return columns.mean(dim=1) if head_weights is None else torch.einsum("h,bhm->bm", head_weights.float(), columns)
+
+
+def _limits(cu_seqlens: torch.Tensor, length: int) -> list[int]:
+    limits = cu_seqlens.tolist()
+    if limits[0] != 0 or limits[-1] != length or any(end < start for start, end in pairwise(limits)):
+        shown = limits if len(limits) <= 8 else [*limits[:4], "...", *limits[-3:]]
+        raise ValueError(
+            f"cu_seqlens: expected ascending positions from 0 to {length}, the length of the packed sequence, got "
+            f"{shown}; use torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
+        )
+    return limits
+
+
+def _fill_segments(
+    columns: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    limits: list[int],
+    causal: bool,
+    q_rows: torch.Tensor | None,
+    reduction: str,
+    scale: float,
+) -> None:
+    """`columns [Hkv, R, T]` of a packed sequence, queries `[Hkv, R, T, D]`, keys `[Hkv, T, D]`."""
+    segments = [(start, end) for start, end in pairwise(limits) if end > start]
+    if q_rows is not None:
+        for start, end in segments:
+            rows = q_rows[0, start:end].nonzero().flatten().tolist()
+            columns[..., start:end] = _columns(q[:, :, start:end], k[:, start:end], rows, causal, reduction, scale)
+        return
+    starts_by_length: dict[int, list[int]] = defaultdict(list)
+    for start, end in segments:
+        starts_by_length[end - start].append(start)
+    for length, starts in starts_by_length.items():
+        together = max(1, _TILE // (q.shape[0] * q.shape[1] * length**2))
+        for first in range(0, len(starts), together):
+            begin = torch.tensor(starts[first : first + together], device=k.device)
+            tokens = begin[:, None] + torch.arange(length, device=k.device)
+            queries = q[:, :, tokens].transpose(1, 2).flatten(0, 1)
+            found = _columns(queries, k[:, tokens].flatten(0, 1), range(length), causal, reduction, scale)
+            columns[..., tokens] = found.unflatten(0, (-1, len(begin))).transpose(1, 2)
+
+
+def _columns(
+    q: torch.Tensor, k: torch.Tensor, rows: range | list[int], causal: bool, reduction: str, scale: float
+) -> torch.Tensor:
+    """Sums or maxima `[G, R, M]` over `rows` of the attention of queries `[G, R, N, D]` to keys `[G, M, D]`."""
+    groups, group_size, num_queries, _ = q.shape
+    num_keys = k.shape[1]
+    columns = q.new_zeros((groups, group_size, num_keys), dtype=torch.float32)
+    offset = num_keys - num_queries
+    if causal:
+        rows = [row for row in rows if row + offset >= 0]
+    if len(rows) == 0 or num_keys == 0:
+        return columns
+    if len(rows) < num_queries:
+        q = q[:, :, torch.tensor(rows, device=q.device)]
+    groups_together = max(1, _TILE // (group_size * len(rows) * num_keys))
+    rows_together = max(1, _TILE // (groups_together * group_size * num_keys))
+    for group in range(0, groups, groups_together):
+        of_group = slice(group, group + groups_together)
+        keys = k[of_group].float().transpose(1, 2)
+        for start in range(0, len(rows), rows_together):
+            tile = rows[start : start + rows_together]
+            seen = tile[-1] + offset + 1 if causal else num_keys
+            queries = q[of_group, :, start : start + len(tile)].float() * scale
+            logits = torch.bmm(queries.flatten(1, 2), keys[:, :, :seen]).unflatten(1, (group_size, len(tile)))
+            if causal:
+                last = torch.tensor(tile, device=k.device).unsqueeze(1) + offset
+                future = torch.arange(seen, device=k.device) > last
+                logits.masked_fill_(future, -torch.inf)
+            attention = torch.softmax(logits, dim=-1, out=logits)
+            if causal:
+                # a NaN fills its whole row, but the future of that row is not its to spoil
+                attention.masked_fill_(future, 0.0)
+            filled = columns[of_group, :, :seen]
+            if reduction == "max":
+                torch.maximum(filled, attention.amax(dim=2), out=filled)
+            else:
+                filled += attention.sum(dim=2)
+    return columns

@@ -1,0 +1,42 @@
+"""Who sees whom under right-aligned causality and segments: for a key always one range of rows, and the other way."""
+
+from __future__ import annotations
+
+import torch
+
+
+def segment_bounds(cu_seqlens: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the segment of each token begins and ends, int32 `[T]` each, without a host sync."""
+    tokens = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    segment = torch.searchsorted(cu_seqlens, tokens, right=True).clamp_(1, max(1, cu_seqlens.shape[0] - 1))
+    return cu_seqlens[segment - 1], cu_seqlens[segment]
+
+
+def seeing_rows(
+    num_queries: int,
+    num_keys: int,
+    bounds: tuple[torch.Tensor, torch.Tensor] | None,
+    causal: bool,
+    q_rows: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """How many of the rows that count see each key, float32 `[1 or B, M]`, at least 1 so that it can divide.
+
+    Args:
+        num_queries: N.
+        num_keys: M.
+        bounds: `segment_bounds`, or None for one segment.
+        causal: whether row `n` sees keys up to `n + M - N` only.
+        q_rows: bool `[B, N]`, the rows that count, or None for all.
+        device: of the result.
+    """
+    keys = torch.arange(num_keys, device=device)
+    first, behind = (torch.zeros_like(keys), torch.full_like(keys, num_queries)) if bounds is None else bounds
+    if causal:
+        # rows before N - M see nothing, and no key is theirs
+        first = keys + (num_queries - num_keys)
+    first = first.clamp(min=0).long()
+    if q_rows is None:
+        return (behind - first).clamp(min=1).float().unsqueeze(0)
+    before = torch.nn.functional.pad(q_rows.cumsum(dim=1), (1, 0))
+    return (before[:, behind.long()] - before[:, first]).clamp(min=1).float()
