@@ -125,7 +125,7 @@ def _fused(
         "HAS_K_MASK": masked,
         "FINISH": score_select._SELECTION.value if finish is None else finish,
         "CEIL": False,
-        "UPCAST": False,
+        "INTERPRETED": False,
         "q_stride_d": 1,
         "k_stride_d": 1,
         "w_stride": 1,

@@ -53,7 +53,7 @@ def _count(r, num_candidates, rounding):
     """`K_b` of the paper (floor) or of the release (ceil), at least 1.
 
     The ratio is a binary fraction just beside the number that a person wrote: where `count / num_candidates` is
-    the very float `r`, that count was meant (0.29 of 100 is 29).
+    `r` up to the rounding of `1 - 0.8`, that count was meant (0.29 of 100 is 29).
     """
     if num_candidates == 0:
         return 0
@@ -62,5 +62,9 @@ def _count(r, num_candidates, rounding):
     product = Fraction(r) * num_candidates
     below, above = math.floor(product), math.ceil(product)
     if rounding == "ceil":
-        return max(1, below if below / num_candidates == r else above)
-    return max(1, above if above / num_candidates == r else below)
+        return max(1, below if _is_meant(below, num_candidates, r) else above)
+    return max(1, above if _is_meant(above, num_candidates, r) else below)
+
+
+def _is_meant(count, num_candidates, r):
+    return abs(Fraction(count, num_candidates) - Fraction(r)) <= min(Fraction(1, 2**52), Fraction(r) / 2**40)

@@ -12,6 +12,8 @@ from hawk_kernels.backends.choose import choose_backend
 from hawk_kernels.selection import ROUNDINGS, Selection
 
 NORMALIZATIONS = (None, "l2", "softmax", "minmax")
+# Rows are shorter than this, so a larger budget keeps as much; an operator takes no integers beyond 64 bits.
+_MAX_BUDGET = 2**31 - 1
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -167,11 +169,13 @@ def _checked_keep(r: object, num_keys: int, masked: bool) -> tuple[float, int | 
         remedy = "; read it first: r.item() waits for the device" if isinstance(r, torch.Tensor) else ""
         raise TypeError(f"{expected}, got {type(r).__name__}{remedy}")
     if isinstance(r, (numbers.Integral, torch.SymInt)):
-        budget = r if isinstance(r, torch.SymInt) else int(r)
+        budget = r if isinstance(r, torch.SymInt) else min(int(r), _MAX_BUDGET)
         if budget < 1:
             raise ValueError(f"{expected}, got {r}; to keep everything use 1.0")
         if not masked and budget > num_keys:
-            raise ValueError(f"r: expected a budget of at most {num_keys} keys, got {r}; use min({r}, {num_keys})")
+            raise ValueError(
+                f"r: expected a budget of at most {num_keys} keys, got {r}; use a float, or min(budget, {num_keys})"
+            )
         return 1.0, budget
     ratio = float(r)
     if not 0.0 < ratio <= 1.0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
@@ -14,6 +13,7 @@ ROUNDINGS = ("floor", "ceil")
 # Row lengths are below 2**31, so a fraction with a denominator below 2**31 gives every row the exact
 # count and `length * numerator` still fits in int64 on a device.
 _MAX_DENOMINATOR = 2**31 - 1
+_ROUNDING = Fraction(1, 2**52)
 
 
 class Selection(NamedTuple):
@@ -44,17 +44,15 @@ def _simplest_between(low: Fraction, high: Fraction) -> Fraction:
 def keep_fraction(keep_ratio: float, rounding: str) -> tuple[int, int]:
     """The keep ratio as `(numerator, denominator)`, both below 2**31, as a person meant it.
 
-    0.29 is not a binary fraction: `int(0.29 * 100)` is 28. A person who writes `0.29` means 29/100 and one who writes
-    `1 / 3` means a third, so the ratio is read as the simplest fraction that rounds to the same float. Where
-    that fraction needs a larger denominator, its neighbour below (`floor`) or above (`ceil`) among the fractions
-    with denominators below 2**31 gives the same count for every row length below 2**31.
+    0.29 is not a binary fraction: `int(0.29 * 100)` is 28. A person who writes `0.29` means 29/100, one who writes
+    `1 / 3` a third and one who writes `1 - 0.8` a fifth, so the ratio is read as the simplest fraction within the
+    rounding of such a subtraction, 2**-52. Where that fraction needs a larger denominator, its neighbour below
+    (`floor`) or above (`ceil`) among the fractions with denominators below 2**31 gives the same count for every row
+    length below 2**31.
     """
     exact = Fraction(keep_ratio)
-    below = (exact + Fraction(math.nextafter(keep_ratio, 0.0))) / 2
-    above = (exact + Fraction(math.nextafter(keep_ratio, 2.0))) / 2
-    meant = _simplest_between(below, above)
-    if meant.numerator / meant.denominator != keep_ratio:
-        meant = exact
+    tolerance = min(_ROUNDING, exact / 2**40)
+    meant = _simplest_between(exact - tolerance, min(exact + tolerance, Fraction(1)))
     if meant.denominator <= _MAX_DENOMINATOR:
         return meant.numerator, meant.denominator
     lower, upper = _farey_neighbours(meant)

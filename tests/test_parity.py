@@ -181,6 +181,25 @@ def test_all_equal_keys_keep_the_first(backend, normalize, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@settings(max_examples=15)
+@given(num_keys=st.integers(2, 200), head_dim=st.integers(1, 100), group_size=st.integers(1, 8))
+def test_equal_keys_tie_wherever_they_stand(backend, normalize, num_keys, head_dim, group_size, device):
+    """A matrix product that adds in another order at its edges would give the last keys other last bits."""
+    case = make_case(1, 2 * group_size, 2, 5, 1, head_dim, r=(num_keys + 3) // 4, normalize=normalize)
+    case.k = case.k.expand(-1, -1, num_keys, -1)
+    assert run(case, backend, device).indices.tolist() == [list(range(case.r))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_do_not_settle_each_others_budgets(backend, device):
+    """A row with a NaN has one score too few above its threshold, a row with a tie one too many."""
+    scores = torch.tensor([[torch.nan, 3, 2, 1], [5, 1, 1, 0]])
+    assert select(scores, 2, backend, device).indices.tolist() == [[1, 2], [0, 1]]
+    assert_exact(torch.tensor([[torch.nan, torch.nan, 2, 1], [1, 1, 1, 1]]), 2, backend, device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_without_text_scores_zero(backend, device):
     case = make_case(q_mask=torch.tensor([[False] * 5, [True] * 5]), r=4).to(device)
     selection = score_and_select(case.q, case.k, case.w, case.r, backend=backend, **case.options)

@@ -67,6 +67,8 @@ def test_heads_share_key_value_heads_in_order():
         (0.2, 1296, "floor", 259),
         (0.2, 1296, "ceil", 260),
         (1 / 3, 576, "floor", 192),
+        (1 - 0.8, 100, "floor", 20),
+        (0.1 * 3, 10, "ceil", 3),
         (0.01, 5, "floor", 1),
         (1.0, 7, "floor", 7),
         (3, 7, "ceil", 3),

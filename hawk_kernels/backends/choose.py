@@ -16,7 +16,14 @@ MAX_TRITON_HEAD_DIM = 256
 
 @lru_cache(maxsize=1)
 def _triton_is_installed() -> bool:
-    return find_spec("triton") is not None
+    try:
+        return find_spec("triton") is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _is_interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
 
 
 def choose_backend(requested: str | None, device: torch.device, head_dim: int | None = None) -> str:
@@ -36,7 +43,7 @@ def choose_backend(requested: str | None, device: torch.device, head_dim: int | 
     if requested == "triton":
         if not _triton_is_installed():
             raise ImportError("backend='triton' needs Triton, which is not installed: pip install triton")
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        if device.type != "cuda" and not _is_interpreting():
             raise ValueError(
                 f"backend='triton': expected tensors on a GPU, got device {str(device)!r}; move them there, use "
                 "backend='torch', or set TRITON_INTERPRET=1 before the first import of triton to run the interpreter"

@@ -14,6 +14,7 @@ from hawk_kernels.selection import Selection, kept_counts, max_kept
 __all__ = ["attention_column_mean", "score_and_select", "score_tokens", "select_topk"]
 
 _INT32_MIN = -(2**31)
+_COLUMNS = 16
 
 
 def score_tokens(
@@ -29,14 +30,36 @@ def score_tokens(
     batch, num_heads, _, head_dim = q.shape
     num_key_value_heads, num_keys = k.shape[1:3]
     queries = _mean_query(q, q_mask, scale)
+    keys, candidates = _aligned(k, k_mask)
     groups = batch * num_key_value_heads
     # torch.matmul would do the same with twice the host work.
-    keys = k.float().reshape(groups, num_keys, head_dim)
-    c = torch.bmm(queries.view(groups, num_heads // num_key_value_heads, head_dim), keys.transpose(1, 2))
-    c = c.view(batch, num_heads, num_keys)
+    c = torch.bmm(
+        queries.view(groups, num_heads // num_key_value_heads, head_dim),
+        keys.reshape(groups, keys.shape[2], head_dim).transpose(1, 2),
+    )
+    c = c.view(batch, num_heads, keys.shape[2])
     c.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    importance = _weighted_sum(c, w.float(), k_mask, normalize)
-    return importance if k_mask is None else importance.masked_fill_(~k_mask, -torch.inf)
+    importance = _weighted_sum(c, w.float(), candidates, normalize)
+    if candidates is None:
+        return importance
+    return importance.masked_fill_(~candidates, -torch.inf)[:, :num_keys].contiguous()
+
+
+def _aligned(k: torch.Tensor, k_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The keys in float32 with zeros behind them up to a multiple of `_COLUMNS`, and the candidates among all these.
+
+    A matrix product adds in another order in its last columns, so that equal keys there would get another last bit
+    and no longer tie.
+    """
+    batch, num_key_value_heads, num_keys, head_dim = k.shape
+    extra = -num_keys % _COLUMNS
+    if extra == 0:
+        return k.float(), k_mask
+    keys = k.new_zeros((batch, num_key_value_heads, num_keys + extra, head_dim), dtype=torch.float32)
+    keys[:, :, :num_keys] = k
+    if k_mask is None:
+        k_mask = torch.ones((batch, num_keys), dtype=torch.bool, device=k.device)
+    return keys, torch.nn.functional.pad(k_mask, (0, extra))
 
 
 def _mean_query(q: torch.Tensor, q_mask: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -103,11 +126,14 @@ def _select(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rou
 def _untied_top(scores: torch.Tensor, width: int) -> Selection | None:
     """The best `width` of each row by `torch.topk`, or None where a tie or a NaN would leave the order to it.
 
-    The number of scores that reach the threshold tells. Reading it is no host sync: this is for CPU tensors.
+    The number of scores that reach a row's threshold tells. Reading it is no host sync: this is for CPU tensors.
     """
     keep = scores >= scores.topk(width).values[:, -1:]
     positions = keep.nonzero()
     if positions.shape[0] != scores.shape[0] * width:
+        return None
+    # A row with a NaN falls as far below its budget as a row with a tie may rise above it.
+    if scores.shape[0] > 1 and bool((keep.sum(dim=1) != width).any()):
         return None
     return Selection(keep, positions[:, 1].clone(memory_format=torch.contiguous_format).view(-1, width), scores)
 

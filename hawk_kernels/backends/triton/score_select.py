@@ -68,23 +68,27 @@ def _mean_query(
 
 
 @triton.jit
-def _dot_half(keys, query, product, UPCAST: tl.constexpr):
-    if UPCAST:
-        return tl.dot(keys.to(tl.float32), query.to(tl.float32), product, input_precision="ieee")
-    return tl.dot(keys, query, product, out_dtype=tl.float32)
+def _dot(keys, query, product, INTERPRETED: tl.constexpr):
+    """`product + keys @ query`, float32.
+
+    Triton's interpreter multiplies the bit patterns of bfloat16, and its BLAS adds in another order at the edges of a
+    tile, where equal keys would no longer tie.
+    """
+    if INTERPRETED:
+        return product + tl.sum(keys.to(tl.float32)[:, :, None] * query.to(tl.float32)[None, :, :], 1)
+    return tl.dot(keys, query, product, input_precision="ieee", out_dtype=tl.float32)
 
 
 @triton.jit
-def _dot_exact(keys, query, UPCAST: tl.constexpr):
+def _dot_exact(keys, query, INTERPRETED: tl.constexpr):
     """`[BLOCK_M, BLOCK_D] x [BLOCK_H, BLOCK_D]^T` in float32, on tensor cores where the keys are half precision.
 
     The float32 query is split into terms of the keys' dtype whose sum is the query to float32's last bits (8 bits a
-    bfloat16, 11 a float16), so nothing but the order of the additions differs from a float32 product. `UPCAST` is for
-    Triton's interpreter, whose tl.dot multiplies the bit patterns of bfloat16.
+    bfloat16, 11 a float16), so nothing but the order of the additions differs from a float32 product.
     """
     product = tl.zeros([keys.shape[0], query.shape[0]], tl.float32)
     if keys.dtype == tl.float32:
-        return tl.dot(keys, tl.trans(query), product, input_precision="ieee")
+        return _dot(keys, tl.trans(query), product, INTERPRETED)
     unit = tl.full([query.shape[0]], 1.0, tl.float32)
     if keys.dtype == tl.float16:
         # float16 has a narrow range: the largest component becomes 2**14, so that no term is lost below it.
@@ -96,9 +100,9 @@ def _dot_exact(keys, query, UPCAST: tl.constexpr):
     rest = query - high.to(tl.float32)
     middle = rest.to(keys.dtype)
     low = (rest - middle.to(tl.float32)).to(keys.dtype)
-    product = _dot_half(keys, high, product, UPCAST)
-    product = _dot_half(keys, middle, product, UPCAST)
-    product = _dot_half(keys, low, product, UPCAST)
+    product = _dot(keys, high, product, INTERPRETED)
+    product = _dot(keys, middle, product, INTERPRETED)
+    product = _dot(keys, low, product, INTERPRETED)
     return product * unit[None, :]
 
 
@@ -228,7 +232,7 @@ def _score_select_kernel(
     num_heads, num_heads_per_group, num_queries, num_keys, keys_per_program,
     width, numerator, denominator, budget, scale,
     HEAD_DIM: tl.constexpr, MODE: tl.constexpr, HAS_Q_MASK: tl.constexpr, HAS_K_MASK: tl.constexpr,
-    FINISH: tl.constexpr, CEIL: tl.constexpr, UPCAST: tl.constexpr,
+    FINISH: tl.constexpr, CEIL: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_ROW: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
@@ -268,7 +272,7 @@ def _score_select_kernel(
             mask=candidate[:, None] & dim_inside[None, :],
             other=0.0,
         )
-        c = _dot_exact(keys, query, UPCAST)
+        c = _dot_exact(keys, query, INTERPRETED)
         c = tl.where(_is_finite(c), c, 0.0)
         if MODE == _NO_NORM:
             # A head outside the group has weight 0 and query 0, so it adds nothing.
@@ -445,7 +449,7 @@ def _launch(
             indices.shape[-1], numerator, denominator, budget, scale,
             HEAD_DIM=head_dim, MODE=MODES[normalize],
             HAS_Q_MASK=q_mask is not None, HAS_K_MASK=k_mask is not None,
-            FINISH=finish.value, CEIL=rounding == "ceil", UPCAST=k.device.type == "cpu",
+            FINISH=finish.value, CEIL=rounding == "ceil", INTERPRETED=k.device.type == "cpu",
             **config["blocks"], num_warps=config["num_warps"], enable_fp_fusion=True,
         )  # fmt: skip
     return c, norms
