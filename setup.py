@@ -17,6 +17,7 @@ dev = [
     "pytest-benchmark>=4",
     "ruff>=0.6",
     "scikit-learn>=1.4",
+    "setuptools>=70",
 ]
 
 setup(
@@ -28,7 +29,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["hawk_kernels", "hawk_kernels.*"]),
-    package_data={"hawk_kernels": ["py.typed", "head_weights/*.json", "assets/*", "assets/*/*"]},
+    package_data={"hawk_kernels": ["py.typed", "head_weights/*.json", "assets/*", "assets/*/*", "assets/*/*/*"]},
     python_requires=">=3.10,<3.14",
     install_requires=["numpy>=1.26", "torch>=2.11", "triton>=3.6; sys_platform == 'linux'"],
     entry_points={"console_scripts": ["hawk-kernels = hawk_kernels.__main__:main"]},

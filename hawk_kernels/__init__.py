@@ -34,10 +34,12 @@ _FROM_TRANSFORMERS = ("Pruning", "prune")
 def __getattr__(name: str) -> Any:
     if name not in _FROM_TRANSFORMERS:
         raise AttributeError(f"module 'hawk_kernels' has no attribute {name!r}")
-    from importlib.util import find_spec
-
-    if find_spec("transformers") is None:
-        raise ImportError(f"hawk_kernels.{name} needs transformers, which is not installed: pip install transformers")
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"hawk_kernels.{name} needs transformers, which is not installed: pip install transformers"
+        ) from error
     from hawk_kernels.hf import prune as prune_module
 
     return getattr(prune_module, name)
