@@ -51,8 +51,8 @@ def keep_fraction(keep_ratio: float, rounding: str) -> tuple[int, int]:
     length below 2**31.
     """
     exact = Fraction(keep_ratio)
-    tolerance = min(_ROUNDING, exact / 2**40)
-    meant = _simplest_between(exact - tolerance, min(exact + tolerance, Fraction(1)))
+    tolerance = _ROUNDING if exact * 2**12 >= 1 else exact / 2**40
+    meant = _simplest_between(exact - tolerance, exact + tolerance)
     if meant.denominator <= _MAX_DENOMINATOR:
         return meant.numerator, meant.denominator
     lower, upper = _farey_neighbours(meant)
