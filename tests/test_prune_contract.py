@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import torch._dynamo
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from csrc_ref import score_tokens as reference_scores
@@ -568,7 +569,7 @@ def test_methods_see_the_visual_embeddings(model):
         ({"keep_ratio": 0}, ValueError, "got 0; to keep everything use 1.0"),
         ({"keep_ratio": True}, TypeError, "got bool"),
         ({"keep_ratio": "0.2"}, TypeError, "got str"),
-        ({"method": "eagle"}, ValueError, "expected one of 'hawk' or an object, got 'eagle'"),
+        ({"method": "eagle"}, ValueError, "expected one of 'hawk', 'hiprune' or an object, got 'eagle'"),
         ({"method": Hawk}, TypeError, "got the class Hawk; pass an instance"),
         ({"method": object()}, TypeError, "derive it from hawk_kernels.methods.Method"),
         ({"alpha": 0.1}, TypeError, "method 'hawk' has no option 'alpha'; its options are 'normalize', 'rounding'"),
@@ -599,7 +600,7 @@ def test_models_that_are_not_supported_are_refused_by_name():
         (torch.nn.Linear(2, 2), "Linear"),
         ("gpt", "str"),
     ):
-        with pytest.raises(TypeError, match=f"got {name}; supported families: qwen2_5_vl .*qwen2_vl"):
+        with pytest.raises(TypeError, match=f"got {name}; supported families: qwen2_5_vl, .*llava"):
             prune(other, 0.2)
 
 
@@ -614,6 +615,50 @@ def test_models_that_are_not_supported_are_refused_by_name():
 def test_queries_that_do_not_fit_are_refused(model, query, error, message):
     with prune(model, 0.2, head_weights="uniform", query=query), pytest.raises(error, match=message):
         model.generate(**qwen_batch(question(Picture(4, 4))), **GREEDY)
+
+
+def test_code_compiled_without_hooks_is_refused(model):
+    """What generate compiled for a static cache outside would run inside without pruning its masks."""
+    model._compiled_call = model.__call__
+    try:
+        with pytest.raises(ValueError, match="skip_nnmodule_hook_guards = False before the first generate"):
+            prune(model, 0.5, head_weights="uniform").__enter__()
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False), prune(model, 0.5, head_weights="uniform"):
+            pass
+        assert "_compiled_call" in vars(model)
+    finally:
+        del model._compiled_call
+
+
+def test_compiled_code_of_the_block_is_not_left_behind(model):
+    with prune(model, 0.5, head_weights="uniform"):
+        model._compiled_call = model.__call__
+    assert "_compiled_call" not in vars(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_another_default_dtype_changes_nothing(model, dtype):
+    inputs = qwen_batch(question(Picture(4, 4)))
+    with torch.no_grad(), prune(model, 0.25, head_weights="uniform") as pruning:
+        expected = model(**inputs).logits
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(model(**inputs).logits, expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert pruning.scores.dtype == torch.float32
+
+
+def test_a_float64_model_is_scored_in_float32(model):
+    inputs = qwen_batch(question(Picture(4, 4)))
+    with torch.no_grad(), prune(model, 0.25, head_weights="uniform") as pruning:
+        model(**inputs)
+        kept = pruning.keep_mask
+        copy_of_model = type(model)(model.config).double()
+    copy_of_model.load_state_dict(model.state_dict())
+    with torch.no_grad(), prune(copy_of_model, 0.25, head_weights="uniform") as pruning:
+        copy_of_model(**inputs)
+    assert torch.equal(pruning.keep_mask, kept)
 
 
 def test_compiled_decoding_is_one_graph(model):

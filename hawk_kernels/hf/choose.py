@@ -12,6 +12,7 @@ from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, padded_positions
 from hawk_kernels.hf.upload import upload
 from hawk_kernels.hf.view import LayerView
+from hawk_kernels.hf.vision_attention import PromptAttention
 from hawk_kernels.methods import Method
 
 
@@ -41,6 +42,7 @@ def choose_tokens(
     per_image: bool,
     projections: LayerProjections,
     head_weights: torch.Tensor | None,
+    attention: PromptAttention | None = None,
 ) -> Choice:
     """Score the visual tokens of a batch, some row of which has some, and select.
 
@@ -52,6 +54,7 @@ def choose_tokens(
         per_image: whether each image has a budget of its own.
         projections: queries and keys of the scoring layer.
         head_weights: float32 `[H]`, or None.
+        attention: what was recorded in the vision encoder, or None.
 
     Raises:
         ValueError: a row with visual tokens but without text that a method needs.
@@ -66,7 +69,8 @@ def choose_tokens(
         [method.kept_count(keep_ratio, length) for length in lengths]
         for lengths in (prompt.image_lengths() if per_image else [[int(n)] for n in prompt.visual.sum(axis=1)])
     ]
-    view = LayerView(inputs_embeds.detach(), prompt, projections, head_weights, budgets if per_image else None)
+    segments = budgets if per_image else None
+    view = LayerView(inputs_embeds.detach(), prompt, projections, head_weights, segments, attention)
     selection = method.select(view, keep_ratio)
 
     device, length = inputs_embeds.device, inputs_embeds.shape[1]
@@ -75,6 +79,8 @@ def choose_tokens(
     target = upload(np.where(filled, positions, length), device)
     kept = upload(np.pad(prompt.valid & ~prompt.visual, ((0, 0), (0, 1))), device)
     kept = kept.scatter_(1, target, selection.mask.to(device))
-    scores = torch.full(kept.shape, -math.inf, device=device).scatter_(1, target, selection.scores.to(device))
+    scores = torch.full(kept.shape, -math.inf, dtype=torch.float32, device=device).scatter_(
+        1, target, selection.scores.to(device)
+    )
     counts = (prompt.valid & ~prompt.visual).sum(axis=1) + [sum(row) for row in budgets]
     return Choice(kept[:, :-1].contiguous(), counts.tolist(), scores[:, :-1].contiguous(), budgets)

@@ -40,31 +40,78 @@ class LayerProjections(ABC):
 
 
 class SeparateProjections(LayerProjections):
-    """`input_layernorm`, then `self_attn.q_proj` and `k_proj`, then norms per head where the layer has them."""
+    """The layer's norm, then `self_attn.q_proj` and `k_proj`, then norms per head where the layer has them.
 
-    def __init__(self, layer: Any) -> None:
+    Args:
+        layer: a decoder layer.
+        norm: attribute of the layer's input norm, or None where attention reads the hidden states as they are.
+        head_norms: attributes of the attention with the norms of a query head and a key head.
+    """
+
+    def __init__(
+        self, layer: Any, norm: str | None = "input_layernorm", head_norms: tuple[str, str] = ("q_norm", "k_norm")
+    ) -> None:
         attention = layer.self_attn
-        self._norm: nn.Module = layer.input_layernorm
+        self._norm: nn.Module = nn.Identity() if norm is None else getattr(layer, norm)
         self._query_projection: nn.Module = attention.q_proj
         self._key_projection: nn.Module = attention.k_proj
-        self._query_norm: nn.Module | None = getattr(attention, "q_norm", None)
-        self._key_norm: nn.Module | None = getattr(attention, "k_norm", None)
+        self._query_norm: nn.Module | None = getattr(attention, head_norms[0], None)
+        self._key_norm: nn.Module | None = getattr(attention, head_norms[1], None)
         self._head_dim: int = attention.head_dim
         self.num_heads = attention.config.num_attention_heads
         self.affine_queries = self._query_norm is None
 
     def device(self, default: torch.device) -> torch.device:
-        weight = next(self._norm.parameters(), None)
-        # offloaded weights are on "meta" until the module runs; its own hook then moves the input
-        return default if weight is None or weight.device.type == "meta" else weight.device
+        return _device_of(default, self._norm, self._query_projection)
 
     def normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self._norm(hidden_states)
 
     def queries(self, normalized: torch.Tensor) -> torch.Tensor:
-        queries = self._query_projection(normalized).unflatten(-1, (-1, self._head_dim))
+        # gated attention projects the gate of a head behind its query
+        queries = self._query_projection(normalized).unflatten(-1, (self.num_heads, -1))[..., : self._head_dim]
         return queries if self._query_norm is None else self._query_norm(queries)
 
     def keys(self, normalized: torch.Tensor) -> torch.Tensor:
         keys = self._key_projection(normalized).unflatten(-1, (-1, self._head_dim))
         return keys if self._key_norm is None else self._key_norm(keys)
+
+
+class LatentProjections(LayerProjections):
+    """Multi-head latent attention: queries and keys come out of a compressed state, and heads share the rotary keys."""
+
+    def __init__(self, layer: Any) -> None:
+        self._norm: nn.Module = layer.input_layernorm
+        self._attention = layer.self_attn
+        self.num_heads = self._attention.num_heads
+        self.affine_queries = self._attention.q_lora_rank is None
+
+    def device(self, default: torch.device) -> torch.device:
+        return _device_of(default, self._norm)
+
+    def normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self._norm(hidden_states)
+
+    def queries(self, normalized: torch.Tensor) -> torch.Tensor:
+        attention = self._attention
+        if attention.q_lora_rank is None:
+            queries = attention.q_proj(normalized)
+        else:
+            queries = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(normalized)))
+        return queries.unflatten(-1, (self.num_heads, -1))
+
+    def keys(self, normalized: torch.Tensor) -> torch.Tensor:
+        attention = self._attention
+        latent, rotary = attention.kv_a_proj_with_mqa(normalized).split(
+            [attention.kv_lora_rank, attention.qk_rope_head_dim], dim=-1
+        )
+        keys = attention.kv_b_proj(attention.kv_a_layernorm(latent)).unflatten(-1, (self.num_heads, -1))
+        keys = keys[..., : attention.qk_nope_head_dim]
+        return torch.cat([keys, rotary.unsqueeze(-2).expand(*keys.shape[:-1], -1)], dim=-1)
+
+
+def _device_of(default: torch.device, *modules: nn.Module) -> torch.device:
+    """Where the first module that has weights computes; `default` where none says."""
+    weight = next((weight for module in modules for weight in module.parameters()), None)
+    # offloaded weights are on "meta" until the module runs; its own hook then moves the input
+    return default if weight is None or weight.device.type == "meta" else weight.device

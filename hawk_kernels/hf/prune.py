@@ -22,13 +22,16 @@ from hawk_kernels.head_weights import resolve_head_weights
 from hawk_kernels.hf.arguments import call_length, is_slice_of_longer, named, visual_features
 from hawk_kernels.hf.cached import CachedPrompt, cached_prompt, constant_mask, forget
 from hawk_kernels.hf.choose import choose_tokens
-from hawk_kernels.hf.families import dissect
-from hawk_kernels.hf.packing import Packing
+from hawk_kernels.hf.compiled import check_not_compiled_without_hooks, forget_compiled_call
+from hawk_kernels.hf.families import FAMILIES, Anatomy, dissect
+from hawk_kernels.hf.packing import Packing, splits_at_gaps
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.reading import Query, read_prompt
 from hawk_kernels.hf.report import PruningStats, sample_stats
+from hawk_kernels.hf.special_arguments import packed_features, packed_pair_masks
 from hawk_kernels.hf.uncached import UncachedPrompt
 from hawk_kernels.hf.upload import upload
+from hawk_kernels.hf.vision_attention import PromptAttention, VisionRecorder, attention_of_prompt
 from hawk_kernels.methods import Method, resolve_method
 
 BUDGETS = ("shared", "per_image")
@@ -52,6 +55,8 @@ def prune(
     Works for `generate` and for `model(**inputs)`. Logits keep the length of the prompt; those of dropped tokens come
     from a hidden state of zeros, so that `labels` and slicing stay right. `hidden_states` and `attentions` of the
     output are those of the tokens that stayed. A cache that was filled inside the block must be continued inside one.
+    Without a cache, a prompt that is the last one and a token more, about the same images, is the next step of a
+    generation and keeps the tokens of the last one.
 
     Args:
         model: a transformers model of a supported family.
@@ -108,16 +113,18 @@ class Pruning:
             )
         elif head_weights is not None:
             raise TypeError(f"head_weights: method {self._method.name!r} uses none; leave the argument out")
+        self._recorder = _encoder_recorder(self._anatomy, self._method)
         self._no_stats = PruningStats(
             model=type(model).__name__,
             family=self._anatomy.family.model_type,
             method=self._method.name,
-            method_options=self._method.options(),
+            method_options={**self._method.options(), **({} if self._recorder is None else self._recorder.options())},
             head_weights=source,
             keep_ratio=self._keep_ratio,
             budget=budget,
         )
         self._handles: list[Any] = []
+        self._was_compiled = False
         self._thread = _ThreadState()
         self._latest: _Result | None = None
 
@@ -150,12 +157,15 @@ class Pruning:
                 f"model: expected one that is not pruned yet, got a {type(parts.head).__name__} that is being pruned "
                 "already; leave that block first"
             )
+        check_not_compiled_without_hooks(parts.head)
+        self._was_compiled = "_compiled_call" in vars(parts.head)
         self._handles = [
             parts.head.register_forward_pre_hook(self._before_head, with_kwargs=True),
             parts.multimodal.register_forward_pre_hook(self._before_multimodal, with_kwargs=True),
             parts.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
             parts.text.register_forward_hook(self._after_text, with_kwargs=True),
             parts.multimodal.register_forward_hook(self._after_multimodal, always_call=True),
+            *([] if self._recorder is None else self._recorder.attach()),
         ]
         return self
 
@@ -163,6 +173,8 @@ class Pruning:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if not self._was_compiled:
+            forget_compiled_call(self._anatomy.head)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.stats!r}"
@@ -201,6 +213,7 @@ class Pruning:
         kwargs = named(module, args, kwargs)
         cache, input_ids, mask = (kwargs.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
         length = call_length(kwargs)
+        self._thread.mask = mask
         if length > 1:
             if input_ids is None and (cache is None or int(cache.get_seq_length()) == 0):
                 raise ValueError(
@@ -208,6 +221,8 @@ class Pruning:
                     "tell which tokens are visual. Pass input_ids and pixel_values, or leave the prune block"
                 )
             self._thread.is_inside, self._thread.prefill = True, None
+            if self._recorder is not None:
+                self._recorder.start()
             if input_ids is not None:
                 self._thread.prefill = self._read(kwargs, input_ids)
             if self._thread.prefill is not None:
@@ -244,10 +259,10 @@ class Pruning:
             self._thread.uncached = None
             return self._read(kwargs, input_ids)
         self._thread.uncached = earlier
-        return _Prefill(prompt, valid, features)
+        return _Prefill(prompt, valid, features, kwargs)
 
     def _leave_alone(self, keep_mask: torch.Tensor, prompt: Prompt | None, reason: str) -> None:
-        scores = torch.full(keep_mask.shape, -math.inf, device=keep_mask.device)
+        scores = torch.full(keep_mask.shape, -math.inf, dtype=torch.float32, device=keep_mask.device)
         samples = () if prompt is None else sample_stats(prompt, None, self._per_image, reason)
         length = keep_mask.shape[1] if prompt is None else prompt.length
         self._publish(length, (keep_mask, scores, torch.zeros_like(keep_mask)), samples, reason)
@@ -271,7 +286,10 @@ class Pruning:
         record = cached_prompt(cache)
         if record is None:
             return None
-        mask = record.mask_for(cache, kwargs.get("attention_mask"), *embeds.shape[:2])
+        # masks over pairs were made for the whole prompt: a growing cache gets its own from the caller's mask
+        pairs = self._anatomy.family.pair_masks and record.constant_mask is None
+        given = self._thread.mask if pairs else kwargs.get("attention_mask")
+        mask = record.mask_for(cache, given, *embeds.shape[:2])
         return (), {**kwargs, "attention_mask": mask}
 
     def _prefill(self, prefill: _Prefill, embeds: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -298,15 +316,33 @@ class Pruning:
                 self._per_image,
                 self._anatomy.projections,
                 self._head_weights,
+                self._recorded(prefill),
             )
             prefill.kept, prefill.counts = choice.kept, choice.counts
             samples = sample_stats(prompt, choice.budgets, self._per_image, None)
             self._publish(prompt.length, (choice.kept, choice.scores, upload(prompt.query, device)), samples, None)
         if prefill.counts == prompt.valid.sum(axis=1).tolist():
             return None
-        prefill.packing = Packing(prefill.kept, prefill.counts)
-        packed, prefill.following = prefill.packing.pack_arguments(kwargs)
+        axes = self._anatomy.family.position_axes
+        splits = splits_at_gaps(self._anatomy.text, len(embeds), kwargs.get("position_ids"), axes)
+        prefill.packing = Packing(prefill.kept, prefill.counts, extra=int(splits))
+        packed, prefill.following = prefill.packing.pack_arguments(kwargs, axes)
+        packed |= packed_features(kwargs, prompt, prefill.kept, prefill.packing)
+        if self._anatomy.family.pair_masks:
+            packed["attention_mask"] = packed_pair_masks(
+                kwargs.get("attention_mask"),
+                prefill.packing,
+                kwargs.get("past_key_values"),
+                getattr(self._anatomy.text.config, "layer_types", None),
+            )
         return packed
+
+    def _recorded(self, prefill: _Prefill) -> PromptAttention | None:
+        """What the vision encoder attended to, for a method that asks."""
+        if self._recorder is None:
+            return None
+        recordings = self._recorder.recordings(prefill.arguments)
+        return attention_of_prompt(recordings, prefill.prompt, self._anatomy.kinds)
 
     def _after_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         embeds = kwargs.get("inputs_embeds")
@@ -335,7 +371,7 @@ class Pruning:
         return output
 
     def _after_multimodal(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._thread.is_inside, self._thread.prefill = False, None
+        self._thread.is_inside, self._thread.prefill, self._thread.mask = False, None, None
         self._thread.logits_to_keep = self._thread.guesses = 0
 
 
@@ -358,6 +394,7 @@ class _Prefill:
     prompt: Prompt
     valid: torch.Tensor | None
     features: tuple[Any, ...]
+    arguments: dict[str, Any]
     kept: torch.Tensor | None = None
     counts: list[int] = field(default_factory=list)
     packing: Packing | None = None
@@ -367,10 +404,24 @@ class _Prefill:
 class _ThreadState(threading.local):
     is_inside: bool = False
     prefill: _Prefill | None = None
+    mask: Any = None
     logits_to_keep: int = 0
     guesses: int = 0
     uncached: UncachedPrompt | None = None
     result: _Result | None = None
+
+
+def _encoder_recorder(anatomy: Anatomy, method: Method) -> VisionRecorder | None:
+    """Records the vision encoder for a method that looks into it."""
+    if not method.uses_encoder_attention:
+        return None
+    if anatomy.encoder is None:
+        supported = ", ".join(family.model_type for family in FAMILIES if family.encoder is not None)
+        raise TypeError(
+            f"method: expected one that leaves the vision encoder of {anatomy.family.model_type} alone, got "
+            f"{method.name!r}, which reads its attention; that works for {supported}"
+        )
+    return VisionRecorder(anatomy.encoder, method.object_layer)
 
 
 def _checked_keep_ratio(keep_ratio: float | int) -> float | int:

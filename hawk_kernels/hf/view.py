@@ -10,7 +10,8 @@ import torch
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, padded_positions
 from hawk_kernels.hf.upload import upload
-from hawk_kernels.methods.view import PrefillView, Segments
+from hawk_kernels.hf.vision_attention import PromptAttention
+from hawk_kernels.methods.view import EncoderAttention, PrefillView, Segments
 
 
 class LayerView(PrefillView):
@@ -22,6 +23,7 @@ class LayerView(PrefillView):
         projections: queries and keys of the scoring layer.
         head_weights: float32 `[H]`, or None.
         budgets: tokens kept of each image of each row, or None for one budget a row.
+        attention: what was recorded in the vision encoder, or None.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class LayerView(PrefillView):
         projections: LayerProjections,
         head_weights: torch.Tensor | None,
         budgets: list[list[int]] | None,
+        attention: PromptAttention | None = None,
     ) -> None:
         self._embeds = inputs_embeds
         self._prompt = prompt
@@ -39,6 +42,7 @@ class LayerView(PrefillView):
         _, self._filled = padded_positions(prompt.visual)
         self._head_weights = head_weights
         self._budgets = budgets
+        self._attention = attention
 
     @cached_property
     def candidates(self) -> torch.Tensor:  # type: ignore[override]
@@ -85,6 +89,15 @@ class LayerView(PrefillView):
 
     def visual_embeddings(self) -> torch.Tensor:
         return self._padded(self._visual_rows())
+
+    def encoder_attention(self) -> EncoderAttention:
+        recorded = self._attention
+        if recorded is None:
+            raise ValueError(
+                "encoder_attention: expected a method with uses_encoder_attention = True to read it, got another"
+            )
+        of_object, of_deep = (self._padded(x.to(self._device).unsqueeze(0)) for x in (recorded.object, recorded.deep))
+        return EncoderAttention(of_object, of_deep, recorded.grids)
 
     @cached_property
     def _normalized_text(self) -> tuple[torch.Tensor, torch.Tensor]:

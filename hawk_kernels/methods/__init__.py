@@ -6,11 +6,12 @@ import inspect
 
 from hawk_kernels.methods.base import Method
 from hawk_kernels.methods.hawk import Hawk
-from hawk_kernels.methods.view import PrefillView, Segments
+from hawk_kernels.methods.hiprune import HiPrune
+from hawk_kernels.methods.view import EncoderAttention, PrefillView, Segments
 
-__all__ = ["METHODS", "Hawk", "Method", "PrefillView", "Segments", "resolve_method"]
+__all__ = ["METHODS", "EncoderAttention", "Hawk", "HiPrune", "Method", "PrefillView", "Segments", "resolve_method"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Hawk,)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Hawk, HiPrune)}
 
 
 def resolve_method(method: str | Method, options: dict[str, object]) -> Method:

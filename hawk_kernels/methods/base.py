@@ -21,12 +21,15 @@ class Method(ABC):
         name: what `prune(method=...)` calls it.
         uses_head_weights: whether `PrefillView.head_weights` must be there.
         uses_text: whether a row with visual tokens must have text queries.
+        uses_encoder_attention: whether `PrefillView.encoder_attention` must be there; the layer is `object_layer`.
         rounding: "floor" or "ceil", how a keep ratio becomes a number of tokens.
     """
 
     name: str
     uses_head_weights: bool = False
     uses_text: bool = False
+    uses_encoder_attention: bool = False
+    object_layer: int | None = None
     rounding: str = "floor"
 
     @abstractmethod
@@ -60,9 +63,20 @@ def select_in_segments(scores: torch.Tensor, r: float | int, segments: Segments,
         segments: which tokens make up an image.
         rounding: "floor" or "ceil".
     """
-    batch, num_tokens = scores.shape
     of_segment = scores.reshape(-1)[segments.index]
     kept = select_topk(of_segment, r, mask=segments.mask, rounding=rounding).mask
+    return merged_segments(kept, scores, segments)
+
+
+def merged_segments(kept: torch.Tensor, scores: torch.Tensor, segments: Segments) -> Selection:
+    """The rows' selection from that of their segments.
+
+    Args:
+        kept: bool `[S, L]`, the tokens of each segment that stay.
+        scores: float32 `[B, M]`.
+        segments: which tokens make up an image.
+    """
+    batch, num_tokens = scores.shape
     # padding of shorter segments lands in one cell behind the end
     target = torch.where(segments.mask, segments.index, batch * num_tokens)
     mask = kept.new_zeros(batch * num_tokens + 1).scatter_(0, target.reshape(-1), kept.reshape(-1))

@@ -33,23 +33,18 @@ class Hawk(Method):
         self.rounding = check_rounding(rounding)
 
     def score(self, view: PrefillView) -> torch.Tensor:
-        queries, query_mask = view.mean_text_query()
+        queries, keys, query_mask = _projected(view)
         return score_tokens(
-            queries,
-            view.visual_keys(),
-            view.head_weights,
-            q_mask=query_mask,
-            k_mask=view.candidates,
-            normalize=self.normalize,
+            queries, keys, view.head_weights, q_mask=query_mask, k_mask=view.candidates, normalize=self.normalize
         )
 
     def select(self, view: PrefillView, r: float | int) -> Selection:
         if view.segments is not None:
             return select_in_segments(self.score(view), r, view.segments, self.rounding)
-        queries, query_mask = view.mean_text_query()
+        queries, keys, query_mask = _projected(view)
         return score_and_select(
             queries,
-            view.visual_keys(),
+            keys,
             view.head_weights,
             r,
             q_mask=query_mask,
@@ -57,3 +52,12 @@ class Hawk(Method):
             normalize=self.normalize,
             rounding=self.rounding,
         )
+
+
+def _projected(view: PrefillView) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Queries, keys and the queries' mask; a float64 model is scored in float32, as the kernels are."""
+    queries, query_mask = view.mean_text_query()
+    keys = view.visual_keys()
+    if keys.dtype == torch.float64:
+        queries, keys = queries.float(), keys.float()
+    return queries, keys, query_mask

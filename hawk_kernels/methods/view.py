@@ -23,6 +23,21 @@ class Segments:
     kept_per_row: int
 
 
+@dataclass(frozen=True)
+class EncoderAttention:
+    """Attention that each visual token receives in two layers of the vision encoder, 1 on average.
+
+    Attributes:
+        object: float32 `[B, M]`, in the object (middle) layer; finite but meaningless at padding.
+        deep: float32 `[B, M]`, in the last layer.
+        grids: for each row, for each of its images (runs of visual tokens), its grids `(t, h, w)`.
+    """
+
+    object: torch.Tensor
+    deep: torch.Tensor
+    grids: list[list[list[tuple[int, int, int]]]]
+
+
 class PrefillView(ABC):
     """Tensors of one prefill, computed when a method first asks for them.
 
@@ -57,3 +72,7 @@ class PrefillView(ABC):
     @abstractmethod
     def visual_embeddings(self) -> torch.Tensor:
         """Embeddings of the visual tokens `[B, M, hidden]`; finite but meaningless where `candidates` is False."""
+
+    @abstractmethod
+    def encoder_attention(self) -> EncoderAttention:
+        """Attention inside the vision encoder; only for a method that declares `uses_encoder_attention`."""

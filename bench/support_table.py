@@ -1,0 +1,76 @@
+"""The support table of the README, from `hawk_kernels/hf/families.py`.
+
+python -m bench.support_table           # write it into the README
+python -m bench.support_table --check   # fail where the README says something else
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from hawk_kernels.hf.families import FAMILIES, MODES
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- support table: python -m bench.support_table -->", "<!-- end of support table -->"
+
+
+def table() -> str:
+    """Every family and mode; a cell that is empty is one that the unpruned model lacks or takes as images."""
+    lines = [
+        f"| `model_type` | {' | '.join(MODES)} |",
+        f"|---|{':-:|' * len(MODES)}",
+    ]
+    for family in sorted(FAMILIES, key=lambda family: family.model_type):
+        cells = ("yes" if mode in family.modes else "" for mode in MODES)
+        lines.append(f"| `{family.model_type}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def section() -> str:
+    """What stands between the two markers, markers included."""
+    return "\n".join(
+        [
+            BEGIN,
+            "",
+            f"<details><summary>{len(FAMILIES)} families and their modes</summary>",
+            "",
+            table(),
+            "",
+            "</details>",
+            "",
+            END,
+        ]
+    )
+
+
+def updated(text: str) -> str:
+    """`text` of a README with the section as it should be.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"README: expected the markers {BEGIN!r} and {END!r}, got none; put them where the table goes")
+    before, rest = text.split(BEGIN, 1)
+    return before + section() + rest.split(END, 1)[1]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the section, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the README differs")
+    options = parser.parse_args(arguments)
+    text = README.read_text(encoding="utf-8")
+    if options.check:
+        if updated(text) == text:
+            return 0
+        print("README.md: the support table differs from families.py; run python -m bench.support_table")
+        return 1
+    README.write_text(updated(text), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

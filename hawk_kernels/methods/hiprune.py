@@ -1,0 +1,81 @@
+"""HiPrune: the tokens that the vision encoder itself attends to, whatever the question (arXiv 2508.00553)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from hawk_kernels.hiprune import HiPruneChoice, checked_alpha, choose, grid_neighbours, num_anchors
+from hawk_kernels.methods.base import Method, check_rounding, merged_segments
+from hawk_kernels.methods.view import PrefillView
+from hawk_kernels.selection import Selection
+
+
+class HiPrune(Method):
+    """Keeps anchors of a middle encoder layer, the buffers around them, and registers of the last layer.
+
+    Args:
+        alpha: share of the budget for anchors and their neighbours, in [0, 5].
+        object_layer: encoder layer of the anchors, counted from 1; None takes the middle one (16 of Qwen2.5-VL).
+        rounding: "floor" or "ceil".
+
+    Raises:
+        TypeError, ValueError: an option that is none of these.
+    """
+
+    name = "hiprune"
+    uses_encoder_attention = True
+
+    def __init__(self, alpha: float = 0.1, object_layer: int | None = None, rounding: str = "floor") -> None:
+        self.alpha = checked_alpha(alpha)
+        expected = "object_layer: expected a layer of the vision encoder, counted from 1, or None for the middle one"
+        if object_layer is not None and (isinstance(object_layer, bool) or not isinstance(object_layer, int)):
+            raise TypeError(f"{expected}, got {type(object_layer).__name__}")
+        if object_layer is not None and object_layer < 1:
+            raise ValueError(f"{expected}, got {object_layer}; the paper takes 16 of Qwen2.5-VL")
+        self.object_layer = object_layer
+        self.rounding = check_rounding(rounding)
+
+    def score(self, view: PrefillView) -> torch.Tensor:
+        return view.encoder_attention().deep.masked_fill(~view.candidates, -torch.inf)
+
+    def select(self, view: PrefillView, r: float | int) -> Selection:
+        attention = view.encoder_attention()
+        if view.segments is None:
+            units = [[grid for image in row for grid in image] for row in attention.grids]
+            return self.choose(attention.object, attention.deep, view.candidates, units, r).selection
+        images = [image for row in attention.grids for image in row]
+        of_object, of_deep = (x.reshape(-1)[view.segments.index] for x in (attention.object, attention.deep))
+        of_segments = self.choose(of_object, of_deep, view.segments.mask, images, r).selection
+        return merged_segments(of_segments.mask, self.score(view), view.segments)
+
+    def choose(
+        self,
+        of_object: torch.Tensor,
+        of_deep: torch.Tensor,
+        candidates: torch.Tensor,
+        grids: list[list[tuple[int, int, int]]],
+        r: float | int,
+    ) -> HiPruneChoice:
+        """The choice in each unit, a row or an image, and why each token is in it.
+
+        Args:
+            of_object: float32 `[U, L]`, attention received in the object layer.
+            of_deep: float32 `[U, L]`, in the last layer.
+            candidates: bool `[U, L]`, False at the padding of shorter units.
+            grids: `(t, h, w)` of the images of each unit; its tokens are their cells.
+            r: fraction kept of each unit, or its budget.
+        """
+        device, width = of_object.device, of_object.shape[1]
+        around = torch.full((len(grids), width, 4), width, device=device)
+        for unit, inside in zip(around, grids, strict=True):
+            length = sum(math.prod(grid) for grid in inside)
+            if length:
+                # what is no neighbour counts as the place behind the padding
+                near = grid_neighbours(inside, device)[0]
+                unit[:length] = near.masked_fill_(near == length, width)
+        kept = [self.kept_count(r, sum(math.prod(grid) for grid in inside)) for inside in grids]
+        anchors = [num_anchors(count, self.alpha) for count in kept]
+        budget, first = (torch.tensor(x).unsqueeze(1).to(device, non_blocking=True) for x in (kept, anchors))
+        return choose(of_object, of_deep, candidates, around, budget, first, max(kept))
