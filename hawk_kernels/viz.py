@@ -19,6 +19,8 @@ _FAINT = (120, 126, 138)
 _VEIL = (104, 109, 120)
 _VEIL_STRENGTH = 0.80
 _KEPT_EDGE = (255, 176, 32)
+# Told apart also by those who see no red or no green.
+ROLE_EDGES = {"anchor": (213, 33, 75), "buffer": (255, 176, 32), "register": (40, 132, 228)}
 # Dark violet over red to pale yellow: brightness rises all the way, so the scale survives a black-and-white print.
 _HEAT = ((13, 8, 60), (84, 15, 110), (160, 44, 96), (219, 80, 59), (247, 144, 30), (250, 210, 90), (252, 253, 200))
 
@@ -122,6 +124,7 @@ def draw_overlay(
     scores: TokenValues | None,
     grid: tuple[int, int],
     *,
+    roles: TokenValues | None = None,
     title: str | None = None,
     subtitle: str | None = None,
 ) -> Image.Image:
@@ -136,11 +139,13 @@ def draw_overlay(
         scores: importance of each visual token in the same order, non-finite where there was none; `None` leaves the
             heat panel out.
         grid: `(rows, columns)` of visual tokens, after the model's merging of patches.
+        roles: why a token stayed, for HiPrune: 1 for an anchor, 2 for a buffer, 3 for a register, each outlined in a
+            colour of its own; `None` outlines all alike.
         title: a line above the panels, say the question.
         subtitle: a fainter line below it, say the answers.
 
     Raises:
-        ValueError: mask or scores do not have one value for each cell.
+        ValueError: mask, scores or roles do not have one value for each cell.
     """
     from PIL import Image, ImageDraw
 
@@ -150,7 +155,8 @@ def draw_overlay(
     if scores is not None:
         panels.append(("score of each visual token", draw_heat(picture, scores, grid)))
     kept = dim_dropped(picture, keep, grid)
-    _outline_kept(kept, keep, grid)
+    edges = {"kept": _KEPT_EDGE} if roles is None else ROLE_EDGES
+    _outline_kept(kept, keep if roles is None else _per_cell(roles, grid, "roles"), grid, list(edges.values()))
     panels.append((f"kept {int(keep.sum())} of {keep.size} visual tokens", kept))
 
     unit = max(14, max(picture.size) // 28)
@@ -177,7 +183,7 @@ def draw_overlay(
         page.paste(panel, (left, upper))
         font = _fitting_font(draw, text, unit, picture.width)
         draw.text((left, upper + picture.height + unit * 0.35), text, fill=_INK, font=font)
-    _draw_legend(draw, (gap, size[1] - round(1.55 * unit)), unit, with_heat=scores is not None)
+    _draw_legend(draw, (gap, size[1] - round(1.55 * unit)), unit, edges, with_heat=scores is not None)
     return page
 
 
@@ -197,8 +203,10 @@ def _per_cell(values: Any, grid: tuple[int, int], name: str) -> np.ndarray:
     return array.reshape(rows, columns)
 
 
-def _outline_kept(picture: Image.Image, keep: np.ndarray, grid: tuple[int, int]) -> None:
-    """Draw a line where a kept cell meets a dropped one or the border; nothing between kept neighbours."""
+def _outline_kept(
+    picture: Image.Image, roles: np.ndarray, grid: tuple[int, int], edges: Sequence[tuple[int, int, int]]
+) -> None:
+    """Draw a line where a kept cell (role 1, 2, ...) meets one of another role, a dropped one (0) or the border."""
     from PIL import ImageDraw
 
     draw = ImageDraw.Draw(picture)
@@ -206,12 +214,13 @@ def _outline_kept(picture: Image.Image, keep: np.ndarray, grid: tuple[int, int])
     cell = min(picture.width / columns, picture.height / rows)
     width = max(1, round(cell / 20))
 
-    def stays(row: int, column: int) -> bool:
-        return 0 <= row < rows and 0 <= column < columns and bool(keep[row, column])
+    def is_alike(row: int, column: int, role: int) -> bool:
+        return 0 <= row < rows and 0 <= column < columns and int(roles[row, column]) == role
 
     for number, (left, top, right, bottom) in enumerate(cell_boxes(picture.size, grid)):
         row, column = divmod(number, columns)
-        if not keep[row, column]:
+        role = int(roles[row, column])
+        if role == 0:
             continue
         # An edge has a bar along it; a corner, where both edges are open inwards, at most a square.
         for down, bar_top, bar_bottom in (
@@ -224,11 +233,13 @@ def _outline_kept(picture: Image.Image, keep: np.ndarray, grid: tuple[int, int])
                 (0, left, right - 1),
                 (1, right - width, right - 1),
             ):
-                if (down or along) and not stays(row + down, column + along):
-                    draw.rectangle((bar_left, bar_top, bar_right, bar_bottom), fill=_KEPT_EDGE)
+                if (down or along) and not is_alike(row + down, column + along, role):
+                    draw.rectangle((bar_left, bar_top, bar_right, bar_bottom), fill=edges[role - 1])
 
 
-def _draw_legend(draw: Any, corner: tuple[int, int], unit: int, with_heat: bool) -> None:
+def _draw_legend(
+    draw: Any, corner: tuple[int, int], unit: int, edges: dict[str, tuple[int, int, int]], with_heat: bool
+) -> None:
     x, y = corner
     font = _font(round(0.9 * unit))
     if with_heat:
@@ -240,7 +251,7 @@ def _draw_legend(draw: Any, corner: tuple[int, int], unit: int, with_heat: bool)
         x += length + unit // 3
         draw.text((x, y), "high score", fill=_FAINT, font=font)
         x += round(draw.textlength("high score", font=font)) + 2 * unit
-    for fill, edge, text in ((None, _KEPT_EDGE, "kept"), (_VEIL, _VEIL, "dropped")):
+    for fill, edge, text in (*((None, edge, name) for name, edge in edges.items()), (_VEIL, _VEIL, "dropped")):
         draw.rectangle((x, y + unit * 0.1, x + unit, y + unit), fill=fill, outline=edge, width=max(2, unit // 8))
         x += round(1.35 * unit)
         draw.text((x, y), text, fill=_FAINT, font=font)

@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 Image = pytest.importorskip("PIL.Image")
 
 from hawk_kernels import demo  # noqa: E402
+from hawk_kernels.viz import ROLE_EDGES  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -78,6 +79,18 @@ def test_text_output_names_what_a_person_wants_to_know(capsys, overlay):
         assert part in text
     assert str(overlay) in text
     assert "load" in text
+
+
+def test_hiprune_draws_anchors_buffers_and_registers(capsys, overlay):
+    report = run_json(capsys, overlay, "--method", "hiprune")
+    assert report["pruned"]["visual_tokens"] == 12
+    assert report["head_weights"] is None
+    assert report["stats"]["method_options"]["object_layer"] == 1
+    with Image.open(overlay) as picture:
+        found = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
+    assert set(ROLE_EDGES.values()) <= found
+    assert demo.main(["--device", "cpu", "--method", "hiprune", "--output", str(overlay)]) == 0
+    assert "hiprune, keep 0.2 of the visual tokens\n" in capsys.readouterr().out
 
 
 def test_other_pictures_questions_and_ratios(capsys, overlay):

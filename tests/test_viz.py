@@ -8,7 +8,15 @@ np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 Image = pytest.importorskip("PIL.Image")
 
-from hawk_kernels.viz import cell_boxes, dim_dropped, draw_heat, draw_overlay, fit, heat_colour  # noqa: E402
+from hawk_kernels.viz import (  # noqa: E402
+    ROLE_EDGES,
+    cell_boxes,
+    dim_dropped,
+    draw_heat,
+    draw_overlay,
+    fit,
+    heat_colour,
+)
 
 
 def striped(width: int, height: int) -> Image.Image:
@@ -110,6 +118,22 @@ def test_overlay_shows_the_kept_cell_as_in_the_picture_and_without_scores_has_on
     left, top = 512 + 2 * (gap // 3), gap // 3
     kept = np.asarray(two)[top + 100 : top + 200, left + 100 : left + 200]
     assert (kept == np.asarray(image)[100:200, 100:200]).all()
+
+
+def test_roles_are_outlined_in_three_colours():
+    """A line between neighbours of different roles, none between equal ones; two lone buffers take more than a pair."""
+    image = Image.new("RGB", (512, 512), (20, 90, 60))
+    roles = [1, 2, 0, 0] + [2, 0, 0, 0] + [0, 0, 3, 3] + [0, 0, 0, 0]
+    keep = [role > 0 for role in roles]
+    page = draw_overlay(image, keep, None, (4, 4), roles=roles)
+    pixels = {colour: count for count, colour in page.getcolors(1 << 24)}
+    anchor, buffers, registers = (pixels[edge] for edge in ROLE_EDGES.values())
+    assert 1000 < anchor < registers < buffers
+    alike = draw_overlay(image, keep, None, (4, 4))
+    assert alike.size == page.size
+    assert not {colour for _, colour in alike.getcolors(1 << 24)} & {ROLE_EDGES["anchor"], ROLE_EDGES["register"]}
+    with pytest.raises(ValueError, match="roles must have one value for each of 4 x 4 cells"):
+        draw_overlay(image, keep, None, (4, 4), roles=roles[:5])
 
 
 @pytest.mark.parametrize("draw", [dim_dropped, draw_heat])

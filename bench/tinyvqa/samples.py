@@ -39,9 +39,9 @@ def draw_samples(folder: Path, seed: int) -> None:
     (folder / "samples.json").write_text(json.dumps(contents, indent=2) + "\n")
 
 
-def draw_readme_overlay(path: Path) -> None:
-    """What the demo draws without options, made small enough for a README: 1408 pixels wide, 256 colours."""
-    status = demo.main(["--output", str(path), "--device", "cpu"])
+def draw_readme_overlay(path: Path, method: str) -> None:
+    """What the demo draws of its sample, made small enough for a README: 1408 pixels wide, 256 colours."""
+    status = demo.main(["--output", str(path), "--device", "cpu", "--method", method])
     if status != 0:
         raise SystemExit(status)
     with Image.open(path) as picture:
@@ -62,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args(argv)
     draw_samples(args.out / "samples", args.seed)
-    draw_readme_overlay(args.out / "overlay.png")
-    print(f"wrote {args.out / 'samples'} and {args.out / 'overlay.png'}")
+    draw_readme_overlay(args.out / "overlay.png", "hawk")
+    draw_readme_overlay(args.out / "overlay_hiprune.png", "hiprune")
+    print(f"wrote {args.out / 'samples'}, overlay.png and overlay_hiprune.png beside it")
     return 0
 
 
