@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 
 from hawk_kernels import ops
-from hawk_kernels.api import (
-    _check_device,
-    _check_head_vector,
-    _check_mask,
-    _check_queries_and_keys,
-    _check_tensor,
-    _checked_scale,
-    _shape,
-)
 from hawk_kernels.backends.choose import choose_backend
+from hawk_kernels.validation import (
+    check_device,
+    check_head_vector,
+    check_mask,
+    check_queries_and_keys,
+    check_tensor,
+    checked_scale,
+    shape_of,
+)
 
 REDUCTIONS = ("mean", "sum", "max")
 
@@ -64,7 +64,7 @@ def attention_column_mean(
         ValueError: a shape, device, range or name does not fit.
         ImportError: `backend="triton"` without Triton.
     """
-    _check_queries_and_keys(q, k)
+    check_queries_and_keys(q, k)
     batched = q.dim() == 4
     if cu_seqlens is not None:
         _check_segments(cu_seqlens, q, k)
@@ -72,9 +72,9 @@ def attention_column_mean(
     _check_flag("reduce_heads", reduce_heads)
     if q_rows is not None:
         rows_shape = (q.shape[0], q.shape[2]) if batched else (q.shape[1],)
-        _check_mask("q_rows", q_rows, rows_shape, "one entry a query", q.device)
+        check_mask("q_rows", q_rows, rows_shape, "one entry a query", q.device)
     if head_weights is not None:
-        _check_head_vector("head_weights", head_weights, q)
+        check_head_vector("head_weights", head_weights, q)
         if not reduce_heads:
             raise ValueError(
                 "head_weights: expected None with reduce_heads=False, where heads are not summed, got a tensor; leave "
@@ -83,7 +83,7 @@ def attention_column_mean(
         head_weights = head_weights.detach()
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'max', got {reduction!r}")
-    scale = _checked_scale(scale, q.shape[-1])
+    scale = checked_scale(scale, q.shape[-1])
     backend = choose_backend(backend, q.device, q.shape[-1])
 
     q, k = q.detach(), k.detach()
@@ -102,21 +102,21 @@ def _check_flag(name: str, flag: object) -> None:
 
 def _check_segments(cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> None:
     """What can be told of `cu_seqlens` without reading it."""
-    _check_tensor("cu_seqlens", cu_seqlens)
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens: expected dtype torch.int32, got {cu_seqlens.dtype}; use cu_seqlens.int()")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
-            f"cu_seqlens: expected shape [S + 1] for S >= 1 segments, got {_shape(cu_seqlens)}; the first entry is 0 "
+            f"cu_seqlens: expected shape [S + 1] for S >= 1 segments, got {shape_of(cu_seqlens)}; the first entry is 0 "
             "and the last the length of the packed sequence"
         )
-    _check_device("cu_seqlens", cu_seqlens, q.device)
+    check_device("cu_seqlens", cu_seqlens, q.device)
     if q.dim() == 4 and q.shape[0] != 1:
         raise ValueError(
             f"q: expected batch size 1 beside cu_seqlens, got {q.shape[0]}; pack the rows into one, [1, H, T, D]"
         )
     if q.shape[-2] != k.shape[-2]:
         raise ValueError(
-            f"k: expected the {q.shape[-2]} tokens of q beside cu_seqlens, got {k.shape[-2]} (shape {_shape(k)}); a "
+            f"k: expected the {q.shape[-2]} tokens of q beside cu_seqlens, got {k.shape[-2]} (shape {shape_of(k)}); a "
             "query looks at its own segment"
         )

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hawk_kernels.api import _check_device, _check_rounding, _check_tensor, _checked_keep, _shape
 from hawk_kernels.selection import Selection, kept_count
+from hawk_kernels.validation import check_device, check_rounding, check_tensor, checked_keep, shape_of
 
 Grid = tuple[int, int] | tuple[int, int, int]
 DROPPED, ANCHOR, BUFFER, REGISTER = range(4)
@@ -54,17 +54,17 @@ def hiprune_select(
         ValueError: a shape, device, range or name does not fit.
     """
     for name, attention in (("object_attention", object_attention), ("deep_attention", deep_attention)):
-        _check_tensor(name, attention)
+        check_tensor(name, attention)
         if not attention.dtype.is_floating_point:
             raise TypeError(f"{name}: expected a floating point dtype, got {attention.dtype}; use {name}.float()")
         if attention.dim() not in (1, 2):
-            raise ValueError(f"{name}: expected [B, M] or [M], got shape {_shape(attention)}; average over the heads")
+            raise ValueError(f"{name}: expected [B, M] or [M], got shape {shape_of(attention)}; average over the heads")
     if deep_attention.shape != object_attention.shape:
         raise ValueError(
-            f"deep_attention: expected shape {_shape(object_attention)} as object_attention, got "
-            f"{_shape(deep_attention)}; both are of the same tokens"
+            f"deep_attention: expected shape {shape_of(object_attention)} as object_attention, got "
+            f"{shape_of(deep_attention)}; both are of the same tokens"
         )
-    _check_device("deep_attention", deep_attention, object_attention.device)
+    check_device("deep_attention", deep_attention, object_attention.device)
     num_tokens = object_attention.shape[-1]
     grids = checked_grids(grid)
     cells = sum(math.prod(one) for one in grids)
@@ -73,8 +73,8 @@ def hiprune_select(
             f"grid: expected {num_tokens} cells, one a token, got {cells} in {_shown(grids)}; count visual "
             "tokens, after any merge of patches"
         )
-    ratio, budget = _checked_keep(r, num_tokens, False)
-    _check_rounding(rounding)
+    ratio, budget = checked_keep(r, num_tokens, False)
+    check_rounding(rounding)
     kept = kept_count(int(budget) or ratio, num_tokens, rounding)
     anchors = num_anchors(kept, checked_alpha(alpha))
 
