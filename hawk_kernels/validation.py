@@ -119,8 +119,8 @@ def check_head_vector(name: str, weights: torch.Tensor, q: torch.Tensor) -> None
     num_heads = q.shape[-3]
     if weights.dim() != 1 or weights.shape[0] != num_heads:
         raise ValueError(
-            f"{name}: expected shape [{num_heads}], one weight a head of q, got {shape_of(weights)}; a group shares its "
-            "keys, not its weights"
+            f"{name}: expected shape [{num_heads}], one weight a head of q, got {shape_of(weights)}; a group shares "
+            "its keys, not its weights"
         )
     check_device(name, weights, q.device)
 

@@ -1,1 +1,1 @@
-"""Pruning Hugging Face vision-language models; imports transformers."""
+"""Pruning Hugging Face vision-language models."""
