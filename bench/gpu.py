@@ -19,13 +19,29 @@ from pathlib import Path
 
 import torch
 
+_KERNEL_TESTS = (
+    "tests/test_parity.py",
+    "tests/test_triton_launch.py",
+    "tests/test_column_stats.py",
+    "tests/test_hiprune_select.py",
+)
+
 
 def parts(output: Path, python: str) -> dict[str, list[str]]:
     """Name and command of each part, most informative first."""
     sanitizer = shutil.which("compute-sanitizer")
     commands = {
-        "parity": [python, "-m", "pytest", "tests/test_parity.py", "tests/test_triton_launch.py"],
+        "parity": [python, "-m", "pytest", *_KERNEL_TESTS],
         "micro": [python, "-m", "bench.micro", "--device", "cuda", "--json", str(output / "micro.json")],
+        "attention": [
+            python,
+            "-m",
+            "bench.attention_stats",
+            "--device",
+            "cuda",
+            "--json",
+            str(output / "attention-stats.json"),
+        ],
         "benchmark": [
             *(python, "-m", "pytest", "bench", "--benchmark-enable"),
             f"--benchmark-json={output / 'benchmark.json'}",
