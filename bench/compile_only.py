@@ -172,7 +172,7 @@ def compile_variant(variant: Variant, target_name: str) -> Compiled:
     compiled = triton.compile(source, target=target, options=options)
     if target.backend == "cuda":
         registers, spills = _ptxas_report(compiled.asm["ptx"], target.arch)
-        barrier = _barrier_before_arrival(compiled.asm["ptx"])
+        barrier = _barrier_before_arrival(compiled.asm["ttgir"], compiled.asm["ptx"])
     else:
         assembly = compiled.asm["amdgcn"]
         registers = _last_number(r"\.vgpr_count:\s+(\d+)", assembly)
@@ -213,15 +213,22 @@ def _ptxas_report(ptx: str, arch: int) -> tuple[int, int]:
     return _last_number(r"Used (\d+) registers", report), spilled
 
 
-def _barrier_before_arrival(ptx: str) -> bool | None:
-    """Whether a CTA-wide barrier stands between the last global store and the arrival atomic; None without one."""
-    arrival = ptx.find("atom.acq_rel.gpu.global")
-    if arrival < 0:
-        arrival = ptx.find("atom.global.gpu.acq_rel")
-    if arrival < 0:
+def _barrier_before_arrival(ttgir: str, ptx: str) -> bool | None:
+    """Whether a CTA-wide barrier stands between the last global store and the arrival atomic; None without one.
+
+    In both: PTX alone may show a barrier that Triton put there for its shared memory, and may drop again.
+    """
+    own = _stands_between(ttgir, r"tt\.store", r"(?:ttg|gpu)\.barrier", r"atomic_rmw add, acq_rel")
+    emitted = _stands_between(ptx, r"st\.global", r"bar(?:rier)?\.sync", r"atom\.(?:acq_rel\.gpu|global\.gpu\.acq_rel)")
+    return own if emitted is None else bool(own) and emitted
+
+
+def _stands_between(code: str, store: str, barrier: str, arrival: str) -> bool | None:
+    found = re.search(arrival, code)
+    if found is None:
         return None
-    before = ptx[:arrival]
-    return max(before.rfind("bar.sync"), before.rfind("barrier.sync")) > before.rfind("st.global")
+    last_store = list(re.finditer(store, code[: found.start()]))[-1]
+    return re.search(barrier, code[last_store.end() : found.start()]) is not None
 
 
 def main() -> None:
