@@ -10,7 +10,9 @@ version = re.search(r'^__version__ = "(.+)"$', (root / "hawk_kernels/__init__.py
 
 # prune() needs transformers; score_and_select() does not, and is called from code bases that pin their own fork of it.
 hf = ["transformers>=5.5,<6", "pillow>=10"]
+plots = ["matplotlib>=3.8"]
 dev = [
+    "accelerate>=1.2",
     "hypothesis>=6.100",
     "mypy>=1.10",
     "pytest>=8",
@@ -29,11 +31,20 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["hawk_kernels", "hawk_kernels.*"]),
-    package_data={"hawk_kernels": ["py.typed", "head_weights/*.json", "assets/*", "assets/*/*", "assets/*/*/*"]},
+    package_data={
+        "hawk_kernels": [
+            "py.typed",
+            "head_weights/*.json",
+            "backends/triton/tables/*.json",
+            "assets/*",
+            "assets/*/*",
+            "assets/*/*/*",
+        ]
+    },
     python_requires=">=3.10,<3.14",
     install_requires=["numpy>=1.26", "torch>=2.11", "triton>=3.6; sys_platform == 'linux'"],
     entry_points={"console_scripts": ["hawk-kernels = hawk_kernels.__main__:main"]},
-    extras_require={"hf": hf, "dev": hf + dev},
+    extras_require={"hf": hf, "plots": plots, "dev": hf + plots + dev},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.10",

@@ -6,29 +6,45 @@ model. Importing this package needs torch only; Triton and transformers are impo
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hawk_kernels.api import score_and_select, score_tokens, select_topk
 from hawk_kernels.attention import attention_column_mean
+from hawk_kernels.compaction import Compacted, compact
+from hawk_kernels.greedy import greedy_dpp, greedy_max_min
+from hawk_kernels.hidden import score_hidden, score_hidden_and_select
 from hawk_kernels.hiprune import hiprune_select
 from hawk_kernels.selection import Selection
 
 if TYPE_CHECKING:
+    from hawk_kernels.calibration.run import calibrate
     from hawk_kernels.hf.prune import Pruning, prune
 
 __version__ = "0.1.0"
 __all__ = [
+    "Compacted",
     "Pruning",
     "Selection",
     "attention_column_mean",
+    "calibrate",
+    "compact",
+    "greedy_dpp",
+    "greedy_max_min",
     "hiprune_select",
     "prune",
     "score_and_select",
+    "score_hidden",
+    "score_hidden_and_select",
     "score_tokens",
     "select_topk",
 ]
 
-_FROM_TRANSFORMERS = ("Pruning", "prune")
+_FROM_TRANSFORMERS = {
+    "Pruning": "hawk_kernels.hf.prune",
+    "calibrate": "hawk_kernels.calibration.run",
+    "prune": "hawk_kernels.hf.prune",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -40,9 +56,7 @@ def __getattr__(name: str) -> Any:
         raise ImportError(
             f"hawk_kernels.{name} needs transformers, which is not installed: pip install transformers"
         ) from error
-    from hawk_kernels.hf import prune as prune_module
-
-    return getattr(prune_module, name)
+    return getattr(import_module(_FROM_TRANSFORMERS[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,7 @@ from hawk_kernels.selection import Selection
 from hawk_kernels.validation import (
     check_head_vector,
     check_mask,
+    check_normalize,
     check_queries_and_keys,
     check_rounding,
     check_tensor,
@@ -17,8 +18,6 @@ from hawk_kernels.validation import (
     checked_scale,
     shape_of,
 )
-
-NORMALIZATIONS = (None, "l2", "softmax", "minmax")
 
 
 def score_and_select(
@@ -162,8 +161,7 @@ def _checked_scoring(
     if k_mask is not None:
         check_mask("k_mask", k_mask, (*batch, num_keys), "one entry a key", q.device)
 
-    if normalize not in NORMALIZATIONS:
-        raise ValueError(f"normalize: expected None, 'l2', 'softmax' or 'minmax', got {normalize!r}")
+    check_normalize(normalize)
     scale = checked_scale(scale, head_dim)
     backend = choose_backend(backend, q.device, head_dim)
 

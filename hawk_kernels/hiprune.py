@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hawk_kernels.ranking import LAST, order_key, rank
 from hawk_kernels.selection import Selection, kept_count
 from hawk_kernels.validation import check_device, check_rounding, check_tensor, checked_keep, shape_of
 
@@ -118,16 +119,16 @@ def choose(
         width: the largest budget.
     """
     batch, num_tokens = object_attention.shape
-    object_key, deep_key = (_order_key(x, candidates) for x in (object_attention, deep_attention))
-    is_anchor = _rank(object_key) < anchors
+    object_key, deep_key = (order_key(x, candidates) for x in (object_attention, deep_attention))
+    is_anchor = rank(object_key) < anchors
     reachable = torch.nn.functional.pad(is_anchor, (0, 1))
     around = neighbours.expand(batch, -1, -1).flatten(1)
     is_near = reachable.gather(1, around).view(batch, num_tokens, 4).any(dim=-1)
 
     tiered = torch.where(is_anchor, object_key + 2 * _TIER, torch.where(is_near, object_key + _TIER, deep_key))
     if candidates is not None:
-        tiered = torch.where(candidates, tiered, -_TIER)
-    kept = _rank(tiered) < budget
+        tiered = torch.where(candidates, tiered, LAST)
+    kept = rank(tiered) < budget
     role = torch.where(is_anchor, ANCHOR, torch.where(is_near, BUFFER, REGISTER))
     roles = torch.where(kept, role, DROPPED).to(torch.int8)
 
@@ -136,21 +137,6 @@ def choose(
     indices = slot.new_full((batch, width + 1), -1).scatter(1, slot, columns)[:, :width].contiguous()
     scores = deep_attention.clone() if candidates is None else deep_attention.masked_fill(~candidates, -torch.inf)
     return HiPruneChoice(Selection(kept, indices, scores), roles)
-
-
-def _order_key(values: torch.Tensor, candidates: torch.Tensor | None) -> torch.Tensor:
-    """int64 `[B, M]` that sorts as the floats do; NaN below all of them, what is no candidate below NaN."""
-    bits = (values + 0.0).view(torch.int32)  # -0 + 0 is +0
-    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
-    key = torch.where(values.isnan(), -(1 << 31) - 1, key)
-    return key if candidates is None else torch.where(candidates, key, -_TIER)
-
-
-def _rank(key: torch.Tensor) -> torch.Tensor:
-    """Place of each entry in its row, the largest first, equal ones by index."""
-    order = key.argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(key.shape[1], device=key.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places)
 
 
 def num_anchors(kept: int, alpha: float) -> int:

@@ -11,7 +11,10 @@ from hawk_kernels.selection import ROUNDINGS
 
 # Rows are shorter than this, so a larger budget keeps as much; an operator takes no integers beyond 64 bits.
 _MAX_BUDGET = 2**31 - 1
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# What scores are computed from; float64 has no kernel.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+NORMALIZATIONS = (None, "l2", "softmax", "minmax")
 
 
 def shape_of(tensor: torch.Tensor) -> list[int]:
@@ -37,6 +40,14 @@ def check_mask(name: str, mask: object, shape: tuple[int, ...], meaning: str, de
         )
     if mask.device != device:
         raise ValueError(f"{name}: expected device {device}, got {mask.device}; use {name}.to({str(device)!r})")
+
+
+def check_normalize(normalize: object) -> None:
+    """`normalize` is a known name."""
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(
+            f"normalize: expected None, 'l2', 'softmax' or 'minmax', got {normalize!r}; the release has 'l2'"
+        )
 
 
 def check_rounding(rounding: object) -> None:
@@ -74,7 +85,7 @@ def check_queries_and_keys(q: torch.Tensor, k: torch.Tensor) -> None:
     check_tensor("q", q)
     check_tensor("k", k)
     for name, tensor in (("q", q), ("k", k)):
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise TypeError(
                 f"{name}: expected dtype float32, float16 or bfloat16, got {tensor.dtype}; use {name}.float()"
             )
@@ -111,7 +122,6 @@ def check_queries_and_keys(q: torch.Tensor, k: torch.Tensor) -> None:
 
 
 def check_head_vector(name: str, weights: torch.Tensor, q: torch.Tensor) -> None:
-    """`weights` has one number a head of `q`."""
     """One floating point weight a head of `q`, beside it."""
     check_tensor(name, weights)
     if not weights.dtype.is_floating_point:

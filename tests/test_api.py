@@ -19,6 +19,9 @@ SIGNATURES = {
     "select_topk": "(scores, r, *, mask=None, rounding='floor')",
     "attention_column_mean": "(q, k, *, cu_seqlens=None, causal=False, q_rows=None, head_weights=None, "
     "reduce_heads=True, reduction='mean', scale=None, backend=None)",
+    "compact": "(inputs_embeds, keep_mask, *, position_ids=None, length=None, backend=None)",
+    "greedy_dpp": "(features, quality, r, *, mask=None, rounding='floor', backend=None)",
+    "greedy_max_min": "(features, r, *, mask=None, rounding='floor', backend=None)",
     "hiprune_select": "(object_attention, deep_attention, r, *, grid, alpha=0.1, rounding='floor')",
     "prune": "(model, keep_ratio, *, method='hawk', head_weights=None, budget='shared', query=None, **options)",
 }
@@ -36,9 +39,13 @@ def test_signatures_are_frozen(name):
 
 def test_names_are_frozen():
     assert hawk_kernels.__all__ == [
+        "Compacted",
         "Pruning",
         "Selection",
         "attention_column_mean",
+        "compact",
+        "greedy_dpp",
+        "greedy_max_min",
         "hiprune_select",
         "prune",
         "score_and_select",
@@ -47,6 +54,7 @@ def test_names_are_frozen():
     ]
     assert set(hawk_kernels.__all__) <= set(dir(hawk_kernels))
     assert Selection._fields == ("mask", "indices", "scores")
+    assert hawk_kernels.Compacted._fields == ("inputs_embeds", "position_ids", "attention_mask", "source")
     for name in hawk_kernels.__all__:
         assert getattr(hawk_kernels, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'prunes'"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import csrc_ref
+from bench import attention_stats
 from hawk_kernels import attention_column_mean, ops
 from hawk_kernels.backends.triton import column_stats
 from tests.cases import DTYPES
@@ -278,3 +279,25 @@ def test_operator_under_pytorch_machinery():
     assert torch.equal(compiled(Q, K, causal=True, q_rows=rows), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(attention_column_mean(Q, K, causal=True, q_rows=rows), expected)
+
+
+def test_whoever_fails_parity_or_raises_is_named_and_not_timed(monkeypatch):
+    usual = attention_stats.contestants
+
+    def contestants(shape, device):
+        def raising():
+            raise RuntimeError("no kernel image\nfor this device")
+
+        runs = usual(shape, device)
+        return {**runs, "off": lambda: 1.1 * runs["ours"](), "raising": raising}
+
+    monkeypatch.setattr(attention_stats, "contestants", contestants)
+    monkeypatch.setattr(attention_stats, "peak_memory", lambda *_: 0.0)
+    row = attention_stats.measure(attention_stats.Shape(8, 16, causal=True), 2, torch.device("cpu"))
+    assert row["off"]["failed"].startswith("an error of")
+    assert row["raising"] == {"failed": "RuntimeError: no kernel image"}
+    assert row["ours"]["error"] < 4e-6
+    assert {name for name, entry in row.items() if isinstance(entry, dict) and "median" in entry} == {"ours", "literal"}
+    monkeypatch.setattr(attention_stats, "ours", lambda q, k, shape, cu_seqlens: torch.zeros(1, 16))
+    with pytest.raises(SystemExit, match="parity failed at 8 x 16 causal with an error of 1"):
+        attention_stats.measure(attention_stats.Shape(8, 16, causal=True), 2, torch.device("cpu"))

@@ -46,7 +46,7 @@ def test_every_ratio_of_heads(backend, num_heads, num_key_value_heads, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("num_keys", [1, 2, 63, 64, 65, 257, 1296, 4096, 4097, 9000, 16384, 16385])
+@pytest.mark.parametrize("num_keys", [1, 2, 63, 64, 65, 257, 1296, 2048, 2049, 5120, 16385])
 def test_every_row_length(backend, num_keys, device):
     for normalize, masked in (("l2", False), ("softmax", True), (None, True)):
         case = make_case(1, 2, 1, 3, num_keys, 16, r=0.29, masked=masked, normalize=normalize)
@@ -54,7 +54,20 @@ def test_every_row_length(backend, num_keys, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("num_queries", [1, 2, 33, 200])
+def test_the_longest_row(backend, device):
+    case = make_case(1, 1, 1, 3, 262144, 64, dtype=torch.bfloat16, r=0.2, masked=True, normalize="l2")
+    assert_matches_reference(case, run(case, backend, device))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("num_heads", "num_key_value_heads"), [(7, 1), (8, 8)])
+def test_many_ragged_rows(backend, num_heads, num_key_value_heads, device):
+    case = make_case(64, num_heads, num_key_value_heads, 3, 50, 16, masked=True, normalize="l2")
+    assert_matches_reference(case, run(case, backend, device))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_queries", [1, 2, 33, 200, 2000])
 def test_every_number_of_queries(backend, num_queries, device):
     case = make_case(num_queries=num_queries, masked=num_queries > 1, normalize="minmax")
     assert_matches_reference(case, run(case, backend, device))
@@ -232,7 +245,7 @@ def test_empty_dimensions(backend, batch, num_queries, num_keys, device):
 def test_bitwise_repeatable(backend, device):
     case = make_case(2, 28, 4, 20, 700, 64, dtype=torch.bfloat16, normalize="l2", masked=True)
     first = run(case, backend, device)
-    for _ in range(3):
+    for _ in range(2):
         for got, expected in zip(run(case, backend, device), first, strict=True):
             assert torch.equal(got, expected)
 
@@ -273,12 +286,12 @@ def test_selection_is_a_stable_sort(backend, device, data):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("num_keys", [4096, 4097, 20000])
+@pytest.mark.parametrize("num_keys", [2048, 2049, 9000])
 def test_heavy_ties_drop_no_winner(backend, num_keys, device):
     """Thousands of scores tie at the threshold: what a fixed-size candidate buffer loses."""
     scores = torch.randint(0, 3, (2, num_keys)).float()
     mask = torch.rand(2, num_keys) < 0.9
-    for r in (1, 0.2, 0.5, 0.999, 1.0):
+    for r in (1, 0.2, 0.999):
         assert_exact(scores, r, backend, device, mask)
 
 

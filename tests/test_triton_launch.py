@@ -25,11 +25,7 @@ def launches(monkeypatch):
 
         return Counting()
 
-    for module, name in (
-        (score_select, "_score_select_kernel"),
-        (score_select, "_importance_kernel"),
-        (select_rows, "_select_kernel"),
-    ):
+    for module, name in ((score_select, "_score_select_kernel"), (select_rows, "_select_kernel")):
         monkeypatch.setattr(module, name, counting(getattr(module, name)))
     return names
 
@@ -40,15 +36,22 @@ def run(case, normalize):
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@pytest.mark.parametrize("num_keys", [1, 100, 4097, 16384])
-def test_one_launch_up_to_16384_keys(launches, normalize, num_keys, device):
+@pytest.mark.parametrize("num_keys", [1, 100, 2049, 20000])
+def test_one_launch_whatever_the_size(launches, normalize, num_keys, device):
     run(make_case(2, 2, 1, 3, num_keys, 16, masked=True).to(device), normalize)
     assert launches == ["_score_select_kernel"]
 
 
-def test_three_launches_above(launches, device):
-    run(make_case(1, 2, 1, 3, 16385, 16).to(device), "l2")
-    assert launches == ["_score_select_kernel", "_importance_kernel", "_select_kernel"]
+@pytest.mark.parametrize("num_queries", [1, 64, 3000])
+def test_one_launch_whatever_the_text(launches, num_queries, device):
+    run(make_case(2, 2, 1, num_queries, 40, 16, masked=True).to(device), "l2")
+    assert launches == ["_score_select_kernel"]
+
+
+@pytest.mark.parametrize("num_keys", [1, 2049, 20000])
+def test_given_scores_are_selected_in_one_launch(launches, num_keys, device):
+    select_rows.select_topk(torch.randn(2, num_keys, device=device), 0.3, None, "floor")
+    assert launches == ["_select_kernel"]
 
 
 @pytest.mark.parametrize("num_keys", [70, 5000])
@@ -60,7 +63,9 @@ def test_poisoned_memory_does_not_show(monkeypatch, num_keys, device):
 
     def poisoned(*size, **options):
         tensor = empty(*size, **options)
-        return tensor.fill_(True if tensor.dtype == torch.bool else -7 if tensor.dtype == torch.int64 else torch.nan)
+        if tensor.dtype.is_floating_point:
+            return tensor.fill_(torch.nan)
+        return tensor.fill_(True if tensor.dtype == torch.bool else -7)
 
     monkeypatch.setattr(torch, "empty", poisoned)
     for normalize, expected in zip(NORMALIZATIONS, clean, strict=True):
@@ -83,18 +88,22 @@ def test_nothing_is_written_outside_the_outputs(monkeypatch, device):
     monkeypatch.setattr(torch, "empty", guarded)
     for normalize in NORMALIZATIONS:
         run(case, normalize)
-    assert len(guards) == 4 * 5
+    assert len(guards) == 4 * 4
     assert all((zone == 1).all() for pair in guards for zone in pair)
 
 
-def test_the_last_arriver_resets_its_counter(monkeypatch, device):
-    counters = torch.zeros(8, dtype=torch.int32, device=device)
-    monkeypatch.setattr(score_select, "arrival_counters", lambda num_rows, device: counters)
-    case = make_case(3, 4, 2, 3, 200, 16).to(device)
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(3, 200), (3000, 200), (3, 5000)])
+def test_a_launch_leaves_its_counters_at_zero(monkeypatch, num_queries, num_keys, device):
+    counters = torch.zeros(64, dtype=torch.int32, device=device)
+    for module in (score_select, select_rows):
+        monkeypatch.setattr(module, "launch_counters", lambda count, device: counters)
+    case = make_case(3, 4, 2, num_queries, num_keys, 16).to(device)
     first = run(case, "l2")
     assert counters.eq(0).all()
     for got, expected in zip(run(case, "l2"), first, strict=True):
         assert torch.equal(got, expected)
+    select_rows.select_topk(first.scores, 0.3, None, "floor")
+    assert counters.eq(0).all()
 
 
 @pytest.mark.gpu
@@ -134,7 +143,7 @@ class TestOnDevice:
 
 
 def test_counters_on_cpu_are_fresh():
-    assert launch.arrival_counters(3, torch.device("cpu")).tolist() == [0, 0, 0]
+    assert launch.launch_counters(3, torch.device("cpu")).tolist() == [0, 0, 0]
 
 
 def test_compiles_without_a_device(repository, tmp_path, capsys):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 
 from hawk_kernels.backends.visibility import seeing_rows, segment_bounds
 
-# Logits of a tile: 4 MB of float32, which stay in a core's cache between the product, the softmax and the sum.
-_TILE = 1 << 20
+# Logits of a tile: 2 MB of float32, which stay in a core's cache between the product, the softmax and the sum.
+_TILE = 1 << 19
 
 
 def attention_column_mean(
@@ -26,8 +25,8 @@ def attention_column_mean(
 ) -> torch.Tensor:
     """Statistics `[B, M]` or `[B, H, M]` float32 of validated arguments.
 
-    Reads `q_rows` and `cu_seqlens` on the host: rows that do not count are never multiplied, and segments of one length
-    run side by side.
+    Reads `q_rows` and `cu_seqlens` on the host: rows that do not count are never multiplied, and neighbouring segments
+    of one length run side by side.
     """
     num_queries, num_key_value_heads, num_keys = q.shape[2], *k.shape[1:3]
     queries = q.unflatten(1, (num_key_value_heads, -1))
@@ -77,17 +76,21 @@ def _fill_segments(
             rows = q_rows[0, start:end].nonzero().flatten().tolist()
             columns[..., start:end] = _columns(q[:, :, start:end], k[:, start:end], rows, causal, reduction, scale)
         return
-    starts_by_length: dict[int, list[int]] = defaultdict(list)
-    for start, end in segments:
-        starts_by_length[end - start].append(start)
-    for length, starts in starts_by_length.items():
-        together = max(1, _TILE // (q.shape[0] * q.shape[1] * length**2))
-        for first in range(0, len(starts), together):
-            begin = torch.tensor(starts[first : first + together], device=k.device)
-            tokens = begin[:, None] + torch.arange(length, device=k.device)
-            queries = q[:, :, tokens].transpose(1, 2).flatten(0, 1)
-            found = _columns(queries, k[:, tokens].flatten(0, 1), range(length), causal, reduction, scale)
-            columns[..., tokens] = found.unflatten(0, (-1, len(begin))).transpose(1, 2)
+    for length, run in groupby(segments, key=lambda segment: segment[1] - segment[0]):
+        neighbours = list(run)
+        logits_of_head = q.shape[1] * length**2
+        together = max(1, _TILE // logits_of_head)
+        for first in range(0, len(neighbours), together):
+            batch = neighbours[first : first + together]
+            tokens = slice(batch[0][0], batch[-1][1])
+            # segments of one head are a view, those of several would be copied
+            heads_together = max(1, _TILE // (logits_of_head * len(batch)))
+            for head in range(0, len(q), heads_together):
+                heads = slice(head, head + heads_together)
+                queries = q[heads, :, tokens].unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
+                keys = k[heads, tokens].unflatten(1, (-1, length)).flatten(0, 1)
+                found = _columns(queries, keys, range(length), causal, reduction, scale)
+                columns[heads, :, tokens] = found.unflatten(0, (-1, len(batch))).transpose(1, 2).flatten(2)
 
 
 def _columns(
@@ -112,8 +115,9 @@ def _columns(
         for start in range(0, len(rows), rows_together):
             tile = rows[start : start + rows_together]
             seen = tile[-1] + offset + 1 if causal else num_keys
-            queries = q[of_group, :, start : start + len(tile)].float() * scale
-            logits = torch.bmm(queries.flatten(1, 2), keys[:, :, :seen]).unflatten(1, (group_size, len(tile)))
+            queries = q[of_group, :, start : start + len(tile)].float().flatten(1, 2)
+            logits = torch.baddbmm(queries.new_empty(1), queries, keys[:, :, :seen], beta=0, alpha=scale)
+            logits = logits.unflatten(1, (group_size, len(tile)))
             if causal:
                 last = torch.tensor(tile, device=k.device).unsqueeze(1) + offset
                 future = torch.arange(seen, device=k.device) > last

@@ -3,6 +3,10 @@
 The order is that of a stable descending sort: a float becomes a uint32 key that orders the same way, the key of the
 last token that is kept (the threshold) is found eight bits at a time, and tokens that tie with it are taken from
 the left by a running count. Kept tokens come out in ascending order, so indices need no sort either.
+
+A row that fits in the registers of one program is selected by it (`select_in_registers`). A longer one is cut into
+blocks of columns: programs over these count one digit after the other into histograms of the row (`count_digit`),
+and then each writes its own columns (`write_block`).
 """
 
 import triton
@@ -10,6 +14,9 @@ import triton.language as tl
 
 RADIX_BITS = tl.constexpr(8)
 RADIX_BINS = tl.constexpr(256)
+NUM_DIGITS = tl.constexpr(4)
+# A block's counts of the last digit, from the top, and in front of them the keys above all these.
+SUFFIXES = tl.constexpr(257)
 
 
 @triton.jit
@@ -35,7 +42,7 @@ def budget_of(num_candidates, numerator, denominator, budget, CEIL: tl.constexpr
 
 
 @triton.jit
-def _ordered_key(score, candidate):
+def ordered_key(score, candidate):
     """uint32 that orders as the score does: NaN is 1, below -inf; 0 is no candidate; -0 equals +0."""
     score = tl.where(score == 0.0, 0.0, score)
     bits = score.to(tl.uint32, bitcast=True)
@@ -45,19 +52,22 @@ def _ordered_key(score, candidate):
 
 
 @triton.jit
-def _digit_counts(key, candidate, settled, prefix, shift: tl.constexpr):
-    """Histogram of the next digit of the keys that start as the threshold does."""
+def _digit_counts(key, candidate, settled, prefix, DIGIT: tl.constexpr):
+    """Histogram of a digit of the keys that start as the threshold does; digit 0 is the highest."""
+    shift: tl.constexpr = 32 - RADIX_BITS * (DIGIT + 1)
     digit = ((key >> shift) & (RADIX_BINS - 1)).to(tl.int32)
     return tl.histogram(digit, RADIX_BINS, mask=candidate & ((key & settled) == prefix))
 
 
 @triton.jit
-def _pick_digit(histogram, remaining):
-    """The bin in which the `remaining`-th largest key lies, and how many keys lie in the bins above it."""
+def _settle_digit(threshold, settled, remaining, histogram, DIGIT: tl.constexpr):
+    """The threshold with one more digit: that of the `remaining`-th largest key; and what remains below this bin."""
+    shift: tl.constexpr = 32 - RADIX_BITS * (DIGIT + 1)
     above = tl.cumsum(histogram, 0, reverse=True) - histogram
-    bins = tl.arange(0, RADIX_BINS)
     here = (above < remaining) & (above + histogram >= remaining)
-    return tl.sum(tl.where(here, bins, 0), 0), tl.sum(tl.where(here, above, 0), 0)
+    digit = tl.sum(tl.where(here, tl.arange(0, RADIX_BINS), 0), 0)
+    remaining -= tl.sum(tl.where(here, above, 0), 0)
+    return threshold | (digit.to(tl.uint32) << shift), settled | ((RADIX_BINS - 1) << shift), remaining
 
 
 @triton.jit
@@ -65,7 +75,7 @@ def _write_kept(
     key, candidate, columns, threshold, num_tied, kept, num_tied_before, num_kept_before,
     num_keys, width, mask_ptr, indices_ptr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write mask, indices and padding of some columns; returns the running counts of ties and of kept tokens."""
+    """Write mask, indices and padding of some columns, `num_tied` of the row's ties being kept."""
     tied = candidate & (key == threshold)
     tie_rank = num_tied_before + tl.cumsum(tied.to(tl.int32), 0)
     keep = candidate & (kept > 0) & ((key > threshold) | (tied & (tie_rank <= num_tied)))
@@ -74,23 +84,19 @@ def _write_kept(
     tl.store(indices_ptr + position, columns.to(tl.int64), mask=keep)
     padding = tl.full([BLOCK], -1, tl.int64)
     tl.store(indices_ptr + columns, padding, mask=(columns >= kept) & (columns < width))
-    return num_tied_before + tl.sum(tied.to(tl.int32), 0), num_kept_before + tl.sum(keep.to(tl.int32), 0)
 
 
 @triton.jit
 def select_in_registers(score, candidate, kept, num_keys, width, mask_ptr, indices_ptr, BLOCK: tl.constexpr):
     """Write mask and indices of one row that a single program holds; the pointers are the row's."""
-    key = _ordered_key(score, candidate)
+    key = ordered_key(score, candidate)
     zero = kept * 0
     threshold = zero.to(tl.uint32)
     settled = zero.to(tl.uint32)
     remaining = kept
-    for shift in tl.static_range(32 - RADIX_BITS, -1, -RADIX_BITS):
-        histogram = _digit_counts(key, candidate, settled, threshold, shift)
-        chosen, above = _pick_digit(histogram, remaining)
-        threshold = threshold | (chosen.to(tl.uint32) << shift)
-        settled = settled | ((RADIX_BINS - 1) << shift)
-        remaining -= above
+    for DIGIT in tl.static_range(NUM_DIGITS):
+        histogram = _digit_counts(key, candidate, settled, threshold, DIGIT)
+        threshold, settled, remaining = _settle_digit(threshold, settled, remaining, histogram, DIGIT)
     _write_kept(
         key, candidate, tl.arange(0, BLOCK), threshold, remaining, kept, zero, zero,
         num_keys, width, mask_ptr, indices_ptr, BLOCK,
@@ -98,40 +104,75 @@ def select_in_registers(score, candidate, kept, num_keys, width, mask_ptr, indic
 
 
 @triton.jit
-def _load_keys(scores_ptr, candidates_ptr, columns, num_keys, candidates_stride, HAS_MASK: tl.constexpr):
-    candidate = load_candidates(candidates_ptr, columns, num_keys, candidates_stride, HAS_MASK)
-    score = tl.load(scores_ptr + columns, mask=candidate, other=float("-inf"), cache_modifier=".cg")
-    return _ordered_key(score, candidate), candidate
+def clear_histograms(histograms_ptr):
+    """Zero the histograms `[NUM_DIGITS, RADIX_BINS]` of one row."""
+    bins = tl.arange(0, NUM_DIGITS * RADIX_BINS)
+    tl.store(histograms_ptr + bins, tl.zeros([NUM_DIGITS * RADIX_BINS], tl.int32))
 
 
 @triton.jit
-def select_from_memory(
-    scores_ptr, candidates_ptr, candidates_stride, kept, num_keys, width, mask_ptr, indices_ptr,
-    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """As `select_in_registers` for a row of any length, whose scores are read again for every digit; pointers are
-    the row's."""
+def _settled_digits(histograms_ptr, numerator, denominator, budget, CEIL: tl.constexpr, DIGITS: tl.constexpr):
+    """The threshold as far as the first digits tell, what remains below it, and how many tokens the row keeps."""
+    bins = tl.arange(0, RADIX_BINS)
+    histogram = tl.load(histograms_ptr + bins, cache_modifier=".cg")
+    kept = budget_of(tl.sum(histogram, 0), numerator, denominator, budget, CEIL)
     zero = kept * 0
     threshold = zero.to(tl.uint32)
     settled = zero.to(tl.uint32)
     remaining = kept
-    for shift in tl.static_range(32 - RADIX_BITS, -1, -RADIX_BITS):
-        histogram = tl.zeros([RADIX_BINS], tl.int32)
-        for start in range(0, num_keys, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            key, candidate = _load_keys(scores_ptr, candidates_ptr, columns, num_keys, candidates_stride, HAS_MASK)
-            histogram += _digit_counts(key, candidate, settled, threshold, shift)
-        chosen, above = _pick_digit(histogram, remaining)
-        threshold = threshold | (chosen.to(tl.uint32) << shift)
-        settled = settled | ((RADIX_BINS - 1) << shift)
-        remaining -= above
+    for DIGIT in tl.static_range(DIGITS):
+        histogram = tl.load(histograms_ptr + DIGIT * RADIX_BINS + bins, cache_modifier=".cg")
+        threshold, settled, remaining = _settle_digit(threshold, settled, remaining, histogram, DIGIT)
+    return threshold, settled, remaining, kept
 
-    num_tied_before = zero
-    num_kept_before = zero
-    for start in range(0, num_keys, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        key, candidate = _load_keys(scores_ptr, candidates_ptr, columns, num_keys, candidates_stride, HAS_MASK)
-        num_tied_before, num_kept_before = _write_kept(
-            key, candidate, columns, threshold, remaining, kept, num_tied_before, num_kept_before,
-            num_keys, width, mask_ptr, indices_ptr, BLOCK,
-        )  # fmt: skip
+
+@triton.jit
+def count_first_digit(key, candidate, histograms_ptr):
+    """Add a block's keys to the row's histogram of the highest digit; integers, so the order does not matter."""
+    zero = tl.sum(candidate.to(tl.int32), 0) * 0
+    histogram = _digit_counts(key, candidate, zero.to(tl.uint32), zero.to(tl.uint32), 0)
+    tl.atomic_add(histograms_ptr + tl.arange(0, RADIX_BINS), histogram, mask=histogram > 0, sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def count_digit(
+    key, candidate, block, histograms_ptr, suffixes_ptr, numerator, denominator, budget,
+    CEIL: tl.constexpr, DIGIT: tl.constexpr,
+):  # fmt: skip
+    """Add a block's keys to the row's histogram of a lower digit, once those of all higher ones are complete.
+
+    At the last digit also leave, for each of its values, how many keys of the block are at least that high: whatever
+    the threshold turns out to be, two of these say how many of the block are above it and how many tie with it.
+    """
+    threshold, settled, _, _ = _settled_digits(histograms_ptr, numerator, denominator, budget, CEIL, DIGIT)
+    histogram = _digit_counts(key, candidate, settled, threshold, DIGIT)
+    bins = tl.arange(0, RADIX_BINS)
+    tl.atomic_add(
+        histograms_ptr + DIGIT * RADIX_BINS + bins, histogram, mask=histogram > 0, sem="relaxed", scope="gpu"
+    )
+    if DIGIT == NUM_DIGITS - 1:
+        above = tl.sum((candidate & ((key & settled) > threshold)).to(tl.int32), 0)
+        suffixes_ptr += block * SUFFIXES
+        tl.store(suffixes_ptr + bins, above + tl.cumsum(histogram, 0, reverse=True))
+        tl.store(suffixes_ptr + RADIX_BINS, above)
+
+
+@triton.jit
+def write_block(
+    key, candidate, columns, block, histograms_ptr, suffixes_ptr, numerator, denominator, budget,
+    num_keys, width, mask_ptr, indices_ptr, CEIL: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Write mask and indices of a block's columns, once every block has counted every digit; pointers are the row's.
+
+    `NUM_BLOCKS` is the number of blocks or a power of two above it.
+    """
+    threshold, _, num_tied, kept = _settled_digits(histograms_ptr, numerator, denominator, budget, CEIL, NUM_DIGITS)
+    blocks = tl.arange(0, NUM_BLOCKS)
+    suffixes_ptr += blocks * SUFFIXES + (threshold & (RADIX_BINS - 1)).to(tl.int32)
+    reaching = tl.sum(tl.load(suffixes_ptr, mask=blocks < block, other=0, cache_modifier=".cg"), 0)
+    above = tl.sum(tl.load(suffixes_ptr + 1, mask=blocks < block, other=0, cache_modifier=".cg"), 0)
+    num_tied_before = reaching - above
+    _write_kept(
+        key, candidate, columns, threshold, num_tied, kept, num_tied_before,
+        above + tl.minimum(num_tied_before, num_tied), num_keys, width, mask_ptr, indices_ptr, BLOCK,
+    )  # fmt: skip

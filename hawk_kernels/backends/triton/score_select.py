@@ -1,355 +1,375 @@
-"""From queries and keys to kept tokens in one launch.
+"""From queries and keys to kept tokens in one launch, whatever the size.
 
-Programs over (tile of keys, block of heads, row) average the queries of their heads, score their keys and leave
-the logits `c[h, m]` with what a norm needs of them (two numbers per head and tile). The last of a row's programs to
-arrive combines these, sums over the heads and selects. Rows longer than one program can select take three launches:
-scores by tile, importance by tile, selection by row.
+Phases of the grid (see `phases`): average the queries of each head; score the keys of a tile by all heads that share
+them; sum over the heads, normalised; select. Every phase is spread over many programs, so that none waits for one
+multiprocessor to do the work of all.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from hawk_kernels.backends.triton.launch import arrival_counters, on_device
-from hawk_kernels.backends.triton.radix import budget_of, load_candidates, select_from_memory, select_in_registers
-from hawk_kernels.backends.triton.select_rows import MAX_ROW_IN_REGISTERS, keep_arguments, row_block, select_topk
+from hawk_kernels.backends.triton import finish
+from hawk_kernels.backends.triton.configs import ScoreConfig, score_config
+from hawk_kernels.backends.triton.exact_dot import exact_dot
+from hawk_kernels.backends.triton.finish import select, sum_heads
+from hawk_kernels.backends.triton.head_norms import MODES, NO_NORM, merge, neutral_pair, pair_of_tile
+from hawk_kernels.backends.triton.launch import (
+    check_limits,
+    compiler_options,
+    launch_counters,
+    on_device,
+    workspace,
+)
+from hawk_kernels.backends.triton.phases import (
+    arrive,
+    counters_of_row,
+    draw_ticket,
+    leave_row,
+    num_counters,
+    wait_for,
+)
+from hawk_kernels.backends.triton.radix import clear_histograms, load_candidates
+from hawk_kernels.backends.triton.select_rows import keep_arguments
 from hawk_kernels.selection import Selection, max_kept
 
 # tl.dot takes at least 16 columns, and more heads a program would not fit beside a tile of keys.
 HEADS_PER_PROGRAM = 16
-# The last arriver works alone: beyond this length sharing its work is worth two more launches.
-MAX_ROW_IN_ONE_LAUNCH = 16384
-# Programs beyond the multiprocessors only repeat the averaging; this many is about one wave on A100 to B200.
-_PROGRAMS_PER_ROW = 128
-# The largest tiles that spill on no target, for no dtype, norm or head size (bench/compile_only.py).
-_KEYS_PER_TILE = 32
-_NUM_WARPS = 4
-_QUERY_ELEMENTS = {"row in registers": 256, "row in memory": 512}
-_FLOAT32_TINY = tl.constexpr(1.1754943508222875e-38)
-_NO_NORM, _L2, _SOFTMAX, _MINMAX = (tl.constexpr(mode) for mode in range(4))
-# What the last arriver goes on to: the norms only (long rows), the scores, the selection.
-_NORMS, _SCORES, _SELECTION = (tl.constexpr(stage) for stage in range(3))
-MODES = {None: _NO_NORM.value, "l2": _L2.value, "softmax": _SOFTMAX.value, "minmax": _MINMAX.value}
+# Up to so many tiles of queries one program averages a head's; more are shared out, at the price of one more phase.
+_QUERY_TILES_IN_ONE_PROGRAM = 4
+_MOST_QUERY_PARTS = 32
+_PARTIAL_MEANS, _MEANS, _LOGITS, _SCORES = (tl.constexpr(counter) for counter in range(4))
 
 
 @triton.jit
-def _is_finite(x):
-    return tl.abs(x) < float("inf")
-
-
-@triton.jit
-def _mean_query(
-    q_ptr, q_mask_ptr, heads, head_inside, dims, dim_inside, num_queries,
-    stride_h, stride_n, stride_d, mask_stride_n, scale,
-    HAS_Q_MASK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def _partial_mean(
+    q_ptr, q_mask_ptr, total_ptr, count_ptr, part, queries_per_part, num_queries, stride_n, stride_d, mask_stride_n,
+    HEAD_DIM: tl.constexpr, HAS_Q_MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Mean over text of the queries of some heads, times the scale: `[BLOCK_H, BLOCK_D]` float32, NaN without text."""
-    total = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    """Sum and number of one head's queries in one part of the text; pointers are the row's and the head's."""
+    dims = tl.arange(0, BLOCK_D)
+    dim_inside = dims < HEAD_DIM
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     counted = tl.zeros([BLOCK_N], tl.float32)
-    head_dim_offsets = heads.to(tl.int64)[:, None] * stride_h + dims.to(tl.int64)[None, :] * stride_d
-    head_dim_inside = head_inside[:, None] & dim_inside[None, :]
-    for start in range(0, num_queries, BLOCK_N):
+    begin = part * queries_per_part
+    end = tl.minimum(begin + queries_per_part, num_queries)
+    for start in range(begin, end, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
-        used = rows < num_queries
+        used = rows < end
         if HAS_Q_MASK:
             used = tl.load(q_mask_ptr + rows.to(tl.int64) * mask_stride_n, mask=used, other=0) != 0
         counted += used.to(tl.float32)
         queries = tl.load(
-            q_ptr + head_dim_offsets[:, None, :] + rows.to(tl.int64)[None, :, None] * stride_n,
-            mask=head_dim_inside[:, None, :] & used[None, :, None],
+            q_ptr + rows.to(tl.int64)[:, None] * stride_n + dims.to(tl.int64)[None, :] * stride_d,
+            mask=used[:, None] & dim_inside[None, :],
             other=0.0,
         )
-        total += tl.sum(queries.to(tl.float32), 1)
-    count = tl.sum(counted, 0)
-    mean = tl.where(count > 0, total / tl.maximum(count, 1.0), float("nan"))
-    return tl.where(head_dim_inside, mean * scale, 0.0)
+        total += queries.to(tl.float32)
+    tl.store(total_ptr + dims, tl.sum(total, 0), mask=dim_inside)
+    tl.store(count_ptr, tl.sum(counted, 0))
 
 
 @triton.jit
-def _dot(keys, query, product, INTERPRETED: tl.constexpr):
-    """`product + keys @ query`, float32.
-
-    Triton's interpreter multiplies the bit patterns of bfloat16, and its BLAS adds in another order at the edges of a
-    tile, where equal keys would no longer tie.
-    """
-    if INTERPRETED:
-        return product + tl.sum(keys.to(tl.float32)[:, :, None] * query.to(tl.float32)[None, :, :], 1)
-    return tl.dot(keys, query, product, input_precision="ieee", out_dtype=tl.float32)
-
-
-@triton.jit
-def _dot_exact(keys, query, INTERPRETED: tl.constexpr):
-    """`[BLOCK_M, BLOCK_D] x [BLOCK_H, BLOCK_D]^T` in float32, on tensor cores where the keys are half precision.
-
-    The float32 query is split into terms of the keys' dtype whose sum is the query to float32's last bits (8 bits a
-    bfloat16, 11 a float16), so nothing but the order of the additions differs from a float32 product.
-    """
-    product = tl.zeros([keys.shape[0], query.shape[0]], tl.float32)
-    if keys.dtype == tl.float32:
-        return _dot(keys, tl.trans(query), product, INTERPRETED)
-    unit = tl.full([query.shape[0]], 1.0, tl.float32)
-    if keys.dtype == tl.float16:
-        # float16 has a narrow range: the largest component becomes 2**14, so that no term is lost below it.
-        largest = tl.max(tl.abs(query), 1)
-        unit = tl.where(largest == 0, 1.0, largest) * 0.00006103515625
-        query = query / unit[:, None]
-    query = tl.trans(query)
-    high = query.to(keys.dtype)
-    rest = query - high.to(tl.float32)
-    middle = rest.to(keys.dtype)
-    low = (rest - middle.to(tl.float32)).to(keys.dtype)
-    product = _dot(keys, high, product, INTERPRETED)
-    product = _dot(keys, middle, product, INTERPRETED)
-    product = _dot(keys, low, product, INTERPRETED)
-    return product * unit[None, :]
-
-
-@triton.jit
-def _neutral_pair(MODE: tl.constexpr):
-    """The statistics of no columns at all."""
-    if MODE == _SOFTMAX:
-        return float("-inf"), 0.0
-    if MODE == _MINMAX:
-        return float("inf"), float("-inf")
-    return 0.0, 0.0
-
-
-@triton.jit
-def _tile_statistics(c, inside, MODE: tl.constexpr):
-    """Two numbers per head of a tile `c [BLOCK_M, BLOCK_H]`, combined over tiles by `_combine`.
-
-    l2: largest magnitude, sum of squares relative to it. softmax: maximum, sum of exponentials relative to it.
-    minmax: minimum, maximum. A tile without candidates leaves the neutral pair.
-    """
-    if MODE == _L2:
-        first = tl.max(tl.where(inside, tl.abs(c), 0.0), 0)
-        divisor = tl.where(first >= _FLOAT32_TINY, first, 1.0)
-        relative = tl.where(inside, c / divisor[None, :], 0.0)
-        second = tl.sum(relative * relative, 0)
-    elif MODE == _SOFTMAX:
-        first = tl.max(tl.where(inside, c, float("-inf")), 0)
-        shift = tl.where(first == float("-inf"), 0.0, first)
-        second = tl.sum(tl.where(inside, tl.exp(c - shift[None, :]), 0.0), 0)
-    else:
-        first = tl.min(tl.where(inside, c, float("inf")), 0)
-        second = tl.max(tl.where(inside, c, float("-inf")), 0)
-    return first, second
-
-
-@triton.jit
-def _merge(first, second, tile_first, tile_second, MODE: tl.constexpr):
-    """The statistics of two sets of columns, as `_combine` takes them."""
-    if MODE == _L2:
-        larger = tl.maximum(first, tile_first)
-        divisor = tl.where(larger >= _FLOAT32_TINY, larger, 1.0)
-        one = first / divisor
-        other = tile_first / divisor
-        return larger, second * one * one + tile_second * other * other
-    if MODE == _SOFTMAX:
-        larger = tl.maximum(first, tile_first)
-        shift = tl.where(larger == float("-inf"), 0.0, larger)
-        return larger, second * tl.exp(first - shift) + tile_second * tl.exp(tile_first - shift)
-    return tl.minimum(first, tile_first), tl.maximum(second, tile_second)
-
-
-@triton.jit
-def _combine(first, second, MODE: tl.constexpr):
-    """The pair `(a, b)` of each head, as `_normalized` takes it, from those of its tiles `[BLOCK_H, BLOCK_T]`."""
-    if MODE == _L2:
-        a = tl.max(first, 1)
-        divisor = tl.where(a >= _FLOAT32_TINY, a, 1.0)
-        relative = first / divisor[:, None]
-        b = tl.sqrt(tl.sum(second * relative * relative, 1))
-    elif MODE == _SOFTMAX:
-        a = tl.max(first, 1)
-        shift = tl.where(a == float("-inf"), 0.0, a)
-        b = tl.sum(second * tl.exp(first - shift[:, None]), 1)
-    else:
-        a = tl.min(first, 1)
-        b = tl.max(second, 1) - a
-    return a, b
-
-
-@triton.jit
-def _normalized(c, a, b, MODE: tl.constexpr):
-    if MODE == _L2:
-        return tl.where(a >= _FLOAT32_TINY, c / tl.where(a >= _FLOAT32_TINY, a, 1.0) / tl.where(b > 0, b, 1.0), 0.0)
-    if MODE == _SOFTMAX:
-        return tl.exp(c - a) / b
-    if MODE == _MINMAX:
-        return tl.where(b > 0, (c - a) / tl.where(b > 0, b, 1.0), 0.0)
-    return c
-
-
-@triton.jit
-def _combine_row(
-    statistics_ptr, norms_ptr, num_heads, num_tiles,
-    MODE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
+def _mean_of_parts(
+    total_ptr, count_ptr, mean_ptr, num_parts, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Combine one row's tile statistics `[H, T, 2]` into `norms [H, 2]`, a few heads at a time."""
-    for start in range(0, num_heads, BLOCK_H):
-        heads = start + tl.arange(0, BLOCK_H)
-        head_inside = heads < num_heads
-        tiles = tl.arange(0, BLOCK_T)
-        pair = statistics_ptr + (heads[:, None] * num_tiles + tiles[None, :]) * 2
-        inside = head_inside[:, None] & (tiles[None, :] < num_tiles)
-        neutral_first, neutral_second = _neutral_pair(MODE)
-        first = tl.load(pair, mask=inside, other=neutral_first, cache_modifier=".cg")
-        second = tl.load(pair + 1, mask=inside, other=neutral_second, cache_modifier=".cg")
-        a, b = _combine(first, second, MODE)
-        tl.store(norms_ptr + heads * 2, a, mask=head_inside)
-        tl.store(norms_ptr + heads * 2 + 1, b, mask=head_inside)
+    """A head's mean query times the scale, NaN (which scores 0) without text; pointers are the row's and the head's."""
+    dims = tl.arange(0, BLOCK_D)
+    parts = tl.arange(0, BLOCK_P)
+    part_inside = parts < num_parts
+    totals = tl.load(
+        total_ptr + parts[:, None] * HEAD_DIM + dims[None, :],
+        mask=part_inside[:, None] & (dims < HEAD_DIM)[None, :],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    count = tl.sum(tl.load(count_ptr + parts, mask=part_inside, other=0.0, cache_modifier=".cg"), 0)
+    mean = tl.where(count > 0, tl.sum(totals, 0) / tl.maximum(count, 1.0), float("nan"))
+    tl.store(mean_ptr + dims, mean * scale, mask=dims < HEAD_DIM)
 
 
 @triton.jit
-def _importance(
-    c_ptr, norms_ptr, w_ptr, columns, candidate, num_c_rows, num_keys, w_stride,
-    MODE: tl.constexpr, BLOCK: tl.constexpr,
+def _load_keys(
+    keys_ptr, k_mask_ptr, start, end, stride_m, stride_d, mask_stride_m,
+    HEAD_DIM: tl.constexpr, HAS_K_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`I[k]` of some columns of one row: the sum over heads, or over partial sums where nothing is normalised."""
-    importance = tl.zeros([BLOCK], tl.float32)
-    for c_row in range(num_c_rows):
-        c = tl.load(c_ptr + columns, mask=candidate, other=0.0, cache_modifier=".cg")
-        if MODE == _NO_NORM:
-            importance += c
+    columns = start + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    candidate = load_candidates(k_mask_ptr, columns, end, mask_stride_m, HAS_K_MASK)
+    keys = tl.load(
+        keys_ptr + columns.to(tl.int64)[:, None] * stride_m + dims.to(tl.int64)[None, :] * stride_d,
+        mask=candidate[:, None] & (dims < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    return keys, candidate
+
+
+@triton.jit
+def _score_keys(
+    keys_ptr, k_mask_ptr, means_ptr, w_ptr, c_ptr, statistics_ptr, means_counter_ptr, part, tile,
+    num_heads, num_heads_per_group, num_keys, num_tiles, keys_per_program,
+    stride_m, stride_d, w_stride, mask_stride_m,
+    HEAD_DIM: tl.constexpr, MODE: tl.constexpr, HAS_K_MASK: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Logits of some keys by some of the heads that share them, and what their norms need; pointers are the row's."""
+    parts_per_group = tl.cdiv(num_heads_per_group, BLOCK_H)
+    heads_in_group = (part % parts_per_group) * BLOCK_H + tl.arange(0, BLOCK_H)
+    head_inside = heads_in_group < num_heads_per_group
+    heads = (part // parts_per_group) * num_heads_per_group + heads_in_group
+    dims = tl.arange(0, BLOCK_D)
+
+    begin = tile * keys_per_program
+    end = tl.minimum(begin + keys_per_program, num_keys)
+    # On their way while the means are waited for.
+    keys, candidate = _load_keys(
+        keys_ptr, k_mask_ptr, begin, end, stride_m, stride_d, mask_stride_m, HEAD_DIM, HAS_K_MASK, BLOCK_M, BLOCK_D
+    )
+    weight = tl.load(w_ptr + heads.to(tl.int64) * w_stride, mask=head_inside, other=0.0).to(tl.float32)
+    neutral_first, neutral_second = neutral_pair(MODE)
+    first = tl.full([BLOCK_H], neutral_first, tl.float32)
+    second = tl.full([BLOCK_H], neutral_second, tl.float32)
+
+    wait_for(means_counter_ptr, num_heads)
+    query = tl.load(
+        means_ptr + heads[:, None] * HEAD_DIM + dims[None, :],
+        mask=head_inside[:, None] & (dims < HEAD_DIM)[None, :],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    for start in range(begin, end, BLOCK_M):
+        next_keys, next_candidate = _load_keys(
+            keys_ptr, k_mask_ptr, start + BLOCK_M, end, stride_m, stride_d, mask_stride_m,
+            HEAD_DIM, HAS_K_MASK, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        columns = start + tl.arange(0, BLOCK_M)
+        c = exact_dot(keys, query, INTERPRETED)
+        c = tl.where(tl.abs(c) < float("inf"), c, 0.0)
+        if MODE == NO_NORM:
+            # A head outside the group has weight 0 and query 0, so it adds nothing.
+            partial = tl.sum(tl.where(head_inside[None, :], c * weight[None, :], 0.0), 1)
+            tl.store(c_ptr + part.to(tl.int64) * num_keys + columns, partial, mask=candidate)
         else:
-            a = tl.load(norms_ptr + c_row * 2, cache_modifier=".cg")
-            b = tl.load(norms_ptr + c_row * 2 + 1, cache_modifier=".cg")
-            weight = tl.load(w_ptr + c_row * w_stride).to(tl.float32)
-            importance += weight * _normalized(c, a, b, MODE)
-        c_ptr += num_keys
-    return tl.where(candidate, importance, float("-inf"))
+            offsets = heads.to(tl.int64)[None, :] * num_keys + columns[:, None]
+            tl.store(c_ptr + offsets, c, mask=candidate[:, None] & head_inside[None, :])
+            tile_first, tile_second = pair_of_tile(c, candidate[:, None], MODE)
+            first, second = merge(first, second, tile_first, tile_second, MODE)
+        keys, candidate = next_keys, next_candidate
+    if MODE != NO_NORM:
+        pair = statistics_ptr + (heads * num_tiles + tile) * 2
+        tl.store(pair, first, mask=head_inside)
+        tl.store(pair + 1, second, mask=head_inside)
 
 
 @triton.jit
 def _score_select_kernel(
-    q_ptr, k_ptr, w_ptr, q_mask_ptr, k_mask_ptr,
-    c_ptr, statistics_ptr, norms_ptr, counters_ptr, scores_ptr, mask_ptr, indices_ptr,
+    q_ptr, k_ptr, w_ptr, q_mask_ptr, k_mask_ptr, workspace_ptr, words_ptr, counters_ptr,
+    scores_ptr, mask_ptr, indices_ptr,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_m, k_stride_d,
     w_stride, q_mask_stride_b, q_mask_stride_n, k_mask_stride_b, k_mask_stride_m,
-    num_heads, num_heads_per_group, num_queries, num_keys, keys_per_program,
+    batch, num_heads, num_heads_per_group, num_queries, num_keys, num_query_parts, queries_per_part,
+    num_parts, num_tiles, keys_per_program, counts_offset, means_offset, c_offset, statistics_offset, words_per_row,
     width, numerator, denominator, budget, scale,
     HEAD_DIM: tl.constexpr, MODE: tl.constexpr, HAS_Q_MASK: tl.constexpr, HAS_K_MASK: tl.constexpr,
-    FINISH: tl.constexpr, CEIL: tl.constexpr, INTERPRETED: tl.constexpr,
+    SELECT: tl.constexpr, CEIL: tl.constexpr, INTERPRETED: tl.constexpr, SPLIT_QUERIES: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_ROW: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_SUM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_ROW: tl.constexpr, NUM_BLOCKS: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    part = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
-    num_tiles = tl.num_programs(0)
-    num_parts = tl.num_programs(1)
+    ticket = draw_ticket(counters_ptr)
+    num_partial_means = batch * num_heads * num_query_parts
+    num_means = batch * num_heads if SPLIT_QUERIES else 0
+    num_scoring = batch * num_parts * num_tiles
+    sum_blocks = tl.cdiv(num_keys, BLOCK_SUM)
+    num_summing = batch * sum_blocks
 
-    blocks_per_group = tl.cdiv(num_heads_per_group, BLOCK_H)
-    group = part // blocks_per_group
-    heads_in_group = (part % blocks_per_group) * BLOCK_H + tl.arange(0, BLOCK_H)
-    head_inside = heads_in_group < num_heads_per_group
-    heads = group * num_heads_per_group + heads_in_group
-    dims = tl.arange(0, BLOCK_D)
-    dim_inside = dims < HEAD_DIM
-
-    query = _mean_query(
-        q_ptr + row * q_stride_b, q_mask_ptr + row * q_mask_stride_b, heads, head_inside, dims, dim_inside,
-        num_queries, q_stride_h, q_stride_n, q_stride_d, q_mask_stride_n, scale,
-        HAS_Q_MASK, BLOCK_H, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-
-    weight = tl.load(w_ptr + heads * w_stride, mask=head_inside, other=0.0).to(tl.float32)
-    neutral_first, neutral_second = _neutral_pair(MODE)
-    first = tl.full([BLOCK_H], neutral_first, tl.float32)
-    second = tl.full([BLOCK_H], neutral_second, tl.float32)
-
-    k_mask_ptr += row * k_mask_stride_b
-    keys_ptr = k_ptr + row * k_stride_b + group.to(tl.int64) * k_stride_h
-    begin = tile * keys_per_program
-    for start in range(begin, tl.minimum(begin + keys_per_program, num_keys), BLOCK_M):
-        columns = start + tl.arange(0, BLOCK_M)
-        candidate = load_candidates(k_mask_ptr, columns, num_keys, k_mask_stride_m, HAS_K_MASK)
-        keys = tl.load(
-            keys_ptr + columns.to(tl.int64)[:, None] * k_stride_m + dims.to(tl.int64)[None, :] * k_stride_d,
-            mask=candidate[:, None] & dim_inside[None, :],
-            other=0.0,
-        )
-        c = _dot_exact(keys, query, INTERPRETED)
-        c = tl.where(_is_finite(c), c, 0.0)
-        if MODE == _NO_NORM:
-            # A head outside the group has weight 0 and query 0, so it adds nothing.
-            partial = tl.sum(tl.where(head_inside[None, :], c * weight[None, :], 0.0), 1)
-            tl.store(c_ptr + (row * num_parts + part) * num_keys + columns, partial, mask=columns < num_keys)
+    counts_ptr = workspace_ptr + counts_offset
+    means_ptr = workspace_ptr + means_offset
+    num_c_rows = num_parts if MODE == NO_NORM else num_heads
+    if ticket < num_partial_means:
+        part = ticket % num_query_parts
+        head = (ticket // num_query_parts) % num_heads
+        row = ticket // (num_query_parts * num_heads)
+        place = (row * num_heads + head) * num_query_parts
+        counters = counters_of_row(counters_ptr, row)
+        wide_row = row.to(tl.int64)
+        # nested, because Triton takes the outer condition at compile time
+        if SELECT and not IN_REGISTERS:  # noqa: SIM102
+            if (head == 0) & (part == 0):
+                clear_histograms(words_ptr + wide_row * words_per_row)
+        _partial_mean(
+            q_ptr + wide_row * q_stride_b + head.to(tl.int64) * q_stride_h, q_mask_ptr + wide_row * q_mask_stride_b,
+            workspace_ptr + (place + part) * HEAD_DIM, counts_ptr + place + part,
+            part, queries_per_part, num_queries, q_stride_n, q_stride_d, q_mask_stride_n,
+            HEAD_DIM, HAS_Q_MASK, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        if SPLIT_QUERIES:
+            arrive(counters + _PARTIAL_MEANS)
         else:
-            offsets = (row * num_heads + heads).to(tl.int64)[None, :] * num_keys + columns[:, None]
-            tl.store(c_ptr + offsets, c, mask=candidate[:, None] & head_inside[None, :])
-            tile_first, tile_second = _tile_statistics(c, candidate[:, None], MODE)
-            first, second = _merge(first, second, tile_first, tile_second, MODE)
-
-    if MODE != _NO_NORM:
-        pair = statistics_ptr + ((row * num_heads + heads) * num_tiles + tile) * 2
-        tl.store(pair, first, mask=head_inside)
-        tl.store(pair + 1, second, mask=head_inside)
-
-    # Triton puts no barrier between these stores, made by all threads, and the atomic, made by one.
-    tl.debug_barrier()
-    arrived = tl.atomic_add(counters_ptr + row, 1, sem="acq_rel", scope="gpu")
-    if arrived == num_tiles * num_parts - 1:
-        tl.store(counters_ptr + row, 0)
-        norms_row_ptr = norms_ptr + row * num_heads * 2
-        if MODE != _NO_NORM:
-            _combine_row(
-                statistics_ptr + row * num_heads * num_tiles * 2, norms_row_ptr, num_heads, num_tiles,
-                MODE, BLOCK_H, BLOCK_T,
-            )  # fmt: skip
             tl.debug_barrier()
-        if FINISH != _NORMS:
-            num_c_rows = num_parts if MODE == _NO_NORM else num_heads
-            c_ptr += row * num_c_rows * num_keys
-            scores_ptr += row * num_keys
-            mask_ptr += row * num_keys
-            indices_ptr += row * width
-            if IN_REGISTERS:
-                columns = tl.arange(0, BLOCK_ROW)
-                candidate = load_candidates(k_mask_ptr, columns, num_keys, k_mask_stride_m, HAS_K_MASK)
-                importance = _importance(
-                    c_ptr, norms_row_ptr, w_ptr, columns, candidate, num_c_rows, num_keys, w_stride, MODE, BLOCK_ROW
-                )
-                tl.store(scores_ptr + columns, importance, mask=columns < num_keys)
-                if FINISH == _SELECTION:
-                    kept = budget_of(tl.sum(candidate.to(tl.int32), 0), numerator, denominator, budget, CEIL)
-                    select_in_registers(importance, candidate, kept, num_keys, width, mask_ptr, indices_ptr, BLOCK_ROW)
-            else:
-                counted = tl.zeros([BLOCK_ROW], tl.int32)
-                for row_start in range(0, num_keys, BLOCK_ROW):
-                    columns = row_start + tl.arange(0, BLOCK_ROW)
-                    candidate = load_candidates(k_mask_ptr, columns, num_keys, k_mask_stride_m, HAS_K_MASK)
-                    counted += candidate.to(tl.int32)
-                    importance = _importance(
-                        c_ptr, norms_row_ptr, w_ptr, columns, candidate, num_c_rows, num_keys, w_stride, MODE, BLOCK_ROW
-                    )
-                    tl.store(scores_ptr + columns, importance, mask=columns < num_keys)
-                if FINISH == _SELECTION:
-                    tl.debug_barrier()
-                    kept = budget_of(tl.sum(counted, 0), numerator, denominator, budget, CEIL)
-                    select_from_memory(
-                        scores_ptr, k_mask_ptr, k_mask_stride_m, kept, num_keys, width, mask_ptr, indices_ptr,
-                        HAS_K_MASK, BLOCK_ROW,
-                    )  # fmt: skip
+            _mean_of_parts(
+                workspace_ptr + place * HEAD_DIM, counts_ptr + place,
+                means_ptr + (row * num_heads + head) * HEAD_DIM, 1, scale, HEAD_DIM, BLOCK_D, 1,
+            )  # fmt: skip
+            arrive(counters + _MEANS)
+    elif ticket < num_partial_means + num_means:
+        index = ticket - num_partial_means
+        row = index // num_heads
+        counters = counters_of_row(counters_ptr, row)
+        wait_for(counters + _PARTIAL_MEANS, num_heads * num_query_parts)
+        _mean_of_parts(
+            workspace_ptr + index * num_query_parts * HEAD_DIM, counts_ptr + index * num_query_parts,
+            means_ptr + index * HEAD_DIM, num_query_parts, scale, HEAD_DIM, BLOCK_D, BLOCK_P,
+        )  # fmt: skip
+        arrive(counters + _MEANS)
+    elif ticket < num_partial_means + num_means + num_scoring:
+        index = ticket - num_partial_means - num_means
+        tile = index % num_tiles
+        part = (index // num_tiles) % num_parts
+        row = index // (num_tiles * num_parts)
+        counters = counters_of_row(counters_ptr, row)
+        wide_row = row.to(tl.int64)
+        group = part // tl.cdiv(num_heads_per_group, BLOCK_H)
+        _score_keys(
+            k_ptr + wide_row * k_stride_b + group.to(tl.int64) * k_stride_h, k_mask_ptr + wide_row * k_mask_stride_b,
+            means_ptr + row * num_heads * HEAD_DIM, w_ptr,
+            workspace_ptr + c_offset + wide_row * num_c_rows * num_keys,
+            workspace_ptr + statistics_offset + wide_row * num_heads * num_tiles * 2,
+            counters + _MEANS, part, tile,
+            num_heads, num_heads_per_group, num_keys, num_tiles, keys_per_program,
+            k_stride_m, k_stride_d, w_stride, k_mask_stride_m,
+            HEAD_DIM, MODE, HAS_K_MASK, INTERPRETED, BLOCK_H, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        arrive(counters + _LOGITS)
+    elif ticket < num_partial_means + num_means + num_scoring + num_summing:
+        index = ticket - num_partial_means - num_means - num_scoring
+        row = index // sum_blocks
+        counters = counters_of_row(counters_ptr, row)
+        wide_row = row.to(tl.int64)
+        sum_heads(
+            index % sum_blocks, workspace_ptr + c_offset + wide_row * num_c_rows * num_keys,
+            workspace_ptr + statistics_offset + wide_row * num_heads * num_tiles * 2, w_ptr,
+            k_mask_ptr + wide_row * k_mask_stride_b, scores_ptr + wide_row * num_keys,
+            words_ptr + wide_row * words_per_row, counters + _LOGITS, num_parts * num_tiles,
+            num_c_rows, num_tiles, num_keys, w_stride, k_mask_stride_m,
+            MODE, HAS_K_MASK, SELECT and not IN_REGISTERS, BLOCK_SUM, BLOCK_C, BLOCK_T,
+        )  # fmt: skip
+        if SELECT:
+            arrive(counters + _SCORES)
+        else:
+            leave_row(counters, counters + _SCORES, sum_blocks)
+    else:
+        if SELECT:
+            index = ticket - num_partial_means - num_means - num_scoring - num_summing
+            blocks = tl.cdiv(num_keys, BLOCK_ROW)
+            row = (index // blocks) % batch
+            counters = counters_of_row(counters_ptr, row)
+            wide_row = row.to(tl.int64)
+            select(
+                index // (blocks * batch), index % blocks, scores_ptr + wide_row * num_keys,
+                k_mask_ptr + wide_row * k_mask_stride_b, mask_ptr + wide_row * num_keys, indices_ptr + wide_row * width,
+                words_ptr + wide_row * words_per_row, counters, counters + _SCORES, sum_blocks,
+                num_keys, width, numerator, denominator, budget, k_mask_stride_m,
+                HAS_K_MASK, CEIL, IN_REGISTERS, BLOCK_ROW, NUM_BLOCKS,
+            )  # fmt: skip
 
 
-@triton.jit
-def _importance_kernel(
-    c_ptr, norms_ptr, w_ptr, k_mask_ptr, scores_ptr, w_stride, k_mask_stride_b, k_mask_stride_m,
-    num_heads, num_c_rows, num_keys,
-    MODE: tl.constexpr, HAS_K_MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(1).to(tl.int64)
-    candidate = load_candidates(k_mask_ptr + row * k_mask_stride_b, columns, num_keys, k_mask_stride_m, HAS_K_MASK)
-    importance = _importance(
-        c_ptr + row * num_c_rows * num_keys, norms_ptr + row * num_heads * 2, w_ptr, columns, candidate,
-        num_c_rows, num_keys, w_stride, MODE, BLOCK,
-    )  # fmt: skip
-    tl.store(scores_ptr + row * num_keys + columns, importance, mask=columns < num_keys)
+class Plan(NamedTuple):
+    """All that a launch takes from shapes alone; made once for each."""
+
+    grid: tuple[int]
+    num_floats: int
+    num_words: int
+    sizes: tuple[int, ...]
+    constants: dict
+    options: dict
+
+
+@lru_cache(maxsize=4096)
+def make_plan(
+    batch: int,
+    num_heads: int,
+    num_key_value_heads: int,
+    num_queries: int,
+    num_keys: int,
+    head_dim: int,
+    normalize: str | None,
+    selects: bool,
+    config: ScoreConfig,
+) -> Plan:
+    """Grid, workspace and constants; the same shape always adds in the same order."""
+    group_size = num_heads // num_key_value_heads
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_n = max(1, config.query_elements // block_d)
+    in_one_program = block_n * _QUERY_TILES_IN_ONE_PROGRAM
+    query_parts = min(_MOST_QUERY_PARTS, triton.cdiv(max(1, num_queries), in_one_program))
+    queries_per_part = triton.cdiv(triton.cdiv(num_queries, query_parts), block_n) * block_n
+    query_parts = max(1, triton.cdiv(num_queries, max(1, queries_per_part)))
+
+    num_parts = num_key_value_heads * triton.cdiv(group_size, HEADS_PER_PROGRAM)
+    tiles_wanted = max(1, config.num_programs // (batch * num_parts))
+    keys_per_program = triton.cdiv(triton.cdiv(num_keys, tiles_wanted), config.block_keys) * config.block_keys
+    num_tiles = triton.cdiv(num_keys, keys_per_program)
+
+    in_registers = num_keys <= finish.MAX_ROW_IN_REGISTERS
+    blocks = finish.num_blocks(num_keys)
+    num_c_rows = num_parts if normalize is None else num_heads
+    counts = batch * num_heads * query_parts * head_dim
+    means = counts + batch * num_heads * query_parts
+    c = means + batch * num_heads * head_dim
+    statistics = c + batch * num_c_rows * num_keys
+    num_programs = batch * num_heads * (query_parts + (query_parts > 1))
+    num_programs += batch * (num_parts * num_tiles + triton.cdiv(num_keys, config.sum_block))
+    if selects:
+        num_programs += batch * blocks * finish.num_selecting_phases(num_keys)
+    words_per_row = finish.num_histogram_words(num_keys) if selects else 0
+    check_limits(num_programs, num_keys, c)
+    return Plan(
+        grid=(num_programs,),
+        num_floats=statistics + (0 if normalize is None else batch * num_heads * num_tiles * 2),
+        num_words=batch * words_per_row,
+        sizes=(
+            batch,
+            num_heads,
+            group_size,
+            num_queries,
+            num_keys,
+            query_parts,
+            queries_per_part,
+            num_parts,
+            num_tiles,
+            keys_per_program,
+            counts,
+            means,
+            c,
+            statistics,
+            words_per_row,
+        ),
+        constants={
+            "HEAD_DIM": head_dim,
+            "MODE": MODES[normalize],
+            "SELECT": selects,
+            "SPLIT_QUERIES": query_parts > 1,
+            "BLOCK_H": HEADS_PER_PROGRAM,
+            "BLOCK_N": block_n,
+            "BLOCK_M": config.block_keys,
+            "BLOCK_D": block_d,
+            "BLOCK_P": triton.next_power_of_2(query_parts),
+            "BLOCK_SUM": config.sum_block,
+            "BLOCK_C": finish.HEAD_BLOCK,
+            "BLOCK_T": finish.TILE_BLOCK,
+            "BLOCK_ROW": finish.row_block(num_keys),
+            "NUM_BLOCKS": triton.next_power_of_2(blocks),
+            "IN_REGISTERS": in_registers,
+        },
+        options=compiler_options(config.num_warps),
+    )
 
 
 def score_and_select(
@@ -362,22 +382,18 @@ def score_and_select(
     normalize: str | None,
     scale: float,
     rounding: str,
+    config: ScoreConfig | None = None,
 ) -> Selection:
-    """Selection by validated `[B, H, N, D]` queries and `[B, Hkv, M, D]` keys.
-
-    One launch up to `MAX_ROW_IN_ONE_LAUNCH` keys, three above.
-    """
-    if k.shape[2] > MAX_ROW_IN_ONE_LAUNCH:
-        scores = score_tokens(q, k, w, q_mask, k_mask, normalize, scale)
-        return select_topk(scores, r, k_mask, rounding)
-    batch, num_keys = k.shape[0], k.shape[2]
+    """Selection by validated `[B, H, N, D]` queries and `[B, Hkv, M, D]` keys in one launch, by default the table's."""
+    batch, _, num_keys, _ = k.shape
     selection = Selection(
         torch.empty((batch, num_keys), dtype=torch.bool, device=k.device),
         torch.empty((batch, max_kept(r, num_keys, rounding)), dtype=torch.int64, device=k.device),
         torch.empty((batch, num_keys), dtype=torch.float32, device=k.device),
     )
     if batch and num_keys:
-        _launch(q, k, w, q_mask, k_mask, normalize, scale, selection, _SELECTION, keep_arguments(r, rounding), rounding)
+        keep = keep_arguments(r, rounding)
+        _launch(q, k, w, q_mask, k_mask, normalize, scale, selection, True, keep, rounding == "ceil", config)
     return selection
 
 
@@ -390,29 +406,13 @@ def score_tokens(
     normalize: str | None,
     scale: float,
 ) -> torch.Tensor:
-    """Importance `[B, M]` float32 of validated arguments: one launch, two for long rows."""
+    """Importance `[B, M]` float32 of validated arguments, in one launch."""
     batch, num_keys = k.shape[0], k.shape[2]
     scores = torch.empty((batch, num_keys), dtype=torch.float32, device=k.device)
-    if batch == 0 or num_keys == 0:
-        return scores
-    unselected = Selection(scores, scores, scores)
-    if num_keys <= MAX_ROW_IN_ONE_LAUNCH:
-        _launch(q, k, w, q_mask, k_mask, normalize, scale, unselected, _SCORES, (1, 1, 0), "floor")
-        return scores
-    c, norms = _launch(q, k, w, q_mask, k_mask, normalize, scale, unselected, _NORMS, (1, 1, 0), "floor")
-    block = 1024
-    with on_device(k.device):
-        _importance_kernel[(triton.cdiv(num_keys, block), batch)](
-            c, norms, w, scores if k_mask is None else k_mask, scores,
-            w.stride(0), *_strides(k_mask, 2),
-            q.shape[1], c.shape[1], num_keys,
-            MODE=MODES[normalize], HAS_K_MASK=k_mask is not None, BLOCK=block, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+    if batch and num_keys:
+        unselected = Selection(scores, scores, scores)
+        _launch(q, k, w, q_mask, k_mask, normalize, scale, unselected, False, (1, 1, 0), False, None)
     return scores
-
-
-def _strides(mask: torch.Tensor | None, count: int) -> tuple[int, ...]:
-    return (0,) * count if mask is None else mask.stride()
 
 
 def _launch(
@@ -424,57 +424,43 @@ def _launch(
     normalize: str | None,
     scale: float,
     selection: Selection,
-    finish: tl.constexpr,
+    selects: bool,
     keep: tuple[int, int, int],
-    rounding: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the fused kernel; returns its workspace, logits or partial sums `[B, rows, M]` and norms `[B, H, 2]`."""
-    batch, num_heads, num_queries, head_dim = q.shape
-    num_key_value_heads, num_keys = k.shape[1:3]
-    group_size = num_heads // num_key_value_heads
-    config = launch_config(group_size, num_key_value_heads, num_keys, head_dim)
-    num_tiles, num_parts = config["grid"]
-    num_c_rows = num_parts if normalize is None else num_heads
-    c = torch.empty((batch, num_c_rows, num_keys), dtype=torch.float32, device=k.device)
-    statistics = torch.empty((batch, num_heads, num_tiles + 1, 2), dtype=torch.float32, device=k.device)
-    norms = statistics.view(-1)[batch * num_heads * num_tiles * 2 :]
-    keep_mask, indices, scores = selection
-    numerator, denominator, budget = keep
-    with on_device(k.device):
-        _score_select_kernel[(num_tiles, num_parts, batch)](
+    ceil: bool,
+    config: ScoreConfig | None,
+) -> None:
+    device = k.device
+    _, num_heads, num_queries, _ = q.shape
+    batch, num_key_value_heads, num_keys, head_dim = k.shape
+    shape = (batch, num_heads, num_key_value_heads, num_queries, num_keys, head_dim, normalize, selects)
+    plan = _plan(device, k.dtype, *shape) if config is None else make_plan(*shape, config)
+    mask, indices, scores = selection
+    with on_device(device):
+        floats, words = workspace(plan.num_floats, plan.num_words, device)
+        _score_select_kernel[plan.grid](
             q, k, w, q if q_mask is None else q_mask, k if k_mask is None else k_mask,
-            c, statistics, norms, arrival_counters(batch, k.device), scores, keep_mask, indices,
-            *q.stride(), *k.stride(), w.stride(0), *_strides(q_mask, 2), *_strides(k_mask, 2),
-            num_heads, group_size, num_queries, num_keys, config["keys_per_program"],
-            indices.shape[-1], numerator, denominator, budget, scale,
-            HEAD_DIM=head_dim, MODE=MODES[normalize],
-            HAS_Q_MASK=q_mask is not None, HAS_K_MASK=k_mask is not None,
-            FINISH=finish.value, CEIL=rounding == "ceil", INTERPRETED=k.device.type == "cpu",
-            **config["blocks"], num_warps=config["num_warps"], enable_fp_fusion=True,
+            floats, words, launch_counters(num_counters(batch), device), scores, mask, indices,
+            *q.stride(), *k.stride(), w.stride(0),
+            *((0, 0) if q_mask is None else q_mask.stride()), *((0, 0) if k_mask is None else k_mask.stride()),
+            *plan.sizes, indices.shape[-1], *keep, scale,
+            HAS_Q_MASK=q_mask is not None, HAS_K_MASK=k_mask is not None, CEIL=ceil,
+            INTERPRETED=device.type == "cpu", **plan.constants, **plan.options,
         )  # fmt: skip
-    return c, norms
 
 
-def launch_config(group_size: int, num_key_value_heads: int, num_keys: int, head_dim: int) -> dict:
-    """Grid and block sizes by shape alone, so that the same shape always adds in the same order."""
-    num_parts = num_key_value_heads * triton.cdiv(group_size, HEADS_PER_PROGRAM)
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    tiles_wanted = max(1, _PROGRAMS_PER_ROW // num_parts)
-    keys_per_program = triton.cdiv(triton.cdiv(num_keys, tiles_wanted), _KEYS_PER_TILE) * _KEYS_PER_TILE
-    num_tiles = triton.cdiv(num_keys, keys_per_program)
-    in_registers = num_keys <= MAX_ROW_IN_REGISTERS
-    query_elements = _QUERY_ELEMENTS["row in registers" if in_registers else "row in memory"]
-    return {
-        "grid": (num_tiles, num_parts),
-        "keys_per_program": keys_per_program,
-        "num_warps": _NUM_WARPS,
-        "blocks": {
-            "BLOCK_H": HEADS_PER_PROGRAM,
-            "BLOCK_M": _KEYS_PER_TILE,
-            "BLOCK_N": max(1, query_elements // block_d),
-            "BLOCK_D": block_d,
-            "BLOCK_T": triton.next_power_of_2(num_tiles),
-            "BLOCK_ROW": row_block(num_keys),
-            "IN_REGISTERS": in_registers,
-        },
-    }
+@lru_cache(maxsize=4096)
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    num_heads: int,
+    num_key_value_heads: int,
+    num_queries: int,
+    num_keys: int,
+    head_dim: int,
+    normalize: str | None,
+    selects: bool,
+) -> Plan:
+    config = score_config(device, dtype, batch, num_heads, num_key_value_heads, num_keys, head_dim)
+    shape = (batch, num_heads, num_key_value_heads, num_queries, num_keys, head_dim)
+    return make_plan(*shape, normalize, selects, config)

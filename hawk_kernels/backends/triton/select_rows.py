@@ -1,4 +1,4 @@
-"""Top-k of given scores with a defined order: one launch, one program a row."""
+"""Top-k of given scores with a defined order, in one launch: one program a row, or many where a row is long."""
 
 from __future__ import annotations
 
@@ -6,55 +6,56 @@ import torch
 import triton
 import triton.language as tl
 
-from hawk_kernels.backends.triton.launch import on_device
-from hawk_kernels.backends.triton.radix import budget_of, load_candidates, select_from_memory, select_in_registers
+from hawk_kernels.backends.triton import finish
+from hawk_kernels.backends.triton.finish import select
+from hawk_kernels.backends.triton.launch import check_limits, launch_counters, on_device, workspace
+from hawk_kernels.backends.triton.phases import arrive, counters_of_row, draw_ticket, num_counters, wait_for
+from hawk_kernels.backends.triton.radix import clear_histograms, count_first_digit, load_candidates, ordered_key
 from hawk_kernels.selection import Selection, keep_fraction, max_kept
 
-# The scores, keys and running counts of a longer row do not fit in the registers of one program.
-MAX_ROW_IN_REGISTERS = 2048
-_LONG_ROW_BLOCK = 1024
-_NUM_WARPS = 8
-
-
-def row_block(num_keys: int) -> int:
-    """Columns that a program holds at once; a histogram wants at least as many elements as bins."""
-    if num_keys > MAX_ROW_IN_REGISTERS:
-        return _LONG_ROW_BLOCK
-    return max(256, triton.next_power_of_2(num_keys))
+_NUM_WARPS = 4
+_CLEARED, _SCORES = (tl.constexpr(counter) for counter in range(2))
 
 
 @triton.jit
 def _select_kernel(
-    scores_ptr, candidates_ptr, mask_ptr, indices_ptr, out_scores_ptr,
-    num_keys, width, numerator, denominator, budget, candidates_stride_b, candidates_stride_m,
-    HAS_MASK: tl.constexpr, CEIL: tl.constexpr, IN_REGISTERS: tl.constexpr, BLOCK: tl.constexpr,
+    scores_ptr, candidates_ptr, words_ptr, counters_ptr, mask_ptr, indices_ptr, out_scores_ptr,
+    batch, num_keys, words_per_row, width, numerator, denominator, budget, candidates_stride_b, candidates_stride_m,
+    HAS_MASK: tl.constexpr, CEIL: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    scores_ptr += row * num_keys
-    out_scores_ptr += row * num_keys
-    mask_ptr += row * num_keys
-    indices_ptr += row * width
-    candidates_ptr += row * candidates_stride_b
-
-    counted = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, num_keys, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        candidate = load_candidates(candidates_ptr, columns, num_keys, candidates_stride_m, HAS_MASK)
-        counted += candidate.to(tl.int32)
-        score = tl.load(scores_ptr + columns, mask=candidate, other=float("-inf"))
-        tl.store(out_scores_ptr + columns, score, mask=columns < num_keys)
-    kept = budget_of(tl.sum(counted, 0), numerator, denominator, budget, CEIL)
-
-    if IN_REGISTERS:
-        columns = tl.arange(0, BLOCK)
-        candidate = load_candidates(candidates_ptr, columns, num_keys, candidates_stride_m, HAS_MASK)
-        score = tl.load(scores_ptr + columns, mask=candidate, other=float("-inf"))
-        select_in_registers(score, candidate, kept, num_keys, width, mask_ptr, indices_ptr, BLOCK)
+    ticket = draw_ticket(counters_ptr)
+    blocks = tl.cdiv(num_keys, BLOCK)
+    num_clearing = 0 if IN_REGISTERS else batch
+    if ticket < num_clearing:
+        clear_histograms(words_ptr + ticket.to(tl.int64) * words_per_row)
+        arrive(counters_of_row(counters_ptr, ticket) + _CLEARED)
     else:
-        select_from_memory(
-            scores_ptr, candidates_ptr, candidates_stride_m, kept, num_keys, width, mask_ptr, indices_ptr,
-            HAS_MASK, BLOCK,
-        )  # fmt: skip
+        index = ticket - num_clearing
+        block = index % blocks
+        row = (index // blocks) % batch
+        phase = index // (blocks * batch)
+        counters = counters_of_row(counters_ptr, row)
+        wide_row = row.to(tl.int64)
+        words_ptr += wide_row * words_per_row
+        candidates_ptr += wide_row * candidates_stride_b
+        out_scores_ptr += wide_row * num_keys
+        if phase == 0:
+            columns = block * BLOCK + tl.arange(0, BLOCK)
+            candidate = load_candidates(candidates_ptr, columns, num_keys, candidates_stride_m, HAS_MASK)
+            score = tl.load(scores_ptr + wide_row * num_keys + columns, mask=candidate, other=float("-inf"))
+            tl.store(out_scores_ptr + columns, score, mask=columns < num_keys)
+            if not IN_REGISTERS:
+                wait_for(counters + _CLEARED, 1)
+                count_first_digit(ordered_key(score, candidate), candidate, words_ptr)
+            arrive(counters + _SCORES)
+        else:
+            select(
+                phase - 1, block, out_scores_ptr, candidates_ptr, mask_ptr + wide_row * num_keys,
+                indices_ptr + wide_row * width, words_ptr, counters, counters + _SCORES, blocks,
+                num_keys, width, numerator, denominator, budget, candidates_stride_m,
+                HAS_MASK, CEIL, IN_REGISTERS, BLOCK, NUM_BLOCKS,
+            )  # fmt: skip
 
 
 def select_topk(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str) -> Selection:
@@ -65,13 +66,20 @@ def select_topk(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None,
     indices = torch.empty((batch, max_kept(r, num_keys, rounding)), dtype=torch.int64, device=scores.device)
     out_scores = torch.empty_like(scores)
     if batch and num_keys:
+        in_registers = num_keys <= finish.MAX_ROW_IN_REGISTERS
+        blocks = finish.num_blocks(num_keys)
+        words_per_row = finish.num_histogram_words(num_keys)
+        num_programs = batch * blocks * (1 + finish.num_selecting_phases(num_keys)) + (0 if in_registers else batch)
+        check_limits(num_programs, num_keys, 0)
         with on_device(scores.device):
-            _select_kernel[(batch,)](
-                scores, scores if mask is None else mask, keep, indices, out_scores,
-                num_keys, indices.shape[1], *keep_arguments(r, rounding),
+            _, words = workspace(0, batch * words_per_row, scores.device)
+            _select_kernel[(num_programs,)](
+                scores, scores if mask is None else mask, words, launch_counters(num_counters(batch), scores.device),
+                keep, indices, out_scores,
+                batch, num_keys, words_per_row, indices.shape[1], *keep_arguments(r, rounding),
                 *((0, 0) if mask is None else mask.stride()),
-                HAS_MASK=mask is not None, CEIL=rounding == "ceil",
-                IN_REGISTERS=num_keys <= MAX_ROW_IN_REGISTERS, BLOCK=row_block(num_keys), num_warps=_NUM_WARPS,
+                HAS_MASK=mask is not None, CEIL=rounding == "ceil", IN_REGISTERS=in_registers,
+                BLOCK=finish.row_block(num_keys), NUM_BLOCKS=triton.next_power_of_2(blocks), num_warps=_NUM_WARPS,
             )  # fmt: skip
     return Selection(keep, indices, out_scores)
 
