@@ -10,22 +10,33 @@ import argparse
 import sys
 from pathlib import Path
 
-from hawk_kernels.hf.families import FAMILIES, MODES
+from hawk_kernels.hf.families import FAMILIES, MODES, OUT_OF_REACH
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- support table: python -m bench.support_table -->", "<!-- end of support table -->"
 
 
+def everywhere() -> list[str]:
+    """The modes that every family has."""
+    return [mode for mode in MODES if all(mode in family.modes for family in FAMILIES)]
+
+
 def table() -> str:
-    """Every family and mode; a cell that is empty is one that the unpruned model lacks or takes as images."""
+    """Every family, with the modes that some lack; an empty cell is one that the unpruned model lacks or has wrong."""
+    columns = [mode for mode in MODES if mode not in everywhere()]
     lines = [
-        f"| `model_type` | {' | '.join(MODES)} |",
-        f"|---|{':-:|' * len(MODES)}",
+        f"| `model_type` | since | {' | '.join(columns)} |",
+        f"|---|---|{':-:|' * len(columns)}",
     ]
     for family in sorted(FAMILIES, key=lambda family: family.model_type):
-        cells = ("yes" if mode in family.modes else "" for mode in MODES)
-        lines.append(f"| `{family.model_type}` | {' | '.join(cells)} |")
+        cells = ("yes" if mode in family.modes else "" for mode in columns)
+        lines.append(f"| `{family.model_type}` | {family.since} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def refused() -> str:
+    """What is refused by name, and why."""
+    return "\n".join(f"- {', '.join(f'`{name}`' for name in names)}: {why}." for names, why in OUT_OF_REACH.items())
 
 
 def section() -> str:
@@ -34,9 +45,19 @@ def section() -> str:
         [
             BEGIN,
             "",
+            f"Each of the {len(FAMILIES)} families is tested with {', '.join(everywhere())}. Modes that some lack:",
+            "",
             f"<details><summary>{len(FAMILIES)} families and their modes</summary>",
             "",
             table(),
+            "",
+            "`since`: the oldest transformers of the tested ones (5.5, 5.10, 5.17, 5.23) that has it.",
+            "",
+            "</details>",
+            "",
+            "<details><summary>Refused by name, with the reason</summary>",
+            "",
+            refused(),
             "",
             "</details>",
             "",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
 TINY_MODEL = Path(__file__).parent / "assets" / "tinyvqa"
 """The folder of the shipped model: a 0.8 M-parameter Qwen2.5-VL that knows coloured digits and nothing else."""
@@ -23,53 +24,68 @@ class CheckpointError(Exception):
 def load_processor(name_or_path: str, **kwargs: Any) -> Any:
     """The processor of a checkpoint: `AutoProcessor`, or one for images only where torchvision is missing.
 
-    The processors of Qwen2-VL and Qwen2.5-VL insist on a video processor, which needs torchvision, even for someone who
-    only asks about images. Without torchvision this returns the same processor without that part: everything but the
-    call with `videos`, which is an error, is that of the class in transformers.
+    Many processors insist on a video processor, which needs torchvision, even for someone who only asks about images.
+    Without torchvision this returns the same processor without that part: everything but the call with `videos`, which
+    is an error, is that of the class in transformers.
 
     Args:
         name_or_path: a model id on the Hub, or a folder.
         **kwargs: passed to `from_pretrained`, say `revision` or `local_files_only`.
 
     Raises:
-        ImportError: torchvision is missing and the checkpoint is of another family.
+        ImportError: another package is missing, or the processor cannot do without torchvision.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     try:
         return AutoProcessor.from_pretrained(name_or_path, **kwargs)
     except ImportError as error:
-        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-        if "torchvision" not in str(error).lower() or config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
+        family = _processor_class(name_or_path, kwargs)
+        if "torchvision" not in str(error).lower() or family is None:
             raise
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
-    image_processor = AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
-    return _image_only_processor(config.model_type)(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+    loaders: dict[str, Any] = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor}
+    parts = [
+        loaders[part].from_pretrained(name_or_path, **kwargs) if part in loaders else _NoVideos()
+        for part in family.get_attributes()
+    ]
+    settings, rest = family.get_processor_dict(name_or_path, **kwargs)
+    processor = _without_videos(family).from_args_and_dict(parts, settings, **rest)
+    if processor.chat_template is None:
+        processor.chat_template = processor.tokenizer.chat_template
+    return processor
 
 
-def _image_only_processor(model_type: str) -> type:
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor
-    from transformers.processing_utils import ProcessorMixin
+class _NoVideos(dict):
+    """Stands where a video processor should; a dict, since processors write themselves as JSON."""
 
-    family = Qwen2_5_VLProcessor if model_type == "qwen2_5_vl" else Qwen2VLProcessor
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise ValueError("videos need torchvision, which is not installed: pip install torchvision.")
 
-    class ImageOnlyProcessor(family):  # type: ignore[misc, valid-type]
-        """The family's processor without its video part. transformers reads the parts off this signature."""
 
-        def __init__(
-            self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
-        ) -> None:
-            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-            self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-            self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
+def _without_videos(family: Any) -> Any:
+    class ImageOnlyProcessor(family):
+        """The family's processor without its video part."""
 
         def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
             if videos is not None:
-                raise ValueError("videos need torchvision, which is not installed: pip install torchvision.")
+                self.video_processor(videos)
             return super().__call__(images=images, text=text, **kwargs)
 
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if isinstance(argument, _NoVideos):
+                return _NoVideos
+            return super().check_argument_for_proper_class(argument_name, argument)
+
     return ImageOnlyProcessor
+
+
+def _processor_class(name_or_path: str, kwargs: dict[str, Any]) -> Any:
+    """The processor's class by the type of the model; None where it has parts besides images, videos and text."""
+    from transformers import PROCESSOR_MAPPING, AutoConfig
+
+    family: Any = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(name_or_path, **kwargs)), None)
+    known = {"image_processor", "tokenizer", "video_processor"}
+    return family if family is not None and set(family.get_attributes()) <= known else None
 
 
 def load_checkpoint(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
@@ -105,6 +121,27 @@ def load_checkpoint(name: str, dtype: str, device: torch.device) -> tuple[Any, A
             problem = no_hub or f"{name} was found on the Hugging Face Hub but does not load: {first_line(error)}"
         raise CheckpointError(problem) from error
     return model.to(device).eval(), processor
+
+
+def ask_about(processor: Any, image: Image.Image, question: str) -> Any:
+    """Model inputs for a question about a picture, by the checkpoint's chat template where it has one.
+
+    Args:
+        processor: that of the checkpoint.
+        image: the picture.
+        question: what is asked.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        placeholder = getattr(processor, "image_token", "<image>")
+        return processor(text=[f"{placeholder}{question}"], images=[image], return_tensors="pt")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
 
 
 def _why_no_hub(name: str) -> str | None:

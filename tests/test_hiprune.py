@@ -1,18 +1,16 @@
 """HiPrune in a model: the encoder's attention against eager weights, the choice against the reference, and the logits
 of removing tokens against those of hiding them."""
 
-from collections import defaultdict
-from dataclasses import replace
-
 import pytest
 import torch
-from transformers import AttentionInterface
 
 import csrc_ref
 from hawk_kernels import prune
-from hawk_kernels.hf import families
-from hawk_kernels.hf.vision_attention import QwenVisionEncoder, VisionRecorder
+from hawk_kernels.hf.encoders import ENCODERS
+from hawk_kernels.hf.encoders.packed import PackedEncoder
+from hawk_kernels.hf.vision_attention import VisionRecorder
 from hawk_kernels.methods import HiPrune
+from tests.encoder_oracles import eager_columns
 from tests.tiny_models import (
     BEGIN,
     END_OF_TURN,
@@ -57,40 +55,25 @@ def model(request):
     return qwen_vl(request.param)
 
 
-@pytest.fixture
-def eager_weights(model):
-    """For each attention module of the encoder, the attention each patch receives in each run, by eager weights."""
-    received = defaultdict(list)
-
-    def literal(module, query, key, value, attention_mask, scaling, **kwargs):
-        weights = torch.softmax(query @ key.transpose(2, 3) * scaling, dim=-1)
-        received[module].append(weights.mean(dim=1).sum(dim=1)[0])
-        return (weights @ value).transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register("literal", literal)
-    config = model.model.visual.config
-    before, config._attn_implementation = config._attn_implementation, "literal"
-    yield received
-    config._attn_implementation = before
-
-
 @pytest.mark.parametrize("layers", [(1, 2), (2, 2)], ids=str)
-def test_attention_equals_that_of_eager_weights(model, eager_weights, layers):
+def test_attention_equals_that_of_eager_weights(model, layers):
     """Several images, windows that end early, window order found from the features themselves."""
     vision = model.model.visual
-    recorder = VisionRecorder(QwenVisionEncoder(vision), layers[0])
+    recorder = VisionRecorder(PackedEncoder(model.model), layers[0])
     pictures = [Picture(5, 3), Picture(2, 2), Picture(1, 5)]
     inputs = qwen_batch(question(pictures))
     in_window_order = []
     handles = [*recorder.attach(), vision.merger.register_forward_hook(lambda m, a, out: in_window_order.append(out))]
-    features = vision(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+    with torch.no_grad(), eager_columns(vision) as received:
+        features = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
     for handle in handles:
         handle.remove()
-    (run,) = recorder._thread.runs
-    assert run.grids == [(1, 5, 3), (1, 2, 2), (1, 1, 5)]
-    place = torch.cdist(features, in_window_order[0]).argmin(dim=1)
+    run = recorder.recordings({})["image"]
+    assert [piece.grid for piece in run.pieces] == [(1, 5, 3), (1, 2, 2), (1, 1, 5)]
+    place = torch.cdist(torch.cat(list(features.pooler_output)), in_window_order[0]).argmin(dim=1)
     for got, layer in zip((run.object, run.deep), layers, strict=True):
-        expected = torch.cat(eager_weights[vision.blocks[layer - 1].attn]).view(-1, 4).mean(dim=1)[place]
+        of_patches = torch.cat([part[0] for part in received[vision.blocks[layer - 1].attn]])
+        expected = of_patches.view(-1, 4).mean(dim=1)[place]
         assert (got - expected).abs().max() < 1e-5
         assert got.mean().item() == pytest.approx(1.0, abs=1e-5)
 
@@ -116,7 +99,7 @@ def check_choice(recordings, inputs, grids, pruning, r, alpha):
 def attention_by_image(model, rows):
     """Object and deep attention of each picture of each row, each encoded alone."""
     inputs = qwen_batch(*rows)
-    recorder = VisionRecorder(QwenVisionEncoder(model.model.visual), None)
+    recorder = VisionRecorder(PackedEncoder(model.model), None)
     handles = recorder.attach()
     found, taken = {}, {False: 0, True: 0}
     for row, items in enumerate(rows):
@@ -125,11 +108,12 @@ def attention_by_image(model, rows):
             start = taken[is_video]
             pixels = inputs["pixel_values_videos" if is_video else "pixel_values"][start : start + patches]
             taken[is_video] += patches
-            recorder.start()
             grid = torch.tensor([[picture.frames, picture.height * 2, picture.width * 2]])
+            kind = "video" if is_video else "image"
             with torch.no_grad():
-                model.model.visual(pixels, grid_thw=grid)
-            found[row, i] = (recorder._thread.runs[0].object, recorder._thread.runs[0].deep)
+                getattr(model.model, f"get_{kind}_features")(pixels, grid, return_dict=True)
+            run = recorder.recordings({})[kind]
+            found[row, i] = (run.object, run.deep)
     for handle in handles:
         handle.remove()
     return found
@@ -214,8 +198,13 @@ def test_the_object_layer_is_chosen_and_said():
         with prune(model, 0.3, method="hiprune", alpha=3.0, object_layer=layer) as pruning, torch.no_grad():
             model(**inputs)
         kept[layer] = pruning.keep_mask
-        expected = {"alpha": 3.0, "object_layer": layer or 1, "rounding": "floor", "deep_layer": 2}
-        assert pruning.stats.to_dict()["method_options"] == expected
+        assert pruning.stats.to_dict()["method_options"] == {
+            "alpha": 3.0,
+            "object_layer": layer or 1,
+            "object_layer_source": "the option object_layer" if layer else "0.5 of 2 layers",
+            "rounding": "floor",
+            "deep_layer": 2,
+        }
     assert torch.equal(kept[None], kept[1])
     assert not torch.equal(kept[1], kept[2])
 
@@ -266,10 +255,9 @@ def test_placeholders_without_their_image_are_refused():
 
 
 def test_a_family_whose_encoder_cannot_be_read_is_refused(monkeypatch):
-    without = tuple(replace(f, encoder=None) if f.model_type == "qwen2_vl" else f for f in families.FAMILIES)
-    monkeypatch.setattr(families, "FAMILIES", without)
+    monkeypatch.delitem(ENCODERS, "qwen2_vl")
     with pytest.raises(
-        TypeError, match=r"vision encoder of qwen2_vl alone, got 'hiprune', .*; that works for qwen2_5_vl"
+        TypeError, match=r"vision encoder of qwen2_vl alone, got 'hiprune', .*; that works for .*qwen2_5_vl"
     ):
         prune(qwen_vl("qwen2_vl"), 0.5, method="hiprune")
 

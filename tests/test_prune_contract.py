@@ -2,17 +2,22 @@
 
 import copy
 import json
+import pickle
 import threading
 
 import pytest
 import torch
 import torch._dynamo
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedTokenizerFast
 
 from csrc_ref import score_tokens as reference_scores
 from csrc_ref import select_topk
 from hawk_kernels import prune
 from hawk_kernels.methods import Hawk, Method
+from tests.tiny_families import BY_NAME, batch, tiny_model
 from tests.tiny_models import (
     BEGIN,
     END_OF_TURN,
@@ -569,7 +574,7 @@ def test_methods_see_the_visual_embeddings(model):
         ({"keep_ratio": 0}, ValueError, "got 0; to keep everything use 1.0"),
         ({"keep_ratio": True}, TypeError, "got bool"),
         ({"keep_ratio": "0.2"}, TypeError, "got str"),
-        ({"method": "eagle"}, ValueError, "expected one of 'hawk', 'hiprune' or an object, got 'eagle'"),
+        ({"method": "eagle"}, ValueError, "expected one of .*'hawk'.* or an object, got 'eagle'"),
         ({"method": Hawk}, TypeError, "got the class Hawk; pass an instance"),
         ({"method": object()}, TypeError, "derive it from hawk_kernels.methods.Method"),
         ({"alpha": 0.1}, TypeError, "method 'hawk' has no option 'alpha'; its options are 'normalize', 'rounding'"),
@@ -577,7 +582,7 @@ def test_methods_see_the_visual_embeddings(model):
         ({"normalize": "l1"}, ValueError, "got 'l1'"),
         ({"rounding": "nearest"}, ValueError, "got 'nearest'"),
         ({"budget": "each"}, ValueError, "expected 'shared' or 'per_image', got 'each'"),
-        ({"query": "question"}, TypeError, "expected a bool mask .* or a callable, got str"),
+        ({"query": "question"}, TypeError, "expected a bool mask .*, a callable or a processor, got str"),
         ({"head_weights": None}, ValueError, "hawk-kernels calibrate.*head_weights='uniform'"),
         ({"head_weights": [1.0, 2.0]}, ValueError, "expected 4 weights.*got 2"),
         ({"method": Downsample()}, TypeError, "method 'downsample' uses none"),
@@ -628,6 +633,67 @@ def test_code_compiled_without_hooks_is_refused(model):
         assert "_compiled_call" in vars(model)
     finally:
         del model._compiled_call
+
+
+def test_a_model_that_is_compiled_as_a_whole_is_refused(model):
+    model.compile(backend="eager")
+    try:
+        with pytest.raises(ValueError, match=r"model.compile\(\).*_compiled_call_impl = None"):
+            prune(model, 0.5, head_weights="uniform").__enter__()
+    finally:
+        model._compiled_call_impl = None
+    with prune(model, 0.5, head_weights="uniform"):
+        pass
+
+
+def test_a_prompt_inside_compiled_code_is_refused():
+    model = tiny_model("llava", text_changes={"num_hidden_layers": 1})
+    compiled = torch.compile(model, backend="eager")
+    with (
+        torch.no_grad(),
+        prune(model, 0.5, head_weights="uniform"),
+        pytest.raises(ValueError, match="not a compiled wrapper"),
+    ):
+        compiled(**batch("llava", question(BY_NAME["llava"].picture)))
+    torch._dynamo.reset()
+
+
+def test_a_model_is_copied_and_saved_outside_its_block_only(model):
+    inputs = qwen_batch(question(Picture(4, 4)))
+    before = snapshot(model)
+    with prune(model, 0.25, head_weights="uniform"):
+        for copy_of in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="leave the block first, and prune the copy in a block of its own"):
+                copy_of(model)
+        expected = model.generate(**inputs, **GREEDY)
+    assert snapshot(model) == before
+    twin = copy.deepcopy(model)
+    with prune(twin, 0.25, head_weights="uniform"), prune(model, 0.5, head_weights="uniform"):
+        assert torch.equal(twin.generate(**inputs, **GREEDY), expected)
+
+
+def test_a_tokenizer_shows_where_the_question_stands(model):
+    template = (
+        "{% for m in messages %}[{{m.role}}] {% for part in m.content %}{{part.text}}{% endfor %} [end] {% endfor %}"
+    )
+    names = {
+        BEGIN: "[user]",
+        END_OF_TURN: "[end]",
+        VISION_START: "<s>",
+        IMAGE: "<i>",
+        VISION_END: "</s>",
+        7: "[assistant]",
+    }
+    vocabulary = {names.get(index, f"w{index}"): index for index in range(120)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="w0")))
+    tokenizer.add_special_tokens({"additional_special_tokens": list(names.values())})
+    tokenizer.chat_template = template
+    turn = [BEGIN, *words(2), Picture(3, 3), *words(3, 1), END_OF_TURN]
+    inputs = qwen_batch([*turn, 7, *words(4, 2), END_OF_TURN, BEGIN, *words(5, 3), END_OF_TURN, 7], turn)
+    with torch.no_grad(), prune(model, 0.3, head_weights="uniform", query=tokenizer) as pruning:
+        model(**inputs)
+    asked = [inputs["input_ids"][row, mask].tolist() for row, mask in enumerate(pruning.query_mask)]
+    assert asked == [words(5, 3), words(3, 1)]
 
 
 def test_compiled_code_of_the_block_is_not_left_behind(model):

@@ -6,6 +6,7 @@ placeholders stand for one. Everything else is the same for all.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +27,17 @@ from tests.tiny_models import (
     Picture,
     sharpen,
 )
-
-Rows = list[list["int | Picture"]]
-Pixels = Callable[[list[list[Picture]], torch.Generator], dict[str, torch.Tensor]]
+from tests.tiny_pixels import (
+    Pixels,
+    flat,
+    grids,
+    named_squares,
+    padded_squares,
+    patch_rows,
+    patch_strip,
+    squares,
+    with_clips,
+)
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 4, 2, 16, 3
 
@@ -52,7 +61,7 @@ class TinyFamily:
     """
 
     model_type: str
-    config: Callable[[], dict[str, Any]]
+    config: dict[str, Any]
     pixels: Pixels
     tokens: Callable[[Picture], int] = lambda picture: picture.tokens
     token_types: tuple[str, ...] = ()
@@ -93,130 +102,6 @@ def vision(model_type: str, image_size: int, patch_size: int, **changes: Any) ->
         "patch_size": patch_size,
         **changes,
     }
-
-
-def flat(rows: list[list[Picture]]) -> list[Picture]:
-    return [picture for row in rows for picture in row]
-
-
-def squares(size: int, *shape: int, **more: Callable[[int], torch.Tensor]) -> Pixels:
-    """`pixel_values` `[images, *shape, 3, size, size]`, and what `more` makes of the number of images."""
-
-    def pixels(rows: list[list[Picture]], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        count = len(flat(rows))
-        values = torch.randn(count, *shape, 3, size, size, generator=generator)
-        return {"pixel_values": values, **{name: make(count) for name, make in more.items()}}
-
-    return pixels
-
-
-def padded_squares(size: int, tiles: bool = False) -> Pixels:
-    """`pixel_values` `[rows, images of the longest row, 3, size, size]`, zero where a row has fewer.
-
-    With `tiles` the mask says which images are there, else which pixels.
-    """
-
-    def pixels(rows: list[list[Picture]], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        most = max(map(len, rows))
-        values = torch.zeros(len(rows), most, 3, size, size)
-        for row, pictures in enumerate(rows):
-            values[row, : len(pictures)] = torch.randn(len(pictures), 3, size, size, generator=generator)
-        mask = torch.ones(len(rows), most, size, size).bool()
-        if tiles:
-            mask = torch.tensor([[image < len(pictures) for image in range(most)] for pictures in rows])
-        return {"pixel_values": values, "pixel_attention_mask": mask}
-
-    return pixels
-
-
-def with_clips(images: Pixels, size: int) -> Pixels:
-    """`images`, and videos as `pixel_values_videos` `[videos, frames, 3, size, size]`."""
-
-    def pixels(rows: list[list[Picture]], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        stills = [[picture for picture in row if picture.frames == 1] for row in rows]
-        clips = [picture for picture in flat(rows) if picture.frames > 1]
-        inputs = images(stills, generator) if flat(stills) else {}
-        if clips:
-            shape = (len(clips), clips[0].frames, 3, size, size)
-            inputs["pixel_values_videos"] = torch.randn(*shape, generator=generator)
-        return inputs
-
-    return pixels
-
-
-def named_squares(size: int, *names: str) -> Pixels:
-    """Squares under other names, the first of `size`, each further one four times as wide."""
-
-    def pixels(rows: list[list[Picture]], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        count = len(flat(rows))
-        return {
-            name: torch.randn(count, 3, size * 4**i, size * 4**i, generator=generator) for i, name in enumerate(names)
-        }
-
-    return pixels
-
-
-def patch_rows(patch: int, **names: str) -> Pixels:
-    """`pixel_values` `[images, 36, patch]` of a 6x6 grid, with its positions, shape and mask under given names.
-
-    Frames of videos come likewise, with their number.
-    """
-
-    def pixels(rows: list[list[Picture]], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        grid = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="xy"), dim=-1).view(1, 36, 2)
-        inputs: dict[str, torch.Tensor] = {}
-        images = sum(picture.frames == 1 for picture in flat(rows))
-        videos = [picture.frames for picture in flat(rows) if picture.frames > 1]
-        if images:
-            inputs["pixel_values"] = torch.randn(images, 36, patch, generator=generator)
-            made = {
-                "positions": grid.expand(images, -1, -1),
-                "shape": torch.tensor([[6, 6]] * images),
-                "mask": torch.ones(images, 36, dtype=torch.long),
-            }
-            inputs |= {name: made[what] for what, name in names.items()}
-        if videos:
-            inputs["pixel_values_videos"] = torch.randn(sum(videos), 36, patch, generator=generator)
-            inputs["video_position_ids"] = grid.expand(sum(videos), -1, -1)
-            inputs["num_frames_per_video"] = torch.tensor(videos)
-        return inputs
-
-    return pixels
-
-
-def patch_strip(patch: int, side: int) -> Pixels:
-    """`pixel_values` `[1, 3, patch, patch * patches of all images]`, with the grid of each image; frames likewise."""
-
-    def pixels(rows: list[list[Picture]], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        inputs: dict[str, torch.Tensor] = {}
-        for suffix, is_video in (("", False), ("_videos", True)):
-            count = sum(picture.frames for picture in flat(rows) if (picture.frames > 1) == is_video)
-            if count:
-                shape = (1, 3, patch, patch * side**2 * count)
-                inputs[f"pixel_values{suffix}"] = torch.randn(*shape, generator=generator)
-                inputs[f"target_sizes{suffix}"] = torch.tensor([[side, side]] * count)
-        return inputs
-
-    return pixels
-
-
-def grids(*patch: int, merge: int = 2, sizes: bool = False) -> Pixels:
-    """Patches of all images in one tensor `[patches, *patch]`, with a grid for each image; videos likewise."""
-
-    def pixels(rows: list[list[Picture]], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        inputs: dict[str, torch.Tensor] = {}
-        for name, kind, is_video in (("pixel_values", "image", False), ("pixel_values_videos", "video", True)):
-            pictures = [picture for picture in flat(rows) if (picture.frames > 1) == is_video]
-            if pictures:
-                shape = [[p.frames, p.height * merge, p.width * merge] for p in pictures]
-                count = sum(p.tokens for p in pictures) * merge**2
-                inputs[name] = torch.randn(count, *patch, generator=generator)
-                inputs[f"{kind}_grid_thw"] = torch.tensor(shape)
-                if sizes:
-                    inputs[f"{kind}_merge_sizes"] = torch.full((len(pictures),), merge)
-        return inputs
-
-    return pixels
 
 
 def fixed(count: int) -> dict[str, Any]:
@@ -266,6 +151,26 @@ GLM_VISION = {
     "temporal_patch_size": 2,
     "out_hidden_size": HIDDEN,
 }
+WINDOWED_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+    "window_size": 16,
+    "out_hidden_size": HIDDEN,
+    "fullatt_block_indexes": [1],
+}
+AUDIO = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "num_mel_bins": 8,
+    "output_dim": HIDDEN,
+    "n_window": 4,
+}
+AUDIO_IDS = {"audio_token_id": 9, "audio_start_token_id": 7, "audio_end_token_id": 8}
 COHERE = text(
     model_type="cohere2",
     num_hidden_layers=4,
@@ -286,21 +191,16 @@ LINEAR = {
 QWEN_GRIDS = grids(3 * 2 * 4 * 4)
 
 TINY = (
-    TinyFamily("llava", lambda: {"vision_config": CLIP, "text_config": text(), **IMAGE_INDEX}, squares(12), **fixed(9)),
+    TinyFamily("llava", {"vision_config": CLIP, "text_config": text(), **IMAGE_INDEX}, squares(12), **fixed(9)),
     TinyFamily(
         "vipllava",
-        lambda: {
-            "vision_config": CLIP,
-            "text_config": text(),
-            "vision_feature_layers": [-1, -2],
-            **IMAGE_INDEX,
-        },
+        {"vision_config": CLIP, "text_config": text(), "vision_feature_layers": [-1, -2], **IMAGE_INDEX},
         squares(12),
         **fixed(9),
     ),
     TinyFamily(
         "llava_next",
-        lambda: {
+        {
             "vision_config": vision("clip_vision_model", 16, 8, projection_dim=32),
             "text_config": text(),
             "image_grid_pinpoints": [[16, 32]],
@@ -311,7 +211,7 @@ TINY = (
     ),
     TinyFamily(
         "llava_next_video",
-        lambda: {
+        {
             "vision_config": vision("clip_vision_model", 16, 8, projection_dim=32),
             "text_config": text(),
             "image_grid_pinpoints": [[16, 32]],
@@ -325,7 +225,7 @@ TINY = (
     ),
     TinyFamily(
         "llava_onevision",
-        lambda: {
+        {
             "vision_config": vision("siglip_vision_model", 16, 8, vision_use_head=False),
             "text_config": text(model_type="qwen2"),
             "image_grid_pinpoints": [[16, 32]],
@@ -339,7 +239,7 @@ TINY = (
     ),
     TinyFamily(
         "internvl",
-        lambda: {
+        {
             "vision_config": vision("internvl_vision", [24, 24], [4, 4]),
             "text_config": text(model_type="qwen2"),
             **IMAGE_ID,
@@ -349,7 +249,7 @@ TINY = (
     ),
     TinyFamily(
         "qianfan_ocr",
-        lambda: {
+        {
             "vision_config": vision("qianfan_ocr_vision", [24, 24], [4, 4]),
             "text_config": text(model_type="qwen3"),
             **IMAGE_ID,
@@ -359,18 +259,13 @@ TINY = (
     ),
     TinyFamily(
         "idefics3",
-        lambda: {
-            "vision_config": vision("idefics3_vision", 24, 4),
-            "text_config": text(),
-            "scale_factor": 2,
-            **IMAGE_ID,
-        },
+        {"vision_config": vision("idefics3_vision", 24, 4), "text_config": text(), "scale_factor": 2, **IMAGE_ID},
         padded_squares(24),
         **fixed(9),
     ),
     TinyFamily(
         "idefics2",
-        lambda: {
+        {
             "vision_config": vision("idefics2_vision", 24, 4),
             "perceiver_config": {
                 "hidden_size": HIDDEN,
@@ -388,18 +283,13 @@ TINY = (
     ),
     TinyFamily(
         "smolvlm",
-        lambda: {
-            "vision_config": vision("smolvlm_vision", 24, 4),
-            "text_config": text(),
-            "scale_factor": 2,
-            **IMAGE_ID,
-        },
+        {"vision_config": vision("smolvlm_vision", 24, 4), "text_config": text(), "scale_factor": 2, **IMAGE_ID},
         padded_squares(24),
         **fixed(9),
     ),
     TinyFamily(
         "mistral3",
-        lambda: {
+        {
             "vision_config": vision("pixtral", 24, 4, head_dim=16),
             "text_config": text(model_type="mistral"),
             **IMAGE_INDEX,
@@ -409,34 +299,20 @@ TINY = (
     ),
     TinyFamily(
         "lighton_ocr",
-        lambda: {
-            "vision_config": vision("pixtral", 24, 4, head_dim=16),
-            "text_config": text(model_type="qwen3"),
-            **IMAGE_ID,
-        },
+        {"vision_config": vision("pixtral", 24, 4, head_dim=16), "text_config": text(model_type="qwen3"), **IMAGE_ID},
         squares(24, image_sizes=lambda count: torch.tensor([[24, 24]] * count)),
         **fixed(9),
     ),
-    TinyFamily(
-        "aya_vision",
-        lambda: {"vision_config": SIGLIP, "text_config": COHERE, **IMAGE_INDEX},
-        squares(24),
-        **fixed(9),
-    ),
+    TinyFamily("aya_vision", {"vision_config": SIGLIP, "text_config": COHERE, **IMAGE_INDEX}, squares(24), **fixed(9)),
     TinyFamily(
         "cohere2_vision",
-        lambda: {
-            "vision_config": SIGLIP,
-            "text_config": COHERE,
-            "alignment_intermediate_size": 64,
-            **IMAGE_ID,
-        },
+        {"vision_config": SIGLIP, "text_config": COHERE, "alignment_intermediate_size": 64, **IMAGE_ID},
         squares(24),
         **fixed(9),
     ),
     TinyFamily(
         "ovis2",
-        lambda: {
+        {
             "vision_config": {**vision("ovis2_vision", 12, 4), "vocab_size": 40, "num_visual_indicator_tokens": 5},
             "text_config": text(model_type="qwen2"),
             "visual_indicator_token_ids": [111, 112, 113, 114, 115],
@@ -449,7 +325,7 @@ TINY = (
     ),
     TinyFamily(
         "got_ocr2",
-        lambda: {
+        {
             "vision_config": {
                 "hidden_size": 32,
                 "output_channels": 16,
@@ -470,7 +346,7 @@ TINY = (
     ),
     TinyFamily(
         "janus",
-        lambda: {
+        {
             "vision_config": vision("janus_vision_model", 12, 4, projection_dim=HIDDEN, num_image_tokens=9),
             "vq_config": {
                 "embed_dim": 8,
@@ -491,13 +367,13 @@ TINY = (
     ),
     TinyFamily(
         "deepseek_vl",
-        lambda: {"vision_config": vision("siglip_vision_model", 12, 4), "text_config": text(), **IMAGE_ID},
+        {"vision_config": vision("siglip_vision_model", 12, 4), "text_config": text(), **IMAGE_ID},
         squares(12),
         **fixed(9),
     ),
     TinyFamily(
         "aria",
-        lambda: {
+        {
             "vision_config": vision("idefics3_vision", 24, 4),
             "text_config": text(model_type="aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
             "projector_patch_to_query_dict": {36: 9},
@@ -508,7 +384,7 @@ TINY = (
     ),
     TinyFamily(
         "llama4",
-        lambda: {
+        {
             "vision_config": {
                 **vision("llama4_vision_model", 24, 4),
                 "intermediate_size": 128,
@@ -531,7 +407,7 @@ TINY = (
     ),
     TinyFamily(
         "video_llama_3",
-        lambda: {
+        {
             "vision_config": vision("video_llama_3_vision", 24, 4),
             "text_config": text(model_type="qwen2"),
             "image_token_id": IMAGE,
@@ -542,7 +418,7 @@ TINY = (
     ),
     TinyFamily(
         "paddleocr_vl",
-        lambda: {
+        {
             "vision_config": vision("paddleocr_vl_vision", 24, 4),
             "text_config": text(model_type="paddleocr_vl_text", rope_parameters=MROPE),
             **QWEN_IDS,
@@ -553,7 +429,7 @@ TINY = (
     *(
         TinyFamily(
             kind,
-            lambda text_type=text_type, more=more: {
+            {
                 "vision_config": GLM_VISION,
                 "text_config": text(model_type=text_type, rope_parameters=HALF_MROPE, **more),
                 **GLM_IDS,
@@ -575,11 +451,7 @@ TINY = (
     ),
     TinyFamily(
         "glm_ocr",
-        lambda: {
-            "vision_config": GLM_VISION,
-            "text_config": text(model_type="glm_ocr_text", rope_parameters=MROPE),
-            **GLM_IDS,
-        },
+        {"vision_config": GLM_VISION, "text_config": text(model_type="glm_ocr_text", rope_parameters=MROPE), **GLM_IDS},
         QWEN_GRIDS,
         token_types=("mm_token_type_ids",),
         video="frames",
@@ -587,7 +459,7 @@ TINY = (
     ),
     TinyFamily(
         "qwen3_vl",
-        lambda: {
+        {
             "vision_config": QWEN3_VISION,
             "text_config": text(model_type="qwen3_vl_text", rope_parameters=MROPE),
             **QWEN_IDS,
@@ -598,7 +470,7 @@ TINY = (
     ),
     TinyFamily(
         "qwen3_vl_moe",
-        lambda: {
+        {
             "vision_config": QWEN3_VISION,
             "text_config": text(model_type="qwen3_vl_moe_text", rope_parameters=MROPE, **QWEN3_MOE),
             **QWEN_IDS,
@@ -609,7 +481,7 @@ TINY = (
     ),
     TinyFamily(
         "gemma3",
-        lambda: {
+        {
             "vision_config": SIGLIP,
             "text_config": text(
                 model_type="gemma3_text",
@@ -629,7 +501,7 @@ TINY = (
     ),
     TinyFamily(
         "paligemma",
-        lambda: {
+        {
             "vision_config": vision("siglip_vision_model", 12, 4, vision_use_head=False),
             "text_config": text(model_type="gemma"),
             "projection_dim": HIDDEN,
@@ -641,7 +513,7 @@ TINY = (
     ),
     TinyFamily(
         "ernie4_5_vl_moe",
-        lambda: {
+        {
             "vision_config": {
                 "depth": 2,
                 "hidden_size": 32,
@@ -668,7 +540,7 @@ TINY = (
     ),
     TinyFamily(
         "qwen3_5",
-        lambda: {
+        {
             "vision_config": {k: v for k, v in QWEN3_VISION.items() if k != "deepstack_visual_indexes"},
             "text_config": text(model_type="qwen3_5_text", **LINEAR),
             **QWEN_IDS,
@@ -680,7 +552,7 @@ TINY = (
     ),
     TinyFamily(
         "qwen3_5_moe",
-        lambda: {
+        {
             "vision_config": {k: v for k, v in QWEN3_VISION.items() if k != "deepstack_visual_indexes"},
             "text_config": text(
                 model_type="qwen3_5_moe_text", shared_expert_intermediate_size=24, **QWEN3_MOE, **LINEAR
@@ -694,7 +566,7 @@ TINY = (
     ),
     TinyFamily(
         "kimi_k25",
-        lambda: {
+        {
             "vision_config": {
                 **vision("kimi_k25_vision", 24, 4),
                 "pos_emb_height": 8,
@@ -722,18 +594,8 @@ TINY = (
     ),
     TinyFamily(
         "exaone4_5",
-        lambda: {
-            "vision_config": {
-                "depth": 2,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_heads": 2,
-                "num_key_value_heads": 1,
-                "patch_size": 4,
-                "window_size": 16,
-                "out_hidden_size": HIDDEN,
-                "fullatt_block_indexes": [1],
-            },
+        {
+            "vision_config": {**WINDOWED_VISION, "num_key_value_heads": 1},
             "text_config": text(
                 model_type="exaone4",
                 sliding_window=512,
@@ -747,18 +609,8 @@ TINY = (
     ),
     TinyFamily(
         "hyperclovax_vision_v2",
-        lambda: {
-            "vision_config": {
-                "model_type": "qwen2_5_vl_vision",
-                "depth": 2,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_heads": 2,
-                "patch_size": 4,
-                "window_size": 16,
-                "out_hidden_size": HIDDEN,
-                "fullatt_block_indexes": [1],
-            },
+        {
+            "vision_config": {"model_type": "qwen2_5_vl_vision", **WINDOWED_VISION},
             "text_config": text(model_type="hyperclovax"),
             "image_token_id": IMAGE,
             "video_token_id": VIDEO,
@@ -768,7 +620,7 @@ TINY = (
     ),
     TinyFamily(
         "cosmos3_omni",
-        lambda: {
+        {
             "vision_config": {"model_type": "qwen3_vl_vision", **QWEN3_VISION},
             "text_config": text(model_type="qwen3_vl_text", rope_parameters=MROPE),
             **QWEN_IDS,
@@ -779,7 +631,7 @@ TINY = (
     ),
     TinyFamily(
         "cohere_compass",
-        lambda: {
+        {
             "vision_config": QWEN3_VISION,
             "text_config": {
                 **COHERE,
@@ -794,7 +646,7 @@ TINY = (
     ),
     TinyFamily(
         "deepseek_vl_hybrid",
-        lambda: {
+        {
             "vision_config": vision("siglip_vision_model", 12, 4),
             "high_res_vision_config": {
                 "hidden_size": 32,
@@ -816,7 +668,7 @@ TINY = (
     ),
     TinyFamily(
         "hunyuan_vl",
-        lambda: {
+        {
             "vision_config": vision(
                 "hunyuan_vl_vision",
                 24,
@@ -840,7 +692,7 @@ TINY = (
     ),
     TinyFamily(
         "granite_docling",
-        lambda: {
+        {
             "vision_config": vision(
                 "granite_docling_vision",
                 24,
@@ -859,7 +711,7 @@ TINY = (
     ),
     TinyFamily(
         "video_llava",
-        lambda: {"vision_config": CLIP, "text_config": text(), "video_token_index": VIDEO, **IMAGE_INDEX},
+        {"vision_config": CLIP, "text_config": text(), "video_token_index": VIDEO, **IMAGE_INDEX},
         with_clips(named_squares(12, "pixel_values_images"), 12),
         tokens=lambda picture: 9 if picture.frames == 1 else 10 * picture.frames,
         video="run",
@@ -867,7 +719,7 @@ TINY = (
     ),
     TinyFamily(
         "fast_vlm",
-        lambda: {
+        {
             "vision_config": {
                 "model_type": "resnet",
                 "embedding_size": 16,
@@ -884,7 +736,7 @@ TINY = (
     ),
     TinyFamily(
         "perception_lm",
-        lambda: {
+        {
             "vision_config": {
                 **vision("siglip_vision_model", 12, 4, vision_use_head=False),
                 "model_args": {"embed_dim": 32},
@@ -900,16 +752,10 @@ TINY = (
     ),
     TinyFamily(
         "lfm2_vl",
-        lambda: {
-            "vision_config": {
-                **vision("siglip2_vision_model", 24, 4, vision_use_head=False),
-                "num_patches": 36,
-            },
+        {
+            "vision_config": {**vision("siglip2_vision_model", 24, 4, vision_use_head=False), "num_patches": 36},
             "text_config": text(
-                model_type="lfm2",
-                num_hidden_layers=4,
-                layer_types=["conv", "full_attention"] * 2,
-                block_multiple_of=8,
+                model_type="lfm2", num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2, block_multiple_of=8
             ),
             "projector_hidden_size": 48,
             **IMAGE_ID,
@@ -920,7 +766,7 @@ TINY = (
     ),
     TinyFamily(
         "gemma4",
-        lambda: {
+        {
             "vision_config": {
                 **vision("gemma4_vision", 24, 4),
                 "num_key_value_heads": 2,
@@ -953,7 +799,7 @@ TINY = (
     ),
     TinyFamily(
         "minicpmv4_6",
-        lambda: {
+        {
             "vision_config": {**vision("minicpmv4_6_vision", 24, 4), "num_hidden_layers": 3, "insert_layer_id": 1},
             "text_config": text(model_type="qwen3_5_text", **LINEAR),
             "insert_layer_id": 1,
@@ -970,17 +816,8 @@ TINY = (
     ),
     TinyFamily(
         "qwen2_5_vl",
-        lambda: {
-            "vision_config": {
-                "depth": 2,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_heads": 2,
-                "patch_size": 4,
-                "window_size": 16,
-                "out_hidden_size": HIDDEN,
-                "fullatt_block_indexes": [1],
-            },
+        {
+            "vision_config": WINDOWED_VISION,
             "text_config": text(model_type="qwen2_5_vl_text", rope_parameters=MROPE),
             **QWEN_IDS,
         },
@@ -990,7 +827,7 @@ TINY = (
     ),
     TinyFamily(
         "qwen2_vl",
-        lambda: {
+        {
             "vision_config": {
                 "depth": 2,
                 "embed_dim": 32,
@@ -1007,8 +844,65 @@ TINY = (
         video="run",
     ),
     TinyFamily(
+        "qwen2_5_omni_thinker",
+        {
+            "vision_config": WINDOWED_VISION,
+            "audio_config": AUDIO,
+            "text_config": text(model_type="qwen2_5_omni_text", rope_parameters=MROPE),
+            **QWEN_IDS,
+            **AUDIO_IDS,
+        },
+        grids(3 * 2 * 4 * 4, seconds=True),
+        video="run",
+    ),
+    TinyFamily(
+        "qwen3_omni_moe_thinker",
+        {
+            "vision_config": QWEN3_VISION,
+            "audio_config": {**AUDIO, "downsample_hidden_size": 8},
+            "text_config": text(model_type="qwen3_omni_moe_text", rope_parameters=MROPE, **QWEN3_MOE),
+            **QWEN_IDS,
+            **AUDIO_IDS,
+        },
+        grids(3 * 2 * 4 * 4, seconds=True),
+        video="run",
+    ),
+    TinyFamily(
+        "cosmos3_edge",
+        {
+            "vision_config": {**vision("cosmos3_edge_vision", 24, 4), "num_patches": 36},
+            "text_config": text(model_type="cosmos3_edge_text", rope_parameters=MROPE),
+            "projector_hidden_size": 48,
+            **QWEN_IDS,
+        },
+        grids(3 * 4 * 4),
+        token_types=("mm_token_type_ids",),
+        video="frames",
+    ),
+    TinyFamily(
+        "step3p7",
+        {
+            "vision_config": {**vision("step3p5_vision", 48, 4), "max_position_embeddings": 144},
+            "text_config": text(
+                model_type="step3p5",
+                num_hidden_layers=4,
+                sliding_window=512,
+                num_sliding_attention_heads=4,
+                layer_types=["full_attention", "sliding_attention"] * 2,
+                moe_intermediate_size=24,
+                n_routed_experts=4,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                share_expert_dim=24,
+            ),
+            **IMAGE_ID,
+        },
+        squares(48),
+        **fixed(9),
+    ),
+    TinyFamily(
         "muse_glimmer",
-        lambda: {
+        {
             "vision_config": {
                 **vision("muse_glimmer_vision", 24, 4),
                 "pos_emb_height": 8,
@@ -1031,7 +925,7 @@ TINY = (
     ),
     TinyFamily(
         "lfm3_vl",
-        lambda: {
+        {
             "vision_config": {
                 **vision("lfm3_vl_vision", 24, 4),
                 "num_key_value_heads": 1,
@@ -1052,7 +946,7 @@ TINY = (
     ),
     TinyFamily(
         "gemma4_unified",
-        lambda: {
+        {
             "vision_config": {
                 "patch_size": 4,
                 "pooling_kernel_size": 1,
@@ -1081,7 +975,7 @@ TINY = (
     *(
         TinyFamily(
             name,
-            lambda name=name, ids=ids: {
+            {
                 "vision_config": {**vision(f"{name}_vision", 24, 4), "num_hidden_layers": 3, "insert_layer_id": 1},
                 "text_config": text(model_type="qwen3_5_text", **LINEAR),
                 "insert_layer_id": 1,
@@ -1125,7 +1019,7 @@ def tiny_model(
     if name not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {name}")
     family = BY_NAME[name]
-    arguments = {"tie_word_embeddings": False, **family.config()}
+    arguments = copy.deepcopy({"tie_word_embeddings": False, **family.config})
     arguments["text_config"] = {**arguments["text_config"], **(text_changes or {})}
     config = AutoConfig.for_model(name, **arguments)
     torch.manual_seed(seed)

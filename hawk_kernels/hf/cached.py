@@ -142,8 +142,17 @@ def forget(cache: Any) -> None:
 
 
 def constant_mask(cache: Any, mask: torch.Tensor) -> torch.Tensor | None:
-    """`mask` continued by ones to the size of the cache, or None for a cache that grows."""
+    """`mask` continued by ones to the size of the cache, or None for one that grows or is shorter than the prompt."""
     if not getattr(cache, "is_compileable", False):
         return None
-    limit = cache.get_max_length() if hasattr(cache, "get_max_length") else cache.get_max_cache_shape()
-    return torch.cat([mask, mask.new_ones(mask.shape[0], int(limit) - mask.shape[1])], dim=1)
+    left = _size(cache) - mask.shape[1]
+    return None if left < 0 else torch.cat([mask, mask.new_ones(mask.shape[0], left)], dim=1)
+
+
+def _size(cache: Any) -> int:
+    """Tokens that the layers of a cache of fixed size can hold, those without windows."""
+    if hasattr(cache, "get_max_length"):
+        return int(cache.get_max_length())
+    # before transformers 5.18 a cache told the size of its first layer, which may be a window
+    sizes = (layer.get_max_cache_shape() for layer in cache.layers if hasattr(layer, "get_max_cache_shape"))
+    return max(map(int, sizes), default=-1)

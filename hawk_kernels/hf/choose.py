@@ -11,8 +11,7 @@ import torch
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, padded_positions
 from hawk_kernels.hf.upload import upload
-from hawk_kernels.hf.view import LayerView
-from hawk_kernels.hf.vision_attention import PromptAttention
+from hawk_kernels.hf.view import Context, LayerView
 from hawk_kernels.methods import Method
 
 
@@ -42,7 +41,7 @@ def choose_tokens(
     per_image: bool,
     projections: LayerProjections,
     head_weights: torch.Tensor | None,
-    attention: PromptAttention | None = None,
+    context: Context,
 ) -> Choice:
     """Score the visual tokens of a batch, some row of which has some, and select.
 
@@ -54,7 +53,7 @@ def choose_tokens(
         per_image: whether each image has a budget of its own.
         projections: queries and keys of the scoring layer.
         head_weights: float32 `[H]`, or None.
-        attention: what was recorded in the vision encoder, or None.
+        context: what else is known of the prompt.
 
     Raises:
         ValueError: a row with visual tokens but without text that a method needs.
@@ -65,12 +64,16 @@ def choose_tokens(
                 f"query: expected text in row {row} to rank its visual tokens by, got none; "
                 "pass query= or add a question"
             )
-    budgets = [
-        [method.kept_count(keep_ratio, length) for length in lengths]
-        for lengths in (prompt.image_lengths() if per_image else [[int(n)] for n in prompt.visual.sum(axis=1)])
-    ]
+    whole = prompt
+    if context.attention is not None:
+        prompt = prompt.with_separators(context.attention.is_separator)
+    lengths, all_lengths = (
+        each.image_lengths() if per_image else each.visual.sum(axis=1, keepdims=True).tolist()
+        for each in (prompt, whole)
+    )
+    budgets = [[method.kept_count(keep_ratio, length) for length in row] for row in lengths]
     segments = budgets if per_image else None
-    view = LayerView(inputs_embeds.detach(), prompt, projections, head_weights, segments, attention)
+    view = LayerView(inputs_embeds.detach(), prompt, projections, head_weights, segments, context)
     selection = method.select(view, keep_ratio)
 
     device, length = inputs_embeds.device, inputs_embeds.shape[1]
@@ -83,4 +86,8 @@ def choose_tokens(
         1, target, selection.scores.to(device)
     )
     counts = (prompt.valid & ~prompt.visual).sum(axis=1) + [sum(row) for row in budgets]
-    return Choice(kept[:, :-1].contiguous(), counts.tolist(), scores[:, :-1].contiguous(), budgets)
+    stayed = [
+        [budget + visual - length for budget, visual, length in zip(*row, strict=True)]
+        for row in zip(budgets, all_lengths, lengths, strict=True)
+    ]
+    return Choice(kept[:, :-1].contiguous(), counts.tolist(), scores[:, :-1].contiguous(), stayed)

@@ -9,11 +9,17 @@ _ATTRIBUTES = ("_compiled_call", "_last_compile_config")
 
 
 def check_not_compiled_without_hooks(model: Any) -> None:
-    """Refuse a model whose decoding `generate` compiled outside a `prune` block, for a cache of fixed size.
+    """Refuse a model that is compiled as a whole, or whose decoding `generate` compiled outside a `prune` block.
 
     Raises:
         ValueError: torch would run that code inside the block as well, without the block's hooks.
     """
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            "model: expected one that is not compiled as a whole, got one after model.compile(); how many tokens of a "
+            "prompt stay is not known to compiled code. Set model._compiled_call_impl = None, and compile decoding "
+            "alone: generate does so for cache_implementation='static'"
+        )
     if "_compiled_call" not in vars(model):
         return
     import torch._dynamo

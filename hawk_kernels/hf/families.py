@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
+from hawk_kernels.hf.markers import find_markers
 from hawk_kernels.hf.projections import LatentProjections, LayerProjections, SeparateProjections
-from hawk_kernels.hf.vision_attention import QwenVisionEncoder
+from hawk_kernels.hf.queries import Markers
 
 MODES = (
     "several images",
@@ -23,7 +23,24 @@ MODES = (
     "use_cache=False",
     "static cache",
     "prompt lookup",
+    "assisted",
+    "copied caches",
+    "threads",
+    "labels",
+    "eager",
+    "float16",
+    "bfloat16",
+    "autocast",
+    "quantised",
+    "device_map",
+    "compiled decoding",
 )
+"""What is tested of each family, besides a prompt with one image and keeping everything."""
+
+OLDEST = "5.5"
+"""The oldest transformers that is tested."""
+
+_STATEFUL = ("prompt lookup", "assisted")
 
 
 @dataclass(frozen=True)
@@ -34,30 +51,28 @@ class Family:
         model_type: `config.model_type`, and the name in messages and statistics.
         classes: names of the model classes that are supported.
         visual_token_ids: config attributes that hold the placeholder ids of images and videos.
-        vision_end: config attribute with the id of the token that closes an image, where there is one.
         end_of_turn_ids: ids that end a turn besides the end-of-sequence ids of the model's configs.
         projections: how queries and keys come out of a decoder layer.
         features: arguments of the multimodal model that bring images or videos.
         video: whether it takes videos as such, not as images.
         without: modes that the unpruned model does not have, or has wrong.
+        since: the oldest of the tested versions of transformers that has the family.
         position_axes: rows of position ids that RoPE reads, where it reads several.
         pair_masks: whether visual tokens see each other both ways, by masks over pairs of tokens that the multimodal
             model makes; elsewhere the text model makes its own.
-        encoder: how attention is read in the vision encoder `visual` of the multimodal model, where it can be.
     """
 
     model_type: str
     classes: tuple[str, ...]
     visual_token_ids: tuple[str, ...] = ("image_token_id", "video_token_id")
-    vision_end: str | None = None
     end_of_turn_ids: tuple[int, ...] = ()
     projections: Callable[[nn.Module], LayerProjections] = SeparateProjections
     features: tuple[str, ...] = ("pixel_values", "pixel_values_videos")
     video: bool = False
     without: tuple[str, ...] = ()
+    since: str = OLDEST
     position_axes: int = 3
     pair_masks: bool = False
-    encoder: Callable[[nn.Module], QwenVisionEncoder] | None = None
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -70,39 +85,19 @@ _IM_END = 151645
 
 FAMILIES: tuple[Family, ...] = (
     Family(
-        model_type="qwen2_5_vl",
-        video=True,
-        classes=("Qwen2_5_VLForConditionalGeneration",),
-        vision_end="vision_end_token_id",
-        encoder=QwenVisionEncoder,
-        end_of_turn_ids=(_IM_END,),
+        model_type="qwen2_5_vl", video=True, classes=("Qwen2_5_VLForConditionalGeneration",), end_of_turn_ids=(_IM_END,)
     ),
-    Family(
-        model_type="qwen2_vl",
-        video=True,
-        classes=("Qwen2VLForConditionalGeneration",),
-        vision_end="vision_end_token_id",
-        encoder=QwenVisionEncoder,
-        end_of_turn_ids=(_IM_END,),
-    ),
-    Family("qwen3_vl", ("Qwen3VLForConditionalGeneration",), video=True, vision_end="vision_end_token_id"),
-    Family("qwen3_vl_moe", ("Qwen3VLMoeForConditionalGeneration",), video=True, vision_end="vision_end_token_id"),
-    Family("cosmos3_omni", ("Cosmos3OmniForConditionalGeneration",), video=True, vision_end="vision_end_token_id"),
-    Family("cohere_compass", ("CohereCompassForConditionalGeneration",), video=True, vision_end="vision_end_token_id"),
-    Family(
-        "qwen3_5",
-        ("Qwen3_5ForConditionalGeneration",),
-        without=("prompt lookup",),
-        video=True,
-        vision_end="vision_end_token_id",
-    ),
-    Family(
-        "qwen3_5_moe",
-        ("Qwen3_5MoeForConditionalGeneration",),
-        without=("prompt lookup",),
-        video=True,
-        vision_end="vision_end_token_id",
-    ),
+    Family(model_type="qwen2_vl", video=True, classes=("Qwen2VLForConditionalGeneration",), end_of_turn_ids=(_IM_END,)),
+    Family("qwen3_vl", ("Qwen3VLForConditionalGeneration",), video=True),
+    Family("qwen3_vl_moe", ("Qwen3VLMoeForConditionalGeneration",), video=True),
+    Family("cosmos3_omni", ("Cosmos3OmniForConditionalGeneration",), since="5.17", video=True),
+    Family("cosmos3_edge", ("Cosmos3EdgeForConditionalGeneration",), since="5.23", video=True),
+    Family("qwen2_5_omni_thinker", ("Qwen2_5OmniThinkerForConditionalGeneration",), since="5.17", video=True),
+    Family("qwen3_omni_moe_thinker", ("Qwen3OmniMoeThinkerForConditionalGeneration",), since="5.17", video=True),
+    Family("step3p7", ("Step3p7ForConditionalGeneration",), since="5.23"),
+    Family("cohere_compass", ("CohereCompassForConditionalGeneration",), since="5.17", video=True),
+    Family("qwen3_5", ("Qwen3_5ForConditionalGeneration",), without=_STATEFUL, video=True),
+    Family("qwen3_5_moe", ("Qwen3_5MoeForConditionalGeneration",), without=_STATEFUL, video=True),
     Family("aria", ("AriaForConditionalGeneration",)),
     Family("aya_vision", ("AyaVisionForConditionalGeneration",)),
     Family("cohere2_vision", ("Cohere2VisionForConditionalGeneration",)),
@@ -116,60 +111,38 @@ FAMILIES: tuple[Family, ...] = (
         "ernie4_5_vl_moe",
         ("Ernie4_5_VLMoeForConditionalGeneration",),
         video=True,
-        without=("use_cache=False",),
-        vision_end="image_end_token_id",
+        without=("use_cache=False", "assisted"),
     ),
     Family(
         "exaone4_5",
         ("Exaone4_5_ForConditionalGeneration",),
+        since="5.10",
         video=True,
         projections=partial(SeparateProjections, norm=None),
     ),
     Family("fast_vlm", ("FastVlmForConditionalGeneration",)),
-    Family("gemma3", ("Gemma3ForConditionalGeneration",), vision_end="eoi_token_index", pair_masks=True),
-    Family("gemma4", ("Gemma4ForConditionalGeneration",), video=True, vision_end="eoi_token_id", pair_masks=True),
-    Family(
-        "gemma4_unified",
-        ("Gemma4UnifiedForConditionalGeneration",),
-        vision_end="eoi_token_id",
-        pair_masks=True,
-    ),
-    Family(
-        "glm4v", ("Glm4vForConditionalGeneration",), without=("beams",), video=True, vision_end="image_end_token_id"
-    ),
-    Family(
-        "glm4v_moe",
-        ("Glm4vMoeForConditionalGeneration",),
-        without=("beams",),
-        video=True,
-        vision_end="image_end_token_id",
-    ),
-    Family(
-        "glm46v", ("Glm46VForConditionalGeneration",), without=("beams",), video=True, vision_end="image_end_token_id"
-    ),
-    Family(
-        "glm_ocr", ("GlmOcrForConditionalGeneration",), without=("beams",), video=True, vision_end="image_end_token_id"
-    ),
+    Family("gemma3", ("Gemma3ForConditionalGeneration",), pair_masks=True),
+    Family("gemma4", ("Gemma4ForConditionalGeneration",), video=True, pair_masks=True),
+    Family("gemma4_unified", ("Gemma4UnifiedForConditionalGeneration",), since="5.10", pair_masks=True),
+    Family("glm4v", ("Glm4vForConditionalGeneration",), without=("beams",), video=True),
+    Family("glm4v_moe", ("Glm4vMoeForConditionalGeneration",), without=("beams",), video=True),
+    Family("glm46v", ("Glm46VForConditionalGeneration",), without=("beams",), video=True),
+    Family("glm_ocr", ("GlmOcrForConditionalGeneration",), without=("beams",), video=True),
     Family("got_ocr2", ("GotOcr2ForConditionalGeneration",)),
-    Family("granite_docling", ("GraniteDoclingForConditionalGeneration",)),
+    Family("granite_docling", ("GraniteDoclingForConditionalGeneration",), since="5.23"),
     Family(
         "hunyuan_vl",
         ("HunYuanVLForConditionalGeneration",),
-        vision_end="im_end_id",
+        since="5.17",
         position_axes=4,
         projections=partial(SeparateProjections, head_norms=("query_layernorm", "key_layernorm")),
     ),
-    Family("hyperclovax_vision_v2", ("HyperCLOVAXVisionV2ForConditionalGeneration",), video=True),
+    Family("hyperclovax_vision_v2", ("HyperCLOVAXVisionV2ForConditionalGeneration",), since="5.23", video=True),
     Family("idefics2", ("Idefics2ForConditionalGeneration",)),
     Family("idefics3", ("Idefics3ForConditionalGeneration",)),
     Family("internvl", ("InternVLForConditionalGeneration",)),
     Family("janus", ("JanusForConditionalGeneration",)),
-    Family(
-        "kimi_k25",
-        ("Kimi_K25ForConditionalGeneration",),
-        vision_end="vision_end_token_id",
-        projections=LatentProjections,
-    ),
+    Family("kimi_k25", ("Kimi_K25ForConditionalGeneration",), since="5.17", projections=LatentProjections),
     Family(
         "lfm2_vl",
         ("Lfm2VlForConditionalGeneration",),
@@ -178,7 +151,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "lfm3_vl",
         ("Lfm3VlForConditionalGeneration",),
-        vision_end="vision_end_token_id",
+        since="5.23",
         projections=partial(SeparateProjections, norm="operator_norm"),
     ),
     Family("lighton_ocr", ("LightOnOcrForConditionalGeneration",)),
@@ -186,7 +159,6 @@ FAMILIES: tuple[Family, ...] = (
         "llama4",
         ("Llama4ForConditionalGeneration",),
         without=("beams",),
-        vision_end="eoi_token_index",
         # its norm comes behind RoPE, which it commutes with
         projections=partial(SeparateProjections, head_norms=("qk_norm", "qk_norm")),
     ),
@@ -194,22 +166,21 @@ FAMILIES: tuple[Family, ...] = (
     Family("llava_next", ("LlavaNextForConditionalGeneration",)),
     Family("llava_next_video", ("LlavaNextVideoForConditionalGeneration",), video=True),
     Family("llava_onevision", ("LlavaOnevisionForConditionalGeneration",), video=True),
-    Family("minicpmv4_6", ("MiniCPMV4_6ForConditionalGeneration",), video=True, without=("prompt lookup",)),
-    Family(
-        "minicpmv4_7", ("MiniCPMV4_7ForConditionalGeneration",), vision_end="image_end_id", without=("prompt lookup",)
-    ),
-    Family("minicpm_ocr", ("MiniCPMOcrForConditionalGeneration",), without=("prompt lookup",)),
+    Family("minicpmv4_6", ("MiniCPMV4_6ForConditionalGeneration",), since="5.10", video=True, without=_STATEFUL),
+    Family("minicpmv4_7", ("MiniCPMV4_7ForConditionalGeneration",), since="5.23", without=_STATEFUL),
+    Family("minicpm_ocr", ("MiniCPMOcrForConditionalGeneration",), since="5.23", without=_STATEFUL),
     Family("mistral3", ("Mistral3ForConditionalGeneration",)),
     Family(
         "muse_glimmer",
         ("MuseGlimmerForConditionalGeneration",),
+        since="5.17",
         projections=partial(SeparateProjections, head_norms=("qk_norm", "qk_norm")),
     ),
     Family("ovis2", ("Ovis2ForConditionalGeneration",)),
-    Family("paddleocr_vl", ("PaddleOCRVLForConditionalGeneration",), vision_end="vision_end_token_id"),
+    Family("paddleocr_vl", ("PaddleOCRVLForConditionalGeneration",)),
     Family("paligemma", ("PaliGemmaForConditionalGeneration",), pair_masks=True),
-    Family("perception_lm", ("PerceptionLMForConditionalGeneration",), video=True),
-    Family("qianfan_ocr", ("QianfanOCRForConditionalGeneration",)),
+    Family("perception_lm", ("PerceptionLMForConditionalGeneration",), since="5.23", video=True),
+    Family("qianfan_ocr", ("QianfanOCRForConditionalGeneration",), since="5.10"),
     Family("smolvlm", ("SmolVLMForConditionalGeneration",)),
     Family("video_llama_3", ("VideoLlama3ForConditionalGeneration",), video=True),
     Family(
@@ -242,6 +213,35 @@ OUT_OF_REACH: dict[tuple[str, ...], str] = {
         "kosmos-2",
         "kosmos-2.5",
     ): "its images do not stand in the prompt as placeholders that one module replaces by features",
+    (
+        "blip-2",
+        "instructblip",
+        "instructblipvideo",
+    ): "an image is a few learned queries there, which leaves nothing to prune",
+    (
+        "granite4_vision",
+    ): "its visual tokens are empty in the first layer, which ranks them, and are filled in later layers",
+    (
+        "dots3_note",
+        "glm5_next",
+        "minimax_m3_vl",
+        "mistral_large4",
+    ): "its attention picks keys by an index over where they stand, and dropping tokens moves the rest",
+    ("inkling2", "inkling_mm_model"): "its attention weighs distances between slots, which dropping tokens changes",
+    ("qwen4_exp",): "its layers read the token ids of the whole prompt again",
+    ("gemma3n",): "its vision encoder needs timm, and without it no test has run",
+    ("diffusion_gemma",): "it writes blocks of tokens by diffusion, not one after the other",
+    ("pi0",): "it answers with actions of a robot, not with text",
+    ("mistral4",): "it has no vision encoder; prune the model of mistral3 around it",
+    ("qwen2_5_omni", "qwen3_omni_moe"): "its parts read and speak by turns; prune the one that reads, model.thinker",
+    (
+        "deepseek_ocr2",
+        "molmo2",
+        "muse_spark",
+        "nemotron_h_omni",
+        "phi4_multimodal",
+        "unlimited_ocr",
+    ): "no test has shown that removing its tokens equals hiding them",
 }
 
 
@@ -256,9 +256,7 @@ class Anatomy:
         text: the decoder that sees `inputs_embeds`.
         projections: queries and keys of the first attention layer of `text`.
         visual_token_ids: ids of the visual placeholders.
-        vision_end_id: id of the token that closes an image, or None.
-        end_of_turn_ids: ids that end a turn.
-        encoder: the vision encoder, or None where its attention cannot be read.
+        markers: ids that close images and turns.
         kinds: for each visual placeholder whether it stands for an "image" or a "video".
     """
 
@@ -268,9 +266,7 @@ class Anatomy:
     text: nn.Module
     projections: LayerProjections
     visual_token_ids: tuple[int, ...]
-    vision_end_id: int | None
-    end_of_turn_ids: tuple[int, ...]
-    encoder: QwenVisionEncoder | None
+    markers: Markers
     kinds: dict[int, str]
 
 
@@ -291,9 +287,7 @@ def dissect(model: Any) -> Anatomy:
         text=text,
         projections=family.projections(_first_attention_layer(text)),
         visual_token_ids=tuple(dict.fromkeys(token_id for token_id in ids.values() if token_id is not None)),
-        vision_end_id=getattr(config, family.vision_end, None) if family.vision_end else None,
-        end_of_turn_ids=_end_of_turn_ids(model, family),
-        encoder=None if family.encoder is None else family.encoder(model.base_model.visual),
+        markers=find_markers(model, family.end_of_turn_ids),
         kinds={token_id: kind for kind, token_id in ids.items() if token_id is not None},
     )
 
@@ -322,13 +316,3 @@ def _text_module(model: Any) -> nn.Module:
 def _first_attention_layer(text: Any) -> nn.Module:
     """The first layer with attention; hybrid models begin with linear-attention or convolution layers."""
     return next(layer for layer in text.layers if hasattr(layer, "self_attn"))
-
-
-def _end_of_turn_ids(model: Any, family: Family) -> tuple[int, ...]:
-    found: list[int] = list(family.end_of_turn_ids)
-    for config in (getattr(model, "generation_config", None), model.config, model.config.get_text_config()):
-        ids = getattr(config, "eos_token_id", None)
-        if isinstance(ids, torch.Tensor):
-            ids = ids.tolist()
-        found += [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return tuple(dict.fromkeys(found))

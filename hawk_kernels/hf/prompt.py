@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,6 +18,8 @@ class Prompt:
         query: bool `[B, T]`, True at the text tokens that rank the visual ones.
         query_sources: for each row where its queries were found.
         length: tokens of a row that are the prompt's own; assisted decoding appends guesses to it.
+        separators: bool `[B, T]`, True at visual placeholders between the visual tokens of an image that always stay,
+            and that `visual` leaves out; or None.
     """
 
     ids: np.ndarray
@@ -26,6 +28,11 @@ class Prompt:
     query: np.ndarray
     query_sources: list[str]
     length: int
+    separators: np.ndarray | None = None
+
+    def with_separators(self, separators: np.ndarray) -> Prompt:
+        """The same prompt, where some visual placeholders, bool `[B, T]`, only hold the others together."""
+        return replace(self, visual=self.visual & ~separators, separators=separators)
 
     def ends_in_text(self, columns: int) -> bool:
         """Whether the last `columns` of every row are text, so that they also end a packed row."""
@@ -34,12 +41,13 @@ class Prompt:
 
     def images(self, row: int) -> list[np.ndarray]:
         """Positions of each image or video of a row: runs of one placeholder id."""
-        positions = np.flatnonzero(self.visual[row])
+        visual = self.visual[row]
+        positions = np.flatnonzero(visual if self.separators is None else visual | self.separators[row])
         if positions.size == 0:
             return []
         kinds = self.ids[row, positions]
         starts = (np.diff(positions) != 1) | (np.diff(kinds) != 0)
-        return np.split(positions, np.flatnonzero(starts) + 1)
+        return [image[visual[image]] for image in np.split(positions, np.flatnonzero(starts) + 1)]
 
     def image_lengths(self) -> list[list[int]]:
         """Visual tokens of each image of each row."""

@@ -2,8 +2,9 @@
 
 Three modules are watched. The model that the caller calls tells how many logits are wanted. The multimodal model below
 sees `input_ids`: there the prompt is read. The text model sees `inputs_embeds`: there tokens are scored, dropped and
-the rest packed, and later masks are translated to the shorter cache. What happens between two hooks of one call
-is kept per thread; what outlives a call is kept with the cache.
+the rest packed, and later masks are translated to the shorter cache. For a method that hides tokens from later layers
+instead, these layers are watched too. What happens between two hooks of one call is kept per thread; what outlives a
+call is kept with the cache.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import numbers
 import threading
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,23 @@ from torch import nn
 from hawk_kernels.head_weights import resolve_head_weights
 from hawk_kernels.hf.arguments import call_length, is_slice_of_longer, named, visual_features
 from hawk_kernels.hf.cached import CachedPrompt, cached_prompt, constant_mask, forget
+from hawk_kernels.hf.chat import ChatQuestion
 from hawk_kernels.hf.choose import choose_tokens
 from hawk_kernels.hf.compiled import check_not_compiled_without_hooks, forget_compiled_call
-from hawk_kernels.hf.families import FAMILIES, Anatomy, dissect
+from hawk_kernels.hf.encoders import ENCODERS
+from hawk_kernels.hf.families import Anatomy, dissect
+from hawk_kernels.hf.frames import GridWatch, frames_of_prompt
+from hawk_kernels.hf.hiding import LayerHiding
 from hawk_kernels.hf.packing import Packing, splits_at_gaps
+from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.reading import Query, read_prompt
 from hawk_kernels.hf.report import PruningStats, sample_stats
+from hawk_kernels.hf.rotary import check_rotates, rotary_of_first_layer
 from hawk_kernels.hf.special_arguments import packed_features, packed_pair_masks
 from hawk_kernels.hf.uncached import UncachedPrompt
 from hawk_kernels.hf.upload import upload
+from hawk_kernels.hf.view import Context
 from hawk_kernels.hf.vision_attention import PromptAttention, VisionRecorder, attention_of_prompt
 from hawk_kernels.methods import Method, resolve_method
 
@@ -64,8 +73,9 @@ def prune(
         method: name of a method, or a method object.
         head_weights: None (the shipped registry), "uniform", a `[H]` tensor or sequence, or the path of a weights file.
         budget: "shared" by all images of a row, or "per_image": `keep_ratio` applies to each image or video.
-        query: the text that ranks the visual tokens: a bool mask `[B, T]`, or a callable from `input_ids` to one. By
-            default the text after the last image up to the final end of turn.
+        query: the text that ranks the visual tokens: a bool mask `[B, T]`, a callable from `input_ids` to one, or a
+            processor or tokenizer, whose chat template shows where the user's last turn stands. By default the text
+            after the last image up to the final end of turn, of several turns there the user's last.
         **options: the method's own, such as `normalize="l2"` and `rounding="floor"` of "hawk".
 
     Returns:
@@ -101,8 +111,12 @@ class Pruning:
         self._method = resolve_method(method, options)
         if budget not in BUDGETS:
             raise ValueError(f"budget: expected 'shared' or 'per_image', got {budget!r}")
+        if hasattr(query, "apply_chat_template"):
+            query = ChatQuestion(query)
         if query is not None and not callable(query) and not isinstance(query, torch.Tensor):
-            raise TypeError(f"query: expected a bool mask [B, T] or a callable, got {type(query).__name__}")
+            raise TypeError(
+                f"query: expected a bool mask [B, T], a callable or a processor, got {type(query).__name__}"
+            )
         self._per_image = budget == "per_image"
         self._query = query
         self._head_weights: torch.Tensor | None = None
@@ -114,6 +128,11 @@ class Pruning:
         elif head_weights is not None:
             raise TypeError(f"head_weights: method {self._method.name!r} uses none; leave the argument out")
         self._recorder = _encoder_recorder(self._anatomy, self._method)
+        self._grid_watch = GridWatch(self._anatomy) if self._method.uses_grids else None
+        if self._method.uses_positions:
+            check_rotates(self._anatomy, self._method.name)
+        layer = self._method.hidden_from_layer
+        self._hiding = None if layer is None else LayerHiding(self._anatomy, layer, self._method.name)
         self._no_stats = PruningStats(
             model=type(model).__name__,
             family=self._anatomy.family.model_type,
@@ -157,7 +176,8 @@ class Pruning:
                 f"model: expected one that is not pruned yet, got a {type(parts.head).__name__} that is being pruned "
                 "already; leave that block first"
             )
-        check_not_compiled_without_hooks(parts.head)
+        for module in watched:
+            check_not_compiled_without_hooks(module)
         self._was_compiled = "_compiled_call" in vars(parts.head)
         self._handles = [
             parts.head.register_forward_pre_hook(self._before_head, with_kwargs=True),
@@ -166,6 +186,8 @@ class Pruning:
             parts.text.register_forward_hook(self._after_text, with_kwargs=True),
             parts.multimodal.register_forward_hook(self._after_multimodal, always_call=True),
             *([] if self._recorder is None else self._recorder.attach()),
+            *([] if self._grid_watch is None else self._grid_watch.attach()),
+            *([] if self._hiding is None else self._hiding.attach()),
         ]
         return self
 
@@ -178,6 +200,13 @@ class Pruning:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.stats!r}"
+
+    def __reduce__(self) -> str:
+        # a copy of the model would be pruned for ever: no block of its own would end that
+        raise TypeError(
+            "model: expected one that is copied or saved outside its prune block, got one whose hooks prune; leave the "
+            "block first, and prune the copy in a block of its own"
+        )
 
     @property
     def _result(self) -> _Result | None:
@@ -227,6 +256,8 @@ class Pruning:
                 self._thread.prefill = self._read(kwargs, input_ids)
             if self._thread.prefill is not None:
                 forget(cache)
+                if self._hiding is not None:
+                    self._hiding.forget(cache)
                 return None
         record = cached_prompt(cache)
         if record is None:
@@ -241,6 +272,7 @@ class Pruning:
                 record.check_continues(cache, positions)
         return None
 
+    @torch.compiler.disable
     def _read(self, kwargs: dict[str, Any], input_ids: torch.Tensor) -> _Prefill | None:
         """The prompt of a call over an empty cache."""
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
@@ -278,11 +310,14 @@ class Pruning:
             if not self._thread.is_inside:
                 raise ValueError(
                     "model: the text model was called by itself with inputs_embeds inside a prune block, where nobody "
-                    "can tell which tokens are visual; call the model that was given to prune, or leave the block"
+                    "can tell which tokens are visual; call the model that was given to prune, and not a compiled "
+                    "wrapper of it, or leave the block"
                 )
             if self._thread.prefill is not None:
                 packed = self._prefill(self._thread.prefill, embeds, kwargs)
                 return None if packed is None else ((), packed)
+        if self._hiding is not None:
+            self._hiding.resume(cache)
         record = cached_prompt(cache)
         if record is None:
             return None
@@ -301,31 +336,30 @@ class Pruning:
                 f"{list(embeds.shape)}; a model that inserts tokens between the two is not supported"
             )
         valid = upload(prompt.valid, device) if prefill.valid is None else prefill.valid.to(device)
+        hiding = self._hiding
+        if hiding is not None:
+            hiding.start(nn.functional.pad(valid[:, : prompt.length], (0, valid.shape[1] - prompt.length)))
         earlier = self._thread.uncached
         if earlier is not None:
             prefill.kept, prefill.counts = earlier.extended(valid, prompt.valid)
         elif not prompt.visual.any():
             prefill.kept, prefill.counts = valid, prompt.valid.sum(axis=1).tolist()
             self._leave_alone(valid, prompt, "no visual tokens")
+        elif hiding is not None:
+            hiding.choose_inside(partial(self._hidden_tokens, prefill, valid))
+            return None
         else:
-            choice = choose_tokens(
-                embeds,
-                prompt,
-                self._method,
-                self._keep_ratio,
-                self._per_image,
-                self._anatomy.projections,
-                self._head_weights,
-                self._recorded(prefill),
-            )
-            prefill.kept, prefill.counts = choice.kept, choice.counts
-            samples = sample_stats(prompt, choice.budgets, self._per_image, None)
-            self._publish(prompt.length, (choice.kept, choice.scores, upload(prompt.query, device)), samples, None)
+            context = self._context(prefill, embeds, kwargs)
+            prefill.kept, prefill.counts = self._choose(prompt, embeds, self._anatomy.projections, context)
         if prefill.counts == prompt.valid.sum(axis=1).tolist():
             return None
+        if hiding is not None:
+            hiding.hide(valid & ~prefill.kept)
+            return None
         axes = self._anatomy.family.position_axes
-        splits = splits_at_gaps(self._anatomy.text, len(embeds), kwargs.get("position_ids"), axes)
-        prefill.packing = Packing(prefill.kept, prefill.counts, extra=int(splits))
+        positions = kwargs.get("position_ids")
+        splits = splits_at_gaps(self._anatomy.text, len(embeds), positions, axes)
+        prefill.packing = Packing(embeds, prefill.kept, prefill.counts, positions, extra=int(splits))
         packed, prefill.following = prefill.packing.pack_arguments(kwargs, axes)
         packed |= packed_features(kwargs, prompt, prefill.kept, prefill.packing)
         if self._anatomy.family.pair_masks:
@@ -336,6 +370,40 @@ class Pruning:
                 getattr(self._anatomy.text.config, "layer_types", None),
             )
         return packed
+
+    def _choose(
+        self, prompt: Prompt, states: torch.Tensor, projections: LayerProjections, context: Context
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Choose by what enters the scoring layer, `[B, T, hidden]`, and show it: the kept tokens and their numbers."""
+        choice = choose_tokens(
+            states, prompt, self._method, self._keep_ratio, self._per_image, projections, self._head_weights, context
+        )
+        samples = sample_stats(prompt, choice.budgets, self._per_image, None)
+        masks = (choice.kept, choice.scores, upload(prompt.query, states.device))
+        self._publish(prompt.length, masks, samples, None)
+        return choice.kept, choice.counts
+
+    def _hidden_tokens(
+        self,
+        prefill: _Prefill,
+        valid: torch.Tensor,
+        states: torch.Tensor,
+        projections: LayerProjections,
+        context: Context,
+    ) -> torch.Tensor | None:
+        """Choose inside the stack; the tokens to hide from the layers behind, bool `[B, T]`, None for none."""
+        kept, prefill.counts = self._choose(prefill.prompt, states, projections, context)
+        prefill.kept = kept
+        return None if prefill.counts == prefill.prompt.valid.sum(axis=1).tolist() else valid & ~kept
+
+    def _context(self, prefill: _Prefill, embeds: torch.Tensor, kwargs: dict[str, Any]) -> Context:
+        """What the method may want to know before the first layer."""
+        frames, rotary = None, None
+        if self._method.uses_grids:
+            frames = partial(frames_of_prompt, self._anatomy, prefill.prompt, prefill.arguments)
+        if self._method.uses_positions:
+            rotary = rotary_of_first_layer(self._anatomy, embeds, kwargs.get("position_ids"))
+        return Context(attention=self._recorded(prefill), frames=frames, rotary=rotary)
 
     def _recorded(self, prefill: _Prefill) -> PromptAttention | None:
         """What the vision encoder attended to, for a method that asks."""
@@ -352,6 +420,8 @@ class Pruning:
         if prefill is None or prefill.kept is None:
             return None
         prompt, packing, cache = prefill.prompt, prefill.packing, output.past_key_values
+        if self._hiding is not None:
+            self._hiding.finish(cache)
         if cache is None and self._thread.uncached is None:
             self._thread.uncached = UncachedPrompt(prompt, prefill.features, prefill.kept, prefill.counts)
         if packing is None or prefill.following is None:
@@ -415,13 +485,14 @@ def _encoder_recorder(anatomy: Anatomy, method: Method) -> VisionRecorder | None
     """Records the vision encoder for a method that looks into it."""
     if not method.uses_encoder_attention:
         return None
-    if anatomy.encoder is None:
-        supported = ", ".join(family.model_type for family in FAMILIES if family.encoder is not None)
+    encoder = ENCODERS.get(anatomy.family.model_type)
+    if encoder is None:
+        supported = ", ".join(sorted(ENCODERS))
         raise TypeError(
             f"method: expected one that leaves the vision encoder of {anatomy.family.model_type} alone, got "
             f"{method.name!r}, which reads its attention; that works for {supported}"
         )
-    return VisionRecorder(anatomy.encoder, method.object_layer)
+    return VisionRecorder(encoder(anatomy.multimodal), method.object_layer)
 
 
 def _checked_keep_ratio(keep_ratio: float | int) -> float | int:

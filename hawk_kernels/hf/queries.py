@@ -2,53 +2,94 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 AFTER_LAST_VISUAL = "text after the last visual token"
+LAST_TURN = "last user turn after the last visual token"
 ALL_TEXT = "all text after the first token, because none follows the last visual token"
+ALL_TEXT_SINCE_IMAGE_TURN = "all text from the turn of the first image on, because none follows the last visual token"
 GIVEN = "given by query="
 NO_VISUAL = "none, no visual tokens"
 
 
+@dataclass(frozen=True)
+class Markers:
+    """Token ids that give a conversation its structure.
+
+    Attributes:
+        vision_ends: close an image or a video.
+        turn_ends: close a turn of either side.
+        reply_ends: close a reply, where nothing closes a question: what follows is the next question.
+    """
+
+    vision_ends: tuple[int, ...] = ()
+    turn_ends: tuple[int, ...] = ()
+    reply_ends: tuple[int, ...] = ()
+
+
 def text_queries(
-    ids: np.ndarray,
-    valid: np.ndarray,
-    visual: np.ndarray,
-    vision_end_id: int | None,
-    end_of_turn_ids: tuple[int, ...],
+    ids: np.ndarray, valid: np.ndarray, visual: np.ndarray, markers: Markers
 ) -> tuple[np.ndarray, list[str]]:
     """The text tokens that rank the visual ones, and for each row where they were found.
 
-    Those after the last vision-end token (or the last visual token) up to the final end-of-turn token, exclusive. A row
-    without such text (the question came before the image) takes all its text after the first token.
+    Those after the last visual token (or the token that closes the image) up to the final end of turn, exclusive; of
+    several turns there the user's last. A row without such text (the question came before the image) takes all its text
+    after the first token, without turns that had ended before the first image, such as a system prompt.
 
     Args:
         ids: int `[B, T]`.
         valid: bool `[B, T]`, False at padding.
         visual: bool `[B, T]`.
-        vision_end_id: id of the token that closes an image, or None.
-        end_of_turn_ids: ids that end a turn.
+        markers: ids that close images and turns.
 
     Returns:
         bool `[B, T]` and one description a row.
     """
-    batch, length = ids.shape
-    position = np.arange(length)
-    queries = np.zeros((batch, length), dtype=bool)
+    queries = np.zeros(ids.shape, dtype=bool)
     found = []
-    opens = visual if vision_end_id is None else visual | ((ids == vision_end_id) & valid)
-    ends = np.isin(ids, end_of_turn_ids) & valid
-    for row in range(batch):
+    for row in range(len(ids)):
         if not visual[row].any():
             found.append(NO_VISUAL)
             continue
-        start = np.flatnonzero(opens[row])[-1] + 1
-        turn_ends = np.flatnonzero(ends[row])
-        stop = turn_ends[-1] if turn_ends.size and turn_ends[-1] >= start else length
-        asked = valid[row] & (position >= start) & (position < stop)
-        found.append(AFTER_LAST_VISUAL if asked.any() else ALL_TEXT)
-        if not asked.any():
-            asked = valid[row] & ~visual[row]
-            asked &= position != np.argmax(valid[row])
-        queries[row] = asked
+        asked, source = _question(ids[row], valid[row], visual[row], markers)
+        queries[row, asked] = True
+        found.append(source)
     return queries, found
+
+
+def _question(ids: np.ndarray, valid: np.ndarray, visual: np.ndarray, markers: Markers) -> tuple[np.ndarray, str]:
+    """Positions of the question of one row, and where they were found."""
+    closed = visual | (np.isin(ids, markers.vision_ends) & valid)
+    start = np.flatnonzero(closed)[-1] + 1
+    following = start + np.flatnonzero(valid[start:])
+    asked, is_one_of_several = _last_question(ids, following, markers)
+    if asked.size:
+        return asked, LAST_TURN if is_one_of_several else AFTER_LAST_VISUAL
+    text = np.flatnonzero(valid & ~visual & (np.arange(ids.size) != np.argmax(valid)))
+    before = np.flatnonzero(valid[: np.argmax(visual)])
+    ends = before[np.isin(ids[before], markers.turn_ends + markers.reply_ends)]
+    if ends.size and text[text > ends[-1]].size:
+        return text[text > ends[-1]], ALL_TEXT_SINCE_IMAGE_TURN
+    return text, ALL_TEXT
+
+
+def _last_question(ids: np.ndarray, positions: np.ndarray, markers: Markers) -> tuple[np.ndarray, bool]:
+    """What the user said last at `positions`, and whether other turns stand there too."""
+    exchanges = [exchange for exchange in _split(ids, positions, markers.reply_ends) if exchange.size]
+    if not exchanges:
+        return positions[:0], False
+    *turns, rest = _split(ids, exchanges[-1], markers.turn_ends)
+    if not turns:
+        return rest, len(exchanges) > 1
+    # behind an even number of turns nothing but a line break: the last of them was a reply, none is asked for
+    last = turns[-2] if len(turns) % 2 == 0 and rest.size <= 1 else turns[-1]
+    return last, len(exchanges) > 1 or len(turns) > 1
+
+
+def _split(ids: np.ndarray, positions: np.ndarray, ends: tuple[int, ...]) -> list[np.ndarray]:
+    """`positions` between the `ends`, which belong to none; the last piece is what follows the final end."""
+    at = np.flatnonzero(np.isin(ids[positions], ends))
+    first, *others = np.split(positions, at)
+    return [first, *(piece[1:] for piece in others)]

@@ -50,7 +50,7 @@ def read_prompt(
     own_ids, own = host_ids[:, :prompt_length], host_valid[:, :prompt_length]
     visual = np.isin(own_ids, anatomy.visual_token_ids) & own
     if host_queries is None:
-        found, sources = text_queries(own_ids, own, visual, anatomy.vision_end_id, anatomy.end_of_turn_ids)
+        found, sources = text_queries(own_ids, own, visual, anatomy.markers)
     else:
         found, sources = host_queries.astype(bool) & own, [GIVEN] * len(host_ids)
     visual, found = (np.pad(mask, ((0, 0), (0, guesses))) for mask in (visual, found))

@@ -11,8 +11,8 @@ from hawk_kernels.hf.packing import Packing
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.upload import upload
 
-# one row a visual token of the batch, for each of several layers
-_VISUAL_FEATURES = ("deepstack_visual_embeds", "deepstack_features")
+VISUAL_FEATURES = ("deepstack_visual_embeds", "deepstack_features")
+"""Arguments with one row a visual token of the batch, for each of several layers."""
 
 
 def packed_features(kwargs: dict[str, Any], prompt: Prompt, kept: torch.Tensor, packing: Packing) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def packed_features(kwargs: dict[str, Any], prompt: Prompt, kept: torch.Tensor, 
         kept: bool `[B, T]`, the tokens that stay.
         packing: how they are packed.
     """
-    given = {name: kwargs[name] for name in _VISUAL_FEATURES if kwargs.get(name) is not None}
+    given = {name: kwargs[name] for name in VISUAL_FEATURES if kwargs.get(name) is not None}
     if not given:
         return {}
     visual = upload(np.flatnonzero(prompt.visual), kept.device)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -9,9 +12,29 @@ import torch
 
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, padded_positions
+from hawk_kernels.hf.rotary import Rotary
 from hawk_kernels.hf.upload import upload
 from hawk_kernels.hf.vision_attention import PromptAttention
-from hawk_kernels.methods.view import EncoderAttention, PrefillView, Segments
+from hawk_kernels.methods.view import EncoderAttention, HiddenStates, LastQuery, PrefillView, Segments
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known of a prompt beside its embeddings, for methods that ask.
+
+    Attributes:
+        attention: what was recorded in the vision encoder.
+        frames: tells the grids of each image's frames, which may wait for the device.
+        rotary: positions in the scoring layer.
+        seen: which tokens the last one of each prompt sees in the scoring layer, bool `[B, T]`.
+        scale: what the scoring layer multiplies its products by; None means `D ** -0.5`.
+    """
+
+    attention: PromptAttention | None = None
+    frames: Callable[[], list[list[list[tuple[int, int]]]]] | None = None
+    rotary: Rotary | None = None
+    seen: torch.Tensor | None = None
+    scale: float | None = None
 
 
 class LayerView(PrefillView):
@@ -23,7 +46,7 @@ class LayerView(PrefillView):
         projections: queries and keys of the scoring layer.
         head_weights: float32 `[H]`, or None.
         budgets: tokens kept of each image of each row, or None for one budget a row.
-        attention: what was recorded in the vision encoder, or None.
+        context: what else is known.
     """
 
     def __init__(
@@ -33,7 +56,7 @@ class LayerView(PrefillView):
         projections: LayerProjections,
         head_weights: torch.Tensor | None,
         budgets: list[list[int]] | None,
-        attention: PromptAttention | None = None,
+        context: Context,
     ) -> None:
         self._embeds = inputs_embeds
         self._prompt = prompt
@@ -42,7 +65,7 @@ class LayerView(PrefillView):
         _, self._filled = padded_positions(prompt.visual)
         self._head_weights = head_weights
         self._budgets = budgets
-        self._attention = attention
+        self._context = context
 
     @cached_property
     def candidates(self) -> torch.Tensor:  # type: ignore[override]
@@ -71,6 +94,20 @@ class LayerView(PrefillView):
         kept_per_row = max(sum(row) for row in self._budgets)
         return Segments(upload(np.stack(index), self._device), upload(np.stack(mask), self._device), kept_per_row)
 
+    def hidden_states(self) -> HiddenStates | None:
+        plain = self._projections.plain()
+        if plain is None or self._device != self._embeds.device or self._embeds.dtype == torch.float64:
+            return None
+        positions, _ = padded_positions(self._prompt.visual)
+        return HiddenStates(
+            x=self._embeds,
+            layer=plain,
+            num_key_value_heads=plain.wk.shape[0] // (plain.wq.shape[0] // self._projections.num_heads),
+            q_mask=upload(self._prompt.query, self._device),
+            k_mask=upload(self._prompt.visual, self._device),
+            visual=upload(positions, self._device),
+        )
+
     def text_queries(self) -> tuple[torch.Tensor, torch.Tensor]:
         normalized, mask = self._normalized_text
         return self._queries(normalized), mask
@@ -91,7 +128,7 @@ class LayerView(PrefillView):
         return self._padded(self._visual_rows())
 
     def encoder_attention(self) -> EncoderAttention:
-        recorded = self._attention
+        recorded = self._context.attention
         if recorded is None:
             raise ValueError(
                 "encoder_attention: expected a method with uses_encoder_attention = True to read it, got another"
@@ -99,13 +136,70 @@ class LayerView(PrefillView):
         of_object, of_deep = (self._padded(x.to(self._device).unsqueeze(0)) for x in (recorded.object, recorded.deep))
         return EncoderAttention(of_object, of_deep, recorded.grids)
 
+    def text_keys(self) -> torch.Tensor:
+        normalized, _ = self._normalized_text
+        return self._projections.keys(normalized).to(self._device).transpose(1, 2)
+
+    def text_embeddings(self) -> tuple[torch.Tensor, torch.Tensor]:
+        positions, filled = padded_positions(self._prompt.query)
+        return self._tokens(positions), upload(filled, self._device)
+
+    def rotated_text_queries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        queries, mask = self.text_queries()
+        positions, _ = padded_positions(self._prompt.query)
+        return self._rotated(queries, upload(positions, self._device)), mask
+
+    def rotated_visual_keys(self) -> torch.Tensor:
+        return self._rotated(self.visual_keys(), self._visual_positions)
+
+    def last_query(self) -> LastQuery:
+        if self._context.seen is None:
+            raise ValueError("last_query: expected a method with a hidden_from_layer to read it, got another")
+        own = self._prompt.valid[:, : self._prompt.length]
+        last = own.shape[1] - 1 - np.argmax(own[:, ::-1], axis=1, keepdims=True)
+        normalized = self._projections.normalize(self._embeds.to(self._device))
+        at_end = normalized.gather(1, upload(last, self._device).unsqueeze(2).expand(-1, -1, normalized.shape[2]))
+        query = self._rotated(self._queries(at_end), upload(last, self._device))
+        everywhere = torch.arange(normalized.shape[1], device=self._device).expand(len(last), -1)
+        keys = self._projections.keys(normalized).to(self._device).transpose(1, 2)
+        keys = self._rotated(keys, everywhere)
+        visible = self._context.seen.to(self._device)
+        # the last token sees itself
+        source = torch.where(visible, everywhere, upload(last, self._device))
+        keys = keys.gather(2, source[:, None, :, None].expand_as(keys))
+        scale = query.shape[-1] ** -0.5 if self._context.scale is None else self._context.scale
+        return LastQuery(query, keys, visible, self._visual_positions, scale)
+
+    def frames(self) -> list[list[list[tuple[int, int]]]]:
+        if self._context.frames is None:
+            raise ValueError("frames: expected a method with uses_grids = True to read the grids, got another")
+        return self._context.frames()
+
+    def row_keys(self) -> list[int]:
+        prompt = self._prompt
+        own = zip(prompt.ids[:, : prompt.length], prompt.valid[:, : prompt.length], strict=True)
+        return [zlib.crc32(ids[valid].astype("<i8").tobytes()) for ids, valid in own]
+
+    def _rotated(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if self._context.rotary is None:
+            raise ValueError("positions: expected a method with uses_positions = True to read positions, got another")
+        return self._context.rotary.rotated(heads, positions)
+
+    @cached_property
+    def _visual_positions(self) -> torch.Tensor:
+        """Where the visual tokens stand, int64 `[B, M]`, 0 at padding."""
+        return upload(padded_positions(self._prompt.visual)[0], self._device)
+
     @cached_property
     def _normalized_text(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Text queries behind the layer's norm, `[B, N, hidden]`, and which of them are no padding, bool `[B, N]`."""
-        positions, filled = padded_positions(self._prompt.query)
+        text, mask = self.text_embeddings()
+        return self._projections.normalize(text).to(self._device), mask
+
+    def _tokens(self, positions: np.ndarray) -> torch.Tensor:
+        """The tokens of each row that stand at `positions`, int `[B, N]`, as `[B, N, hidden]`."""
         rows = positions + np.arange(len(positions))[:, None] * self._embeds.shape[1]
-        text = self._gathered(rows.ravel()).unflatten(0, positions.shape)
-        return self._projections.normalize(text).to(self._device), upload(filled, self._device)
+        return self._gathered(rows.ravel()).unflatten(0, positions.shape)
 
     def _queries(self, normalized: torch.Tensor) -> torch.Tensor:
         return self._projections.queries(normalized).to(self._device).transpose(1, 2)

@@ -5,13 +5,42 @@ from __future__ import annotations
 import inspect
 
 from hawk_kernels.methods.base import Method
+from hawk_kernels.methods.cdpruner import CDPruner
+from hawk_kernels.methods.dart import Dart
+from hawk_kernels.methods.divprune import DivPrune
+from hawk_kernels.methods.downsample import Downsample
+from hawk_kernels.methods.fastv import FastV
 from hawk_kernels.methods.hawk import Hawk
+from hawk_kernels.methods.hawk_rope import HawkRope
 from hawk_kernels.methods.hiprune import HiPrune
-from hawk_kernels.methods.view import EncoderAttention, PrefillView, Segments
+from hawk_kernels.methods.key_norm import KeyNorm
+from hawk_kernels.methods.random import Random
+from hawk_kernels.methods.view import EncoderAttention, LastQuery, PrefillView, Segments
 
-__all__ = ["METHODS", "EncoderAttention", "Hawk", "HiPrune", "Method", "PrefillView", "Segments", "resolve_method"]
+__all__ = [
+    "METHODS",
+    "CDPruner",
+    "Dart",
+    "DivPrune",
+    "Downsample",
+    "EncoderAttention",
+    "FastV",
+    "Hawk",
+    "HawkRope",
+    "HiPrune",
+    "KeyNorm",
+    "LastQuery",
+    "Method",
+    "PrefillView",
+    "Random",
+    "Segments",
+    "resolve_method",
+]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Hawk, HiPrune)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (Hawk, HawkRope, HiPrune, FastV, DivPrune, CDPruner, Dart, KeyNorm, Random, Downsample)
+}
 
 
 def resolve_method(method: str | Method, options: dict[str, object]) -> Method:

@@ -22,6 +22,11 @@ class Method(ABC):
         uses_head_weights: whether `PrefillView.head_weights` must be there.
         uses_text: whether a row with visual tokens must have text queries.
         uses_encoder_attention: whether `PrefillView.encoder_attention` must be there; the layer is `object_layer`.
+        uses_grids: whether `PrefillView.frames` must be there.
+        uses_positions: whether the view must tell queries and keys after RoPE.
+        hidden_from_layer: None where dropped tokens are removed before the first layer. Else layers 1 to this one see
+            every token, the last of them ranks the visual ones, and the layers behind it do not see the dropped ones,
+            which stay in the sequence. `view` then is that of the ranking layer.
         rounding: "floor" or "ceil", how a keep ratio becomes a number of tokens.
     """
 
@@ -30,6 +35,9 @@ class Method(ABC):
     uses_text: bool = False
     uses_encoder_attention: bool = False
     object_layer: int | None = None
+    uses_grids: bool = False
+    uses_positions: bool = False
+    hidden_from_layer: int | None = None
     rounding: str = "floor"
 
     @abstractmethod
@@ -52,6 +60,19 @@ class Method(ABC):
         plain = (str, int, float, bool, type(None))
         public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return {name: value if isinstance(value, plain) else repr(value) for name, value in public.items()}
+
+
+class JointMethod(Method):
+    """A method that chooses tokens together: what one of them is worth depends on the others and on the budget."""
+
+    def score(self, view: PrefillView) -> torch.Tensor:
+        raise NotImplementedError(
+            f"method {self.name!r} has no scores before it has chosen; use select(view, r).scores"
+        )
+
+    @abstractmethod
+    def select(self, view: PrefillView, r: float | int) -> Selection:
+        """The tokens that stay, and what each was worth in that choice."""
 
 
 def select_in_segments(scores: torch.Tensor, r: float | int, segments: Segments, rounding: str) -> Selection:
@@ -92,3 +113,24 @@ def check_rounding(rounding: str) -> str:
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding: expected 'floor' (paper) or 'ceil' (release), got {rounding!r}")
     return rounding
+
+
+def of_units(tensor: torch.Tensor, view: PrefillView) -> torch.Tensor:
+    """`[B, M, ...]` as `[U, L, ...]`, one row for each unit that has a budget: a row of the batch, or an image."""
+    return tensor if view.segments is None else tensor.flatten(0, 1)[view.segments.index]
+
+
+def candidates_of_units(view: PrefillView) -> torch.Tensor:
+    """Which tokens of the units are no padding, bool `[U, L]`."""
+    return view.candidates if view.segments is None else view.segments.mask
+
+
+def of_rows(selection: Selection, view: PrefillView) -> Selection:
+    """The rows' selection from that of their units, scores included."""
+    if view.segments is None:
+        return selection
+    shape, mask = view.candidates.shape, view.segments.mask
+    target = torch.where(mask, view.segments.index, shape.numel())
+    scores = selection.scores.new_full((shape.numel() + 1,), -torch.inf)
+    scores = scores.scatter_(0, target.reshape(-1), selection.scores.reshape(-1))[:-1].view(shape)
+    return merged_segments(selection.mask, scores, view.segments)

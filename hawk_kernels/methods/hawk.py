@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.api import NORMALIZATIONS, score_and_select, score_tokens
+from hawk_kernels.api import score_and_select, score_tokens
+from hawk_kernels.hidden import score_hidden, score_hidden_and_select
 from hawk_kernels.methods.base import Method, check_rounding, select_in_segments
-from hawk_kernels.methods.view import PrefillView
+from hawk_kernels.methods.view import HiddenStates, PrefillView
 from hawk_kernels.selection import Selection
+from hawk_kernels.validation import check_normalize
 
 
 class Hawk(Method):
@@ -27,12 +29,23 @@ class Hawk(Method):
     uses_text = True
 
     def __init__(self, normalize: str | None = "l2", rounding: str = "floor") -> None:
-        if normalize not in NORMALIZATIONS:
-            raise ValueError(f"normalize: expected one of {NORMALIZATIONS}, got {normalize!r}")
+        check_normalize(normalize)
         self.normalize = normalize
         self.rounding = check_rounding(rounding)
 
     def score(self, view: PrefillView) -> torch.Tensor:
+        hidden = view.hidden_states()
+        if hidden is not None:
+            scores = score_hidden(
+                hidden.x,
+                *hidden.layer,
+                view.head_weights,
+                num_key_value_heads=hidden.num_key_value_heads,
+                q_mask=hidden.q_mask,
+                k_mask=hidden.k_mask,
+                normalize=self.normalize,
+            )
+            return scores.gather(1, hidden.visual).masked_fill(~view.candidates, -torch.inf)
         queries, keys, query_mask = _projected(view)
         return score_tokens(
             queries, keys, view.head_weights, q_mask=query_mask, k_mask=view.candidates, normalize=self.normalize
@@ -41,6 +54,20 @@ class Hawk(Method):
     def select(self, view: PrefillView, r: float | int) -> Selection:
         if view.segments is not None:
             return select_in_segments(self.score(view), r, view.segments, self.rounding)
+        hidden = view.hidden_states()
+        if hidden is not None:
+            whole = score_hidden_and_select(
+                hidden.x,
+                *hidden.layer,
+                view.head_weights,
+                r,
+                num_key_value_heads=hidden.num_key_value_heads,
+                q_mask=hidden.q_mask,
+                k_mask=hidden.k_mask,
+                normalize=self.normalize,
+                rounding=self.rounding,
+            )
+            return _among_visual(whole, hidden, view.candidates)
         queries, keys, query_mask = _projected(view)
         return score_and_select(
             queries,
@@ -52,6 +79,15 @@ class Hawk(Method):
             normalize=self.normalize,
             rounding=self.rounding,
         )
+
+
+def _among_visual(whole: Selection, hidden: HiddenStates, candidates: torch.Tensor) -> Selection:
+    """A selection among all tokens of a prompt as one among its visual tokens, `[B, M]`."""
+    mask = whole.mask.gather(1, hidden.visual) & candidates
+    scores = whole.scores.gather(1, hidden.visual).masked_fill(~candidates, -torch.inf)
+    width = min(whole.indices.shape[1], candidates.shape[1])
+    places = hidden.k_mask.cumsum(1).sub_(1).gather(1, whole.indices[:, :width].clamp(min=0))
+    return Selection(mask, places.masked_fill_(whole.indices[:, :width] < 0, -1), scores)
 
 
 def _projected(view: PrefillView) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -13,11 +13,17 @@ from hawk_kernels.selection import Selection
 
 
 class HiPrune(Method):
-    """Keeps anchors of a middle encoder layer, the buffers around them, and registers of the last layer.
+    """Keeps anchors of a middle encoder layer, the buffers around them, and registers of a deep one.
+
+    As in the authors' release, a token's attention is what all query rows of the encoder give it, CLS among them, and
+    the deep layer is the last one that the visual tokens come from: 23 of the 24 of CLIP-L in LLaVA, where the output
+    of the last but one is taken. Unlike there, a row keeps exactly its budget, counted over all its images. Tokens
+    that stand for no cell, such as the image newlines of LLaVA-NeXT, always stay and do not count.
 
     Args:
         alpha: share of the budget for anchors and their neighbours, in [0, 5].
-        object_layer: encoder layer of the anchors, counted from 1; None takes the middle one (16 of Qwen2.5-VL).
+        object_layer: encoder layer of the anchors, counted from 1; None takes the published one (9 of the 24 of CLIP-L,
+            16 of the 32 of Qwen2.5-VL), in another CLIP the same share of its depth, elsewhere the middle.
         rounding: "floor" or "ceil".
 
     Raises:

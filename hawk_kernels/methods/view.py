@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -25,17 +26,75 @@ class Segments:
 
 @dataclass(frozen=True)
 class EncoderAttention:
-    """Attention that each visual token receives in two layers of the vision encoder, 1 on average.
+    """Attention that each visual token receives in two layers of the vision encoder, 1 on average over its tokens.
 
     Attributes:
         object: float32 `[B, M]`, in the object (middle) layer; finite but meaningless at padding.
-        deep: float32 `[B, M]`, in the last layer.
+        deep: float32 `[B, M]`, in the last layer that the visual tokens come from.
         grids: for each row, for each of its images (runs of visual tokens), its grids `(t, h, w)`.
     """
 
     object: torch.Tensor
     deep: torch.Tensor
     grids: list[list[list[tuple[int, int, int]]]]
+
+
+@dataclass(frozen=True)
+class LastQuery:
+    """The last token of each prompt, as it looks at the tokens before it in one layer, after RoPE.
+
+    Attributes:
+        query: `[B, H, 1, D]`.
+        keys: `[B, Hkv, T, D]`; where `visible` is False, a copy of one that is visible.
+        visible: bool `[B, T]`, the tokens that it sees.
+        visual: int64 `[B, M]`, where the visual tokens stand among the T; meaningless at padding.
+        scale: what the layer multiplies the products by.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    visible: torch.Tensor
+    visual: torch.Tensor
+    scale: float
+
+
+class PlainLayer(NamedTuple):
+    """A layer whose queries and keys are linear in its RMS-normalised input: arguments of `score_hidden`.
+
+    Attributes:
+        norm_weight: `[hidden]`, what the normalised hidden state is multiplied by.
+        norm_eps: added to the mean square.
+        wq, bq: `[H * D, hidden]` and `[H * D]` or None.
+        wk, bk: `[Hkv * D, hidden]` and `[Hkv * D]` or None.
+    """
+
+    norm_weight: torch.Tensor
+    norm_eps: float
+    wq: torch.Tensor
+    bq: torch.Tensor | None
+    wk: torch.Tensor
+    bk: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """The first layer's input and weights, of which `score_hidden` makes scores without projecting a token.
+
+    Attributes:
+        x: `[B, T, hidden]`, whole prompts.
+        layer: what the layer does to them.
+        num_key_value_heads: key heads `Hkv`.
+        q_mask: bool `[B, T]`, the text queries.
+        k_mask: bool `[B, T]`, the visual tokens.
+        visual: int64 `[B, M]`, where the visual tokens stand among the T; 0 at padding.
+    """
+
+    x: torch.Tensor
+    layer: PlainLayer
+    num_key_value_heads: int
+    q_mask: torch.Tensor
+    k_mask: torch.Tensor
+    visual: torch.Tensor
 
 
 class PrefillView(ABC):
@@ -69,6 +128,13 @@ class PrefillView(ABC):
     def visual_keys(self) -> torch.Tensor:
         """Keys of the visual tokens `[B, Hkv, M, D]`; finite but meaningless where `candidates` is False."""
 
+    def hidden_states(self) -> HiddenStates | None:
+        """What `score_hidden` takes, where the layer's queries and keys are linear in its normalised input; else None.
+
+        The cheapest way to scores by first-layer attention: no token is projected, copied or gathered.
+        """
+        return None
+
     @abstractmethod
     def visual_embeddings(self) -> torch.Tensor:
         """Embeddings of the visual tokens `[B, M, hidden]`; finite but meaningless where `candidates` is False."""
@@ -76,3 +142,34 @@ class PrefillView(ABC):
     @abstractmethod
     def encoder_attention(self) -> EncoderAttention:
         """Attention inside the vision encoder; only for a method that declares `uses_encoder_attention`."""
+
+    @abstractmethod
+    def text_keys(self) -> torch.Tensor:
+        """Keys of the text queries' tokens `[B, Hkv, N, D]`; finite but meaningless at padding."""
+
+    @abstractmethod
+    def text_embeddings(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings of the text queries' tokens `[B, N, hidden]` and which of them count, bool `[B, N]`."""
+
+    @abstractmethod
+    def rotated_text_queries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`text_queries` after RoPE; only for a method that declares `uses_positions`."""
+
+    @abstractmethod
+    def rotated_visual_keys(self) -> torch.Tensor:
+        """`visual_keys` after RoPE; only for a method that declares `uses_positions`."""
+
+    @abstractmethod
+    def last_query(self) -> LastQuery:
+        """The last token in layer `hidden_from_layer`, counted from 1; only for a method that declares one."""
+
+    @abstractmethod
+    def frames(self) -> list[list[list[tuple[int, int]]]]:
+        """For each row, for each of its images (runs of visual tokens), the grids `(h, w)` of its frames.
+
+        Only for a method that declares `uses_grids`.
+        """
+
+    @abstractmethod
+    def row_keys(self) -> list[int]:
+        """For each row a number that depends on its own token ids only, not on padding nor on other rows."""

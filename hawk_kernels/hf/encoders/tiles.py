@@ -1,0 +1,89 @@
+"""Encoders that see a batch of tiles of one size: CLIP, SigLIP, InternViT and their like."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar
+
+import torch
+
+from hawk_kernels.attention import attention_column_mean
+from hawk_kernels.hf.encoders.base import VisionEncoder
+from hawk_kernels.hf.encoders.layouts import Layout, Tiles, merged_tiles
+from hawk_kernels.hf.encoders.pieces import Piece
+
+# transformers 5.5 passes videos as pixel_values too
+_PIXELS = ("pixel_values_videos", "pixel_values")
+
+
+class TileEncoder(VisionEncoder):
+    """Positions are embedded, queries and keys come out of two projections, a CLS token may stand in front.
+
+    The CLS token's query counts among the rows, as in the release of HiPrune; its own column is dropped.
+
+    Args:
+        multimodal: the model that holds the encoder.
+        tower: name of the encoder in it.
+        images: how the tiles of images become visual tokens.
+        videos: the same for frames.
+
+    Raises:
+        TypeError: an encoder without such layers, or with rotary positions.
+    """
+
+    projections: ClassVar[tuple[tuple[str, ...], ...]] = (("q_norm", "q_proj"), ("k_norm", "k_proj"))
+
+    def __init__(
+        self,
+        multimodal: Any,
+        tower: str = "vision_tower",
+        images: Layout = merged_tiles,
+        videos: Layout = merged_tiles,
+    ) -> None:
+        super().__init__(multimodal, tower)
+        if "position_embeddings" in inspect.signature(self.attentions[0].forward).parameters:
+            raise TypeError(
+                "method: expected one that leaves the vision encoder alone, as this "
+                f"{type(self.tower).__name__} rotates queries and keys by position, which is not read here; "
+                "use method='hawk'"
+            )
+        patch = self.tower.config.patch_size
+        self._patch: int = patch if isinstance(patch, int) else patch[0]
+        self._layouts = {"image": images, "video": videos}
+
+    def received(self, layer: int, projected: list[torch.Tensor], arguments: dict[str, Any]) -> torch.Tensor:
+        attention: Any = self.attentions[layer - 1]
+        shape = (*arguments["hidden_states"].shape[:2], attention.num_heads, -1)
+        queries, keys = (x.reshape(shape).transpose(1, 2) for x in projected)
+        mask = arguments.get("attention_mask")
+        if mask is None:
+            return attention_column_mean(queries, keys, reduction="sum", scale=attention.scale)
+        return _received_without_padding(queries, keys, mask, attention.scale)
+
+    def visual_tokens(
+        self, kind: str, arguments: dict[str, Any], features: Any, received: torch.Tensor
+    ) -> tuple[torch.Tensor, list[Piece]]:
+        pixels = next(arguments[name] for name in _PIXELS if arguments.get(name) is not None)
+        height, width = (side // self._patch for side in pixels.shape[-2:])
+        prefix = received.shape[1] - height * width
+        tiles = Tiles(received[:, prefix:].unflatten(1, (height, width)), prefix, pixels.shape)
+        return self._layouts[kind](tiles, self.multimodal, arguments, features)
+
+
+def _received_without_padding(
+    queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention among the tokens of each tile that are no padding, 0 at padding.
+
+    Args:
+        queries: `[B, H, N, D]`.
+        keys: the same shape.
+        mask: `[B, 1, N, N]`, bool or added to the logits, the same keys for every query; `[B, N]` bool or 0 and 1.
+        scale: factor of the logits.
+    """
+    seen = mask if mask.dim() == 2 else mask[:, 0, 0]
+    valid = seen >= 0 if seen.dtype.is_floating_point else seen.bool()
+    packed_queries, packed_keys = (x.transpose(1, 2)[valid].transpose(0, 1) for x in (queries, keys))
+    segments = torch.nn.functional.pad(valid.sum(dim=1).cumsum(dim=0), (1, 0)).int()
+    packed = attention_column_mean(packed_queries, packed_keys, cu_seqlens=segments, reduction="sum", scale=scale)
+    return packed.new_zeros(valid.shape).masked_scatter_(valid, packed)

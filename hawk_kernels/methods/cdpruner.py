@@ -1,0 +1,70 @@
+"""CDPruner: tokens that bear on the question and differ from each other (arXiv 2506.10967)."""
+
+from __future__ import annotations
+
+import torch
+
+from hawk_kernels.greedy import greedy_dpp
+from hawk_kernels.methods.base import JointMethod, candidates_of_units, check_rounding, of_rows, of_units
+from hawk_kernels.methods.view import PrefillView
+from hawk_kernels.selection import Selection
+
+_LEAST = 1e-6
+
+
+class CDPruner(JointMethod):
+    """Keeps the visual tokens of largest conditional diversity: greedy MAP of a determinantal point process.
+
+    With embeddings `v[i]` of the visual and `t[n]` of the text tokens, relevance is `rho[i] = mean_n cos(v[i], t[n])`,
+    `q = (rho - min rho + 1e-6) / (max rho - min rho + 1e-6)` over the image or row, and the kernel is
+    `L[i, j] = q[i] cos(v[i], v[j]) q[j]` (Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional
+    Diversity for Token Pruning in MLLMs", NeurIPS 2025, arXiv 2506.10967, and github Theia-4869/CDPruner; greedy MAP by
+    Chen et al., arXiv 1709.05135).
+
+    For LLaVA the authors take relevance from CLIP's own text encoder, which a language model does not bring along, and
+    turn its sign, since CLIP's patches are least similar to the text that they show; for models without such an encoder
+    it comes, as here, from the embeddings that enter the language model.
+
+    Args:
+        negate: whether the least similar tokens count as the most relevant, as the release has it for CLIP.
+        rounding: "floor" or "ceil".
+
+    Raises:
+        TypeError, ValueError: an option that is none of these.
+    """
+
+    name = "cdpruner"
+    uses_text = True
+
+    def __init__(self, negate: bool = False, rounding: str = "floor") -> None:
+        if not isinstance(negate, bool):
+            raise TypeError(f"negate: expected a bool, got {type(negate).__name__}; True turns the sign of relevance")
+        self.negate = negate
+        self.rounding = check_rounding(rounding)
+
+    def select(self, view: PrefillView, r: float | int) -> Selection:
+        visual, candidates = view.visual_embeddings(), candidates_of_units(view)
+        similarity = mean_cosine(visual, *view.text_embeddings())
+        quality = relevance(of_units(-similarity if self.negate else similarity, view), candidates)
+        return of_rows(greedy_dpp(of_units(visual, view), quality, r, mask=candidates, rounding=self.rounding), view)
+
+
+def mean_cosine(visual: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+    """Mean over text of the cosine with each visual token, float32 `[B, M]`; 0 where there is no text.
+
+    Args:
+        visual: `[B, M, hidden]`.
+        text: `[B, N, hidden]`.
+        text_mask: bool `[B, N]`, True = this token counts.
+    """
+    of_text = torch.nn.functional.normalize(text.float(), dim=-1).masked_fill(~text_mask.unsqueeze(-1), 0)
+    mean = of_text.sum(dim=1) / text_mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return (torch.nn.functional.normalize(visual.float(), dim=-1) @ mean.unsqueeze(-1)).squeeze(-1)
+
+
+def relevance(similarity: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Similarity `[U, L]` min-max scaled over the candidates of each unit; 1 for all where they are equal."""
+    lowest = similarity.masked_fill(~candidates, torch.inf).amin(dim=1, keepdim=True)
+    highest = similarity.masked_fill(~candidates, -torch.inf).amax(dim=1, keepdim=True)
+    # a unit without candidates is infinite on both sides
+    return ((similarity - lowest + _LEAST) / (highest - lowest + _LEAST)).nan_to_num_(nan=0.0)

@@ -1,0 +1,32 @@
+"""HAWK with rotary position embeddings, the ablation of its paper (arXiv 2604.07812)."""
+
+from __future__ import annotations
+
+import torch
+
+from hawk_kernels.api import score_tokens
+from hawk_kernels.methods.base import Method
+from hawk_kernels.methods.hawk import Hawk
+from hawk_kernels.methods.view import PrefillView
+
+
+class HawkRope(Hawk):
+    """HAWK's score of queries and keys after RoPE: `c[i, m] = mean_n R(p_n) q[i, n] . R(p_m) k[i, m] / sqrt(d)`.
+
+    The rotations `R` are those of the first layer at the tokens' own positions, M-RoPE where the model has it. The
+    paper leaves them out because they favour visual tokens that stand near the text. Options and errors as in `Hawk`.
+    """
+
+    name = "hawk_rope"
+    uses_positions = True
+    # a selection by scores that are made here, not by the fused kernel of plain HAWK
+    select = Method.select
+
+    def score(self, view: PrefillView) -> torch.Tensor:
+        queries, mask = view.rotated_text_queries()
+        keys = view.rotated_visual_keys()
+        if keys.dtype == torch.float64:
+            queries, keys = queries.float(), keys.float()
+        return score_tokens(
+            queries, keys, view.head_weights, q_mask=mask, k_mask=view.candidates, normalize=self.normalize
+        )

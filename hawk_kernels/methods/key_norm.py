@@ -1,0 +1,40 @@
+"""Key norm: tokens by the length of their keys alone (arXiv 2406.11430, turned around by default)."""
+
+from __future__ import annotations
+
+import torch
+
+from hawk_kernels.methods.base import Method, check_rounding
+from hawk_kernels.methods.view import PrefillView
+
+KEEPS = ("longest", "shortest")
+
+
+class KeyNorm(Method):
+    """Keeps visual tokens by the length of their keys in the first layer, whatever is asked.
+
+    `I[m] = mean over heads of |k[h, m]|_2`: a longer key makes more of a difference to whoever asks, which is also how
+    DART (arXiv 2502.11494) finds its pivots. Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache
+    Compression", arXiv 2406.11430, observe the opposite in the caches of language models, where tokens with short keys
+    get most of the attention, and keep these; `keep="shortest"` is their order.
+
+    Args:
+        keep: "longest" or "shortest".
+        rounding: "floor" or "ceil".
+
+    Raises:
+        ValueError: an option that is none of these.
+    """
+
+    name = "key_norm"
+
+    def __init__(self, keep: str = "longest", rounding: str = "floor") -> None:
+        if keep not in KEEPS:
+            raise ValueError(f"keep: expected 'longest' or 'shortest' (arXiv 2406.11430), got {keep!r}")
+        self.keep = keep
+        self.rounding = check_rounding(rounding)
+
+    def score(self, view: PrefillView) -> torch.Tensor:
+        length = torch.linalg.vector_norm(view.visual_keys().float(), dim=-1).mean(dim=1)
+        score = -length if self.keep == "shortest" else length
+        return score.masked_fill(~view.candidates, -torch.inf)

@@ -1,0 +1,227 @@
+"""What is particular to some families: windows, scores of the first attention layer, FlashAttention, refusals."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+from hawk_kernels import prune
+from hawk_kernels.hf.families import OUT_OF_REACH, dissect
+from hawk_kernels.hf.packing import splits_at_gaps
+from tests.family_checks import (
+    NEW_TOKENS,
+    NEWEST,
+    SUPPORTED,
+    TOLERANCE,
+    VERSION,
+    example,
+    generate,
+    lacks_unpruned,
+    needs,
+    prompts,
+    pruned_by,
+    removed,
+    watched,
+)
+from tests.tiny_families import BY_NAME, batch, tiny_model
+from tests.tiny_models import FIRST_WORD
+
+families = pytest.mark.parametrize("name", BY_NAME)
+
+
+WINDOW = 6
+# cohere_compass and muse_glimmer have windows too, but there is more to their logits than a text model and its head
+# where the text model sees kept tokens alone, windows count them; where masks over pairs are packed, as before
+SLIDING = {
+    "aya_vision": {"sliding_window": WINDOW},
+    "cohere2_vision": {"sliding_window": WINDOW},
+    "exaone4_5": {"sliding_window": WINDOW},
+    "gemma3": {"sliding_window": WINDOW},
+    "gemma4": {"sliding_window": WINDOW},
+    "gemma4_unified": {"sliding_window": WINDOW},
+    "lfm3_vl": {"sliding_window": WINDOW},
+    "llama4": {"attention_chunk_size": WINDOW},
+    "paligemma": {
+        "model_type": "gemma2",
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 16,
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), SLIDING.items(), ids=SLIDING)
+@torch.no_grad()
+def test_windows_shorter_than_the_prompt(name, changes):
+    needs(name)
+    # PaliGemma 2 caps its attention, which only eager attention does, and upstream has no static cache for it
+    model = tiny_model(name, attention="eager" if name == "paligemma" else None, text_changes=changes)
+    inputs = batch(name, *prompts(name)["several images"])
+    _, embeds, positions = watched(model, lambda: model(**inputs))
+    with pruned_by(model) as pruning:
+        pruned = model(**inputs).logits
+        said = generate(model, inputs)
+        if name != "paligemma" and lacks_unpruned(name, "static cache") is None:
+            assert torch.equal(said, generate(model, inputs, cache_implementation="static"))
+    kept = pruning.keep_mask
+    if SUPPORTED[name].pair_masks:
+        expected = model(**{**inputs, "attention_mask": kept.long(), "position_ids": positions}).logits[kept]
+    else:
+        ((expected, tokens),) = removed(model, embeds, positions, kept, steps=NEW_TOKENS)
+        assert torch.equal(said[0, -NEW_TOKENS:], tokens)
+    assert (pruned[kept] - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen3_vl"])
+@torch.no_grad()
+def test_a_column_of_padding_keeps_flash_attention_from_splitting_the_row(name, monkeypatch):
+    needs(name)
+    model, inputs = example(name, "several images")
+    with pruned_by(model) as pruning:
+        expected, said = model(**inputs).logits, generate(model, inputs)
+        # nothing here runs FlashAttention: what it would be given is given to another implementation
+        monkeypatch.setattr("hawk_kernels.hf.prune.splits_at_gaps", lambda *_: True)
+        kept, seen = pruning.keep_mask, []
+        hook = dissect(model).text.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+        logits = model(**inputs).logits
+        hook.remove()
+        assert torch.equal(generate(model, inputs), said)
+    assert (logits - expected)[kept].abs().max() < TOLERANCE
+    if not SUPPORTED[name].pair_masks:
+        assert seen[0].tolist() == [[0] + [1] * int(kept.sum())]
+
+
+# what comes out last before RoPE, and norms that queries and keys share or that come behind RoPE
+LAST_BEFORE_ROPE = ("q_norm", "q_layernorm", "q_b_proj", "q_proj"), ("k_norm", "k_layernorm", "k_proj")
+OTHER_NORMS = {
+    "llama4": ("qk_norm", "qk_norm"),
+    "muse_glimmer": ("qk_norm", "qk_norm"),
+    "hunyuan_vl": ("query_layernorm", "key_layernorm"),
+}
+
+
+@families
+@torch.no_grad()
+def test_scores_come_from_the_queries_and_keys_of_the_first_attention_layer(name):
+    needs(name)
+    model, inputs = example(name, "several images")
+    anatomy = dissect(model)
+    index, layer = next((i, layer) for i, layer in enumerate(anatomy.text.layers) if hasattr(layer, "self_attn"))
+    attention, seen, hooks = layer.self_attn, {}, []
+    for kind, names in zip(("queries", "keys"), LAST_BEFORE_ROPE, strict=True):
+        module = next((getattr(attention, n) for n in names if getattr(attention, n, None) is not None), None)
+        if module is not None:
+            hooks.append(module.register_forward_hook(lambda m, a, out, kind=kind: seen.update({kind: out})))
+    hooks.append(layer.register_forward_pre_hook(lambda m, args: seen.update(input=args[0])))
+    _, embeds, _ = watched(model, lambda: model(**inputs))
+    for hook in hooks:
+        hook.remove()
+    projections, head_norms = anatomy.projections, OTHER_NORMS.get(name)
+    normalized = projections.normalize(seen["input"])
+    for i, (kind, found) in enumerate(
+        (("queries", projections.queries(normalized)), ("keys", projections.keys(normalized)))
+    ):
+        if kind not in seen:
+            # latent attention makes its keys from two parts
+            assert found.shape[-1] == attention.qk_head_dim
+            continue
+        expected = seen[kind]
+        if expected.numel() > found.numel():
+            expected = expected.unflatten(-1, (projections.num_heads, -1))[..., : found.shape[-1]]
+        if expected.dim() == 4 and expected.shape != found.shape:
+            # some put heads first before they norm
+            expected = expected.transpose(1, 2)
+        expected = expected.reshape(found.shape)
+        if head_norms is not None:
+            expected = getattr(attention, head_norms[i])(expected)
+        assert torch.allclose(found, expected, atol=1e-5)
+    if index == 0:
+        # what enters the text model enters its first layer, but for a factor that a norm takes out again
+        assert torch.allclose(projections.normalize(embeds), normalized, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("attention", "batch_size", "shape", "splits"),
+    [
+        ("flash_attention_2", 1, (1, 7), True),
+        ("flash_attention_2", 1, (3, 1, 7), True),
+        ("flash_attention_2", 1, None, True),
+        # the first of four rows counts text and has no gaps
+        ("flash_attention_2", 1, (4, 1, 7), False),
+        ("flash_attention_2", 2, (2, 7), False),
+        ("sdpa", 1, (1, 7), False),
+    ],
+)
+def test_where_flash_attention_would_split_a_row(attention, batch_size, shape, splits):
+    text = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention))
+    positions = None if shape is None else torch.zeros(shape, dtype=torch.long)
+    assert splits_at_gaps(text, batch_size, positions, axes=3) == splits
+
+
+REFUSED = {
+    "mllama": "Mllama",
+    "idefics": "IdeficsForVisionText2Text",
+    "florence2": "Florence2",
+    "udop": "Udop",
+    "pix2struct": "Pix2Struct",
+    "t5gemma2": "T5Gemma2",
+    "blip": "Blip",
+    "blip-2": "Blip2",
+    "git": "GitForCausalLM",
+    "kosmos-2": "Kosmos2",
+    "kosmos-2.5": "Kosmos2_5",
+    "chameleon": "Chameleon",
+    "fuyu": "FuyuForCausalLM",
+    "emu3": "Emu3",
+    "instructblip": "InstructBlip",
+}
+
+
+@pytest.mark.parametrize(("name", "prefix"), REFUSED.items(), ids=REFUSED)
+def test_families_that_are_not_supported_are_refused_by_name(name, prefix):
+    class_name = prefix if "For" in prefix else f"{prefix}ForConditionalGeneration"
+    model_class = getattr(transformers, class_name, None)
+    if model_class is None:
+        pytest.skip(f"this transformers has no {name}")
+    assert model_class.config_class.model_type == name
+    known = [reason for types, reason in OUT_OF_REACH.items() if name in types]
+    with pytest.raises(TypeError, match=f"got {class_name}.*supported families: .*llava") as refusal:
+        prune(model_class.__new__(model_class), 0.2)
+    assert all(reason in str(refusal.value) for reason in known)
+
+
+@pytest.mark.skipif(VERSION < NEWEST, reason="the lists are those of the newest transformers")
+def test_every_model_of_images_and_text_is_supported_or_has_a_reason():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    supported = {name for family in SUPPORTED.values() for name in family.classes}
+    explained = {model_type for types in OUT_OF_REACH for model_type in types}
+    for model_type, class_name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items():
+        assert (class_name in supported) != (model_type in explained), model_type
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "gemma4", "qwen3_5", "paligemma"])
+@torch.no_grad()
+def test_what_the_block_hands_over_follows_the_layers_to_another_device(name):
+    """Later layers stand on "meta", where any operation that mixes devices fails and only values are missing."""
+    needs(name)
+    model, inputs = tiny_model(name), batch(name, *prompts(name)["padded batch"])
+    with pruned_by(model) as pruning:
+        expected = model(**inputs, use_cache=True)
+        kept = pruning.keep_mask
+    text = dissect(model).text
+    for module in (*text.layers[2:], text.norm):
+        add_hook_to_module(module, AlignDevicesHook("meta", io_same_device=False, place_submodules=True))
+    model.get_output_embeddings().to("meta")
+    with pruned_by(model) as pruning:
+        output = model(**inputs, use_cache=True)
+        assert torch.equal(pruning.keep_mask, kept)
+        assert output.logits.device.type == "meta"
+        assert output.logits.shape == expected.logits.shape
+        token = torch.full((2, 1), FIRST_WORD)
+        following = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True).logits
+        assert following.shape == (2, 1, expected.logits.shape[-1])
