@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from hawk_kernels.head_weights import fingerprint, load_head_weights, resolve_head_weights
+from hawk_kernels.head_weights import (
+    fingerprint,
+    load_head_weights,
+    read_weights_file,
+    resolve_head_weights,
+    shipped_weights,
+)
 
 SHIPPED = Path(__import__("hawk_kernels").__file__).parent / "head_weights" / "qwen2_5_vl_7b.json"
 PUBLISHED = (
@@ -110,3 +116,42 @@ def test_bad_files_and_kinds_are_refused(tmp_path):
         resolve_head_weights(3, config, 2)
     with pytest.raises(TypeError, match="expected real numbers"):
         resolve_head_weights(torch.ones(2, dtype=torch.bool), config, 2)
+
+
+def test_a_file_of_another_model_warns_and_names_what_differs(tmp_path):
+    path = tmp_path / "weights.json"
+    content = {"weights": [1.0] * 28, "model": "somebody/else", "fingerprint": fingerprint(qwen_7b())}
+    path.write_text(json.dumps(content))
+    assert resolve_head_weights(path, qwen_7b(), 28).values.tolist() == [1.0] * 28
+    other = qwen_7b(vocab_size=151936, num_hidden_layers=36)
+    with pytest.warns(UserWarning, match="expected head weights of this model") as caught:
+        assert resolve_head_weights(path, other, 28).values.tolist() == [1.0] * 28
+    (warning,) = caught
+    assert "got those of somebody/else" in str(warning.message)
+    assert "(num_hidden_layers 28 instead of 36, vocab_size 152064 instead of 151936)" in str(warning.message)
+    assert "measure this one with `hawk-kernels calibrate`" in str(warning.message)
+
+
+def test_a_file_without_a_fingerprint_is_taken_as_it_is(tmp_path):
+    path = tmp_path / "weights.json"
+    path.write_text('{"weights": [0.5, 0.5]}')
+    assert resolve_head_weights(path, SimpleNamespace(model_type="tiny"), 2).source == "file weights.json"
+
+
+def test_every_shipped_file_is_one(tmp_path):
+    assert shipped_weights()["qwen2_5_vl_7b"] == SHIPPED
+    for path in shipped_weights().values():
+        content = read_weights_file(path)
+        assert len(content["weights"]) == content["fingerprint"]["num_attention_heads"]
+
+
+def test_the_command_that_errors_name_is_there(capsys):
+    from hawk_kernels.__main__ import main
+
+    with pytest.raises(ValueError, match="hawk-kernels calibrate") as caught:
+        resolve_head_weights(None, qwen_7b(num_hidden_layers=3), 28)
+    command = str(caught.value).split("`")[1].split()[1]
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert "--model" in capsys.readouterr().out

@@ -1,14 +1,16 @@
 """Head importance of known checkpoints: one JSON file each, found by a fingerprint of the model's config.
 
 A file is an object with `weights` (a list of `H` numbers) and, for the registry, `model`, `fingerprint`, `layer`,
-`source`, `definition` and `date`. The fingerprint holds the fields of the config that a fine-tuned or renamed
-copy shares with the checkpoint the weights were measured on, so a local path finds its weights too.
+`source`, `definition` and `date`; `hawk-kernels calibrate` writes these and more. The fingerprint holds the fields of
+the config that a fine-tuned or renamed copy shares with the checkpoint the weights were measured on, so a local path
+finds its weights too.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +66,7 @@ def resolve_head_weights(head_weights: Any, config: Any, num_heads: int) -> Head
     if isinstance(head_weights, str) and head_weights == "uniform":
         return HeadWeights(torch.full((num_heads,), 1.0 / num_heads), "uniform")
     if isinstance(head_weights, (str, Path)):
-        return load_head_weights(head_weights, num_heads)
+        return load_head_weights(head_weights, num_heads, config)
     if isinstance(head_weights, torch.Tensor):
         if head_weights.dtype == torch.bool or head_weights.is_complex():
             raise TypeError(f"head_weights: expected real numbers, got dtype {head_weights.dtype}; use .float()")
@@ -83,8 +85,13 @@ def resolve_head_weights(head_weights: Any, config: Any, num_heads: int) -> Head
     )
 
 
-def load_head_weights(path: str | Path, num_heads: int) -> HeadWeights:
-    """Head weights from a JSON file with a `weights` list.
+def load_head_weights(path: str | Path, num_heads: int, config: Any = None) -> HeadWeights:
+    """Head weights from a JSON file with a `weights` list, as `hawk-kernels calibrate` writes it.
+
+    Args:
+        path: the file.
+        num_heads: `H`, the query heads of the scoring layer.
+        config: the config of the model that they are for; a file with a `fingerprint` of another one gets a warning.
 
     Raises:
         ValueError: no such file, not such a file, or weights that are not finite, non-negative, `num_heads` long and
@@ -96,17 +103,39 @@ def load_head_weights(path: str | Path, num_heads: int) -> HeadWeights:
             f"head_weights: expected 'uniform' or the path of a weights file, got {str(path)!r}, which is no file; "
             f"`{_CALIBRATE}` writes one"
         )
-    content = _read(path)
-    return HeadWeights(_checked(content["weights"], num_heads, str(path)), f"file {path.name}")
+    content = read_weights_file(path)
+    values = _checked(content["weights"], num_heads, str(path))
+    if config is not None and content.get("fingerprint"):
+        _warn_of_another_model(path, content, fingerprint(config))
+    return HeadWeights(values, f"file {path.name}")
+
+
+def _warn_of_another_model(path: Path, content: Mapping[str, Any], marks: Mapping[str, Any]) -> None:
+    measured = content["fingerprint"]
+    differing = [
+        f"{name} {value} instead of {marks.get(name)}" for name, value in measured.items() if marks.get(name) != value
+    ]
+    if differing:
+        warnings.warn(
+            f"{path}: expected head weights of this model, got those of {content.get('model', 'another one')} "
+            f"({', '.join(differing)}); measure this one with `{_CALIBRATE}`",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def shipped_weights() -> dict[str, Path]:
+    """The weights files that come with the package, by name."""
+    return {path.stem: path for path in sorted(_FOLDER.glob("*.json"))}
 
 
 def _from_registry(config: Any, num_heads: int) -> HeadWeights:
     marks = fingerprint(config)
-    for path in sorted(_FOLDER.glob("*.json")):
-        content = _read(path)
+    for path in shipped_weights().values():
+        content = read_weights_file(path)
         if content.get("fingerprint") and all(marks.get(k) == v for k, v in content["fingerprint"].items()):
             return HeadWeights(_checked(content["weights"], num_heads, path.name), f"registry: {content['model']}")
-    known = sorted(_read(path)["model"] for path in _FOLDER.glob("*.json"))
+    known = sorted(read_weights_file(path)["model"] for path in shipped_weights().values())
     name = getattr(config, "_name_or_path", "") or config.model_type
     raise ValueError(
         f"head_weights: no weights are known for {name} (known: {', '.join(known)}); measure them with "
@@ -114,7 +143,13 @@ def _from_registry(config: Any, num_heads: int) -> HeadWeights:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_weights_file(path: str | Path) -> dict[str, Any]:
+    """The content of a weights file, a JSON object with a list `weights`.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

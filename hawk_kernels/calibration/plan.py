@@ -1,0 +1,180 @@
+"""What a calibration will ask: chosen samples, checked before the model does anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hawk_kernels.calibration.encoding import open_image
+from hawk_kernels.calibration.journal import Key
+from hawk_kernels.calibration.task import ImageSource, Sample, Task
+
+_SHOWN = 20
+_READERS = 8
+
+
+class BadSamplesError(ValueError):
+    """Samples that cannot be asked; the message names each with its file and line."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        shown = "\n".join(f"  {problem}" for problem in problems[:_SHOWN])
+        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        super().__init__(
+            f"data: {len(problems)} problem{'s' * (len(problems) > 1)}, put right or leave out:\n{shown}{more}"
+        )
+        self.problems = list(problems)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One sample of one task, and what stands for it in a journal.
+
+    Attributes:
+        task: the benchmark.
+        sample: of the benchmark.
+        digest: of what is asked and what is right, to tell whether the data changed between two runs.
+    """
+
+    task: Task
+    sample: Sample
+    digest: str
+
+    @property
+    def key(self) -> Key:
+        """By which its scores are kept."""
+        return self.task.name, self.sample.key, self.digest
+
+    @property
+    def place(self) -> str:
+        """Where it stands, for messages."""
+        return self.sample.origin or f"{self.task.name}, sample {self.sample.key}"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One benchmark of a run.
+
+    Attributes:
+        task: the benchmark.
+        questions: those that are asked, in the task's order.
+        total: how many the task has.
+    """
+
+    task: Task
+    questions: list[Question]
+    total: int
+
+    @property
+    def digest(self) -> str:
+        """Of all that is asked."""
+        return _digest([question.digest for question in self.questions])
+
+
+def choose_samples(tasks: Sequence[Task], limit: int | None, seed: int) -> list[Chosen]:
+    """The samples of each task, `limit` of them drawn at random where there are more.
+
+    A task's draw depends on the seed and the number of its samples alone, so other tasks in the run do not change it.
+
+    Raises:
+        ValueError: no tasks, tasks of one name, a limit below one, a seed below zero.
+        BadSamplesError: what tasks say is wrong with their data, no samples, or two of one key.
+    """
+    if not tasks:
+        raise ValueError("tasks: expected at least one, got none")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: expected at least one sample of each task, or None for all, got {limit}")
+    if seed < 0:
+        raise ValueError(f"seed: expected a whole number of at least 0, got {seed}")
+    names = [task.name for task in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"tasks: expected names of their own, got {', '.join(twice)} more than once; rename one")
+    problems = [problem for task in tasks for problem in getattr(task, "problems", list)()]
+    if problems:
+        raise BadSamplesError(problems)
+    return [_chosen(task, limit, seed) for task in tasks]
+
+
+def _chosen(task: Task, limit: int | None, seed: int) -> Chosen:
+    samples = task.samples
+    total = len(samples)
+    if not total:
+        raise BadSamplesError([f"{task.name}: expected samples, got none"])
+    index = np.arange(total)
+    if limit is not None and limit < total:
+        index = np.sort(np.random.default_rng([seed, total]).permutation(total)[:limit])
+    questions = [_question(task, samples[int(i)]) for i in index]
+    places: dict[str, str] = {}
+    for question in questions:
+        first = places.setdefault(question.sample.key, question.place)
+        if first != question.place:
+            raise BadSamplesError(
+                [f"{question.place}: expected a key of its own, got {question.sample.key!r}, that of {first}"]
+            )
+    return Chosen(task, questions, total)
+
+
+def _question(task: Task, sample: Sample) -> Question:
+    pictures = [_identity(source) for source in (*sample.images, *sample.videos)]
+    scorer = [task.max_new_tokens, getattr(task, "metric", None)]
+    return Question(task, sample, _digest([sample.key, task.prompt(sample), sample.answers, pictures, scorer]))
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _identity(source: Any) -> list[Any]:
+    """What tells a picture from another without decoding it; a function that makes one says nothing."""
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        return [path.name, path.stat().st_size if path.is_file() else None]
+    if hasattr(source, "tobytes"):
+        return [hashlib.sha256(source.tobytes()).hexdigest()]
+    return []
+
+
+def check_pictures(chosen: Sequence[Chosen], progress: bool) -> None:
+    """Decode the picture files of all chosen samples, several at once.
+
+    Raises:
+        BadSamplesError: files that are missing or hold no picture.
+    """
+    from tqdm import tqdm
+
+    files = list(_files(chosen))
+    missing = [
+        f"{question.place}: there is no file {video}"
+        for part in chosen
+        for question in part.questions
+        for video in question.sample.videos
+        if isinstance(video, (str, Path)) and not Path(video).is_file()
+    ]
+    with ThreadPoolExecutor(_READERS) as readers:
+        found = readers.map(lambda entry: _problem(*entry), files)
+        bar = tqdm(found, total=len(files), desc="pictures", disable=not progress or not files)
+        problems = missing + [problem for problem in bar if problem]
+    if problems:
+        raise BadSamplesError(problems)
+
+
+def _files(chosen: Sequence[Chosen]) -> Iterator[tuple[str, ImageSource]]:
+    for question in (question for part in chosen for question in part.questions):
+        for image in question.sample.images:
+            if isinstance(image, (str, Path)):
+                yield question.place, image
+
+
+def _problem(place: str, source: ImageSource) -> str | None:
+    try:
+        open_image(source)
+    except (OSError, ValueError, SyntaxError) as error:
+        return f"{place}: {error}"
+    return None

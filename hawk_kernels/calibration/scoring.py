@@ -1,0 +1,108 @@
+"""What an answer is worth, from 0 to 1: the metrics that most visual benchmarks use."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
+
+_RELAXED_TOLERANCE = Decimal("0.05")
+_ANLS_THRESHOLD = 0.5
+
+
+def exact_match(answer: str, answers: Sequence[str]) -> float:
+    """1 where the answer is one of `answers`, regardless of case, spaces and punctuation around it."""
+    return float(_plain(answer) in {_plain(right) for right in answers})
+
+
+def relaxed_match(answer: str, answers: Sequence[str]) -> float:
+    """ChartQA's relaxed accuracy: a number may be off by 5 % of the right one, text must match exactly.
+
+    Percent and currency signs and thousands separators do not count. Where the right number is zero only zero is right.
+    """
+    said = _number(answer)
+    for right in answers:
+        expected = _number(right)
+        if expected is None or said is None:
+            if exact_match(answer, [right]):
+                return 1.0
+        elif abs(said - expected) <= _RELAXED_TOLERANCE * abs(expected):
+            return 1.0
+    return 0.0
+
+
+def anls(answer: str, answers: Sequence[str]) -> float:
+    """Average normalised Levenshtein similarity (DocVQA): one minus edits per character, 0 from half the characters on.
+
+    The best of `answers` counts.
+    """
+    best = 0.0
+    said = " ".join(answer.lower().split())
+    for right in answers:
+        expected = " ".join(right.lower().split())
+        longest = max(len(said), len(expected))
+        distance = _edit_distance(said, expected) / longest if longest else 0.0
+        if distance < _ANLS_THRESHOLD:
+            best = max(best, 1.0 - distance)
+    return best
+
+
+def multiple_choice(answer: str, answers: Sequence[str], choices: Sequence[str]) -> float:
+    """1 where the answer names a right choice, by its letter ("B", "(b)", "B. blue", "The answer is B.") or its text.
+
+    Args:
+        answer: what the model said.
+        answers: right choices, each a letter or the text of a choice.
+        choices: their texts; the first is "A".
+    """
+    said = choice_index(answer, choices)
+    return float(said is not None and said in {choice_index(right, choices) for right in answers})
+
+
+def choice_index(answer: str, choices: Sequence[str]) -> int | None:
+    """Which of `choices` an answer names, or None."""
+    letters = string.ascii_uppercase[: len(choices)]
+    patterns = (
+        rf"\s*[(\[]?([{letters}{letters.lower()}])[)\]]?[.:,]?\s*",
+        rf"\s*[(\[]?([{letters}])[)\].:](?:\s.*)?",
+        rf".*\b(?i:answer|option|choice)\b(?:\s+is)?\s*:?\s*[(\[]?([{letters}])\b.*",
+    )
+    for pattern in patterns:
+        found = re.fullmatch(pattern, answer, re.DOTALL)
+        if found:
+            return letters.index(found.group(1).upper())
+    plain, texts = _plain(answer), [_plain(choice) for choice in choices]
+    return texts.index(plain) if plain in texts else None
+
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact": exact_match,
+    "relaxed": relaxed_match,
+    "anls": anls,
+}
+"""By name; "choice" (`multiple_choice`) takes the choices as well."""
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).strip(string.punctuation + " ")
+
+
+def _number(text: str) -> Decimal | None:
+    """A number as it is written: of 1, 1.05 is 5 % off and not a little more."""
+    cleaned = text.strip().rstrip(".").replace(",", "").strip("$€£ ").removesuffix("%").strip()
+    try:
+        value = Decimal(cleaned)
+    except InvalidOperation:
+        return None
+    return value if value.is_finite() else None
+
+
+def _edit_distance(first: str, second: str) -> int:
+    """Insertions, deletions and substitutions that make one string of the other."""
+    row = list(range(len(second) + 1))
+    for i, a in enumerate(first, 1):
+        diagonal, row[0] = row[0], i
+        for j, b in enumerate(second, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
+    return row[-1]

@@ -1,0 +1,74 @@
+"""Tasks by the words that name them on a command line."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hawk_kernels.calibration.jsonl import JsonlTask
+from hawk_kernels.calibration.task import Task
+
+_TINYVQA = "bench.tinyvqa.tasks:calibration_tasks"
+
+FORMS = """\
+FILE.jsonl           questions, one JSON object a line (image, question, answer); the metric is exact match, or
+                     multiple choice where the lines have choices
+FILE.jsonl:METRIC    the same by exact, relaxed (numbers off by 5 %), anls or choice
+lmms:TASK            a task or group of lmms-eval, say lmms:chartqa
+tinyvqa              coloured digits from the training set, in a checkout of this repository
+MODULE:FUNCTION      a function that returns a task or a list of tasks"""
+
+
+def load_tasks(names: Sequence[str]) -> list[Task]:
+    """The tasks that `names` stand for; see `FORMS`.
+
+    Raises:
+        ValueError: a name of no known form, no such file or function, or something that is no task.
+        ImportError: lmms-eval is asked for and not installed.
+    """
+    return [task for name in names for task in _tasks(name)]
+
+
+def _tasks(name: str) -> list[Task]:
+    path, _, metric = name.rpartition(":") if not Path(name).is_file() else (name, "", "")
+    if name.endswith(".jsonl") or Path(name).is_file():
+        return [JsonlTask(name)]
+    if path.endswith(".jsonl") or (path and Path(path).is_file()):
+        return [JsonlTask(path, metric)]
+    if name.startswith("lmms:"):
+        from hawk_kernels.calibration.lmms import lmms_tasks
+
+        return list(lmms_tasks(name.removeprefix("lmms:")))
+    if name == "tinyvqa":
+        return _called(_TINYVQA, "run it in a checkout of the repository, with scikit-learn: pip install scikit-learn")
+    module, _, function = name.partition(":")
+    if module and function and all(part.isidentifier() for part in (*module.split("."), function)):
+        return _called(name, "the module must be in this folder or installed")
+    raise ValueError(
+        f"data: expected FILE.jsonl, FILE.jsonl:METRIC, lmms:TASK, tinyvqa or MODULE:FUNCTION, got {name!r}"
+        + ("" if ":" in name else "; there is no such file")
+    )
+
+
+def _called(name: str, remedy: str) -> list[Task]:
+    module_name, _, function_name = name.partition(":")
+    try:
+        function: Any = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"data: could not get {name}: {error}; {remedy}") from error
+    made = function() if callable(function) and not _is_task(function) else function
+    tasks = list(made) if isinstance(made, (list, tuple)) else [made]
+    for task in tasks:
+        if not _is_task(task):
+            raise ValueError(
+                f"data: expected {name} to return a task or a list of tasks, got {type(task).__name__}; a task has "
+                "name, max_new_tokens, samples, prompt() and score()"
+            )
+    return tasks
+
+
+def _is_task(value: object) -> bool:
+    return isinstance(value, Task) and not inspect.isclass(value)
