@@ -1,1 +1,1 @@
-"""Benchmarks and experiments of hawk_kernels; nothing here is imported by the package itself."""
+"""What the project measures, and how: `python -m bench` runs the suite, `python -m bench.gpu` all that needs a GPU."""

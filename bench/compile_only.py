@@ -27,7 +27,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hawk_kernels.backends.triton import column_stats, score_select, select_rows
+from hawk_kernels.backends.triton import column_stats, compaction, finish, greedy, hidden, score_select, select_rows
+from hawk_kernels.backends.triton.configs import Shape, config_for
+from hawk_kernels.backends.triton.head_norms import MODES
+from hawk_kernels.backends.triton.launch import MOST_REGISTERS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,7 +39,11 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
+# Where the kernels that select leave what they work with.
+SELECTING = {"words_ptr": "*i32", "counters_ptr": "*i32", "mask_ptr": "*i1", "indices_ptr": "*i64"}
 _INT64 = {"numerator", "denominator"}
+# Integers that are multiples of 16 for every model, as strides are.
+_MULTIPLES = {"hidden_size", "columns_per_program"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class Variant:
     pointers: dict[str, str]
     constants: dict[str, Any]
     num_warps: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,31 +71,56 @@ class Compiled:
     barrier_before_arrival: bool | None
 
 
-def variants(quick: bool = False) -> Iterator[Variant]:
-    """The shapes that differ in code: dtype, norm, head size, row length, masks."""
-    fused = [
-        (dtype, mode, head_dim, 1296, True) for dtype in DTYPES for mode in score_select.MODES for head_dim in (128,)
+def variants(quick: bool = False, target: str = "sm_90") -> Iterator[Variant]:
+    """The shapes that differ in code: dtype, norm, head size, row length, masks; as the target's table cuts them."""
+    fused = [(dtype, mode, 128, 64, 1296, True) for dtype in DTYPES for mode in MODES]
+    fused += [("bf16", "l2", head_dim, 64, 1296, False) for head_dim in (16, 64, 72, 80, 96, 256)]
+    fused += [("fp32", "l2", 256, 64, 1296, True)]
+    fused += [
+        ("bf16", "l2", 128, 64, num_keys, False) for num_keys in (1, 576, 2048, 2880, 5120, 16384, 131072, 262144)
     ]
-    fused += [("bf16", "l2", head_dim, 1296, False) for head_dim in (16, 64, 72, 80, 96, 256)]
-    fused += [("fp32", "l2", 256, 1296, True)]
-    fused += [("bf16", "l2", 128, num_keys, False) for num_keys in (1, 576, 2048, 2880, 5120, 16384)]
-    fused += [(dtype, mode, 128, 16384, True) for dtype in ("bf16", "fp32") for mode in score_select.MODES]
+    fused += [(dtype, mode, 128, 1024, 16384, True) for dtype in ("bf16", "fp32") for mode in MODES]
     if quick:
-        fused = [("bf16", "l2", 128, 576, False), ("fp32", None, 256, 1296, True), ("bf16", "softmax", 72, 16384, True)]
-    for dtype, mode, head_dim, num_keys, masked in dict.fromkeys(fused):
-        yield _fused(dtype, mode, head_dim, num_keys, masked)
-    yield _fused("bf16", "l2", 128, 131072, True, finish=score_select._NORMS.value)
-    for mode in score_select.MODES:
-        constants = {"MODE": score_select.MODES[mode], "HAS_K_MASK": True, "BLOCK": 1024}
-        pointers = {"w_ptr": "*fp32", "k_mask_ptr": "*i1"}
-        yield Variant(f"importance {mode}", score_select._importance_kernel, pointers, constants, 4)
+        fused = [("bf16", "l2", 128, 64, 576, False), ("fp32", None, 256, 64, 1296, True)]
+        fused += [("bf16", "softmax", 72, 1024, 16384, True)]
+    for dtype, mode, head_dim, num_queries, num_keys, masked in dict.fromkeys(fused):
+        yield _fused(target, dtype, mode, head_dim, num_queries, num_keys, masked)
+    yield _fused(target, "bf16", "l2", 128, 64, 131072, True, selects=False)
     for num_keys in (1, 1296, 2048, 131072):
         yield _select(num_keys)
+    hidden_states = [(dtype, mode, 3584, 28, 4, 128, 1360) for dtype in DTYPES for mode in MODES]
+    hidden_states += [("bf16", "l2", *layer) for layer in ((4096, 32, 32, 128, 640), (896, 14, 2, 64, 300))]
+    hidden_states += [(dtype, "l2", 3584, 28, 4, 128, num_tokens) for dtype in DTYPES for num_tokens in (5200, 131200)]
+    for dtype, mode, *shape in hidden_states[5:6] + hidden_states[-2:-1] if quick else hidden_states:
+        yield _hidden(target, dtype, mode, *shape)
     columns = [(dtype, head_dim, 1024, 1024, "dense") for dtype in DTYPES for head_dim in (64, 72, 80, 96, 128, 256)]
     columns += [("bf16", 80, 6400, 6400, "segments"), ("fp32", 80, 6400, 6400, "segments")]
     columns += [(dtype, 128, 1, 16384, "causal rows max") for dtype in DTYPES]
     for dtype, head_dim, num_queries, num_keys, kind in columns[4:5] + columns[-3:] if quick else columns:
         yield from _columns(dtype, head_dim, num_queries, num_keys, kind)
+    for dtype in ("bf16",) if quick else (*DTYPES, "fp64"):
+        yield _compaction(dtype)
+    for num_tokens in (2896,) if quick else (80, 592, 2896, 8192):
+        yield from _greedy(num_tokens)
+
+
+def _compaction(dtype: str) -> Variant:
+    config = compaction.launch_config(1, 5120, 1024, 3584, int(dtype[-2:]) // 8)
+    strides = {"embeds_stride_c": 1, "keep_stride_t": 1, "positions_stride_t": 1}
+    constants = {"HAS_POSITIONS": True, **strides, **config["blocks"]}
+    pointer = {**DTYPES, "fp64": "*fp64"}[dtype]
+    integers = ("positions_ptr", "packed_positions_ptr", "attention_mask_ptr", "source_ptr")
+    pointers = {"embeds_ptr": pointer, "packed_ptr": pointer, "keep_ptr": "*i1", **dict.fromkeys(integers, "*i64")}
+    return Variant(f"compact {dtype}", compaction._compact_kernel, pointers, constants, config["num_warps"])
+
+
+def _greedy(num_tokens: int) -> Iterator[Variant]:
+    config = greedy.launch_config(num_tokens)
+    integers = {"budget_ptr": "*i64", "order_ptr": "*i64"}
+    constants, name = {"HAS_BUDGET": True, **config["block"]}, f"M={num_tokens}"
+    yield Variant(f"max-min picks {name}", greedy._max_min_kernel, integers, constants, config["num_warps"])
+    constants = {**constants, **config["rows"]}
+    yield Variant(f"dpp picks {name}", greedy._dpp_kernel, integers, constants, config["num_warps"])
 
 
 def _columns(dtype: str, head_dim: int, num_queries: int, num_keys: int, kind: str) -> Iterator[Variant]:
@@ -115,61 +148,94 @@ def _columns(dtype: str, head_dim: int, num_queries: int, num_keys: int, kind: s
 
 
 def _fused(
-    dtype: str, mode: str | None, head_dim: int, num_keys: int, masked: bool, finish: int | None = None
+    target: str,
+    dtype: str,
+    mode: str | None,
+    head_dim: int,
+    num_queries: int,
+    num_keys: int,
+    masked: bool,
+    selects: bool = True,
 ) -> Variant:
-    config = score_select.launch_config(7, 4, num_keys, head_dim)
+    config = config_for(target, "score_select", Shape("fp32" if dtype == "fp32" else "half", head_dim, 4, num_keys))
+    plan = score_select.make_plan(1, 28, 4, num_queries, num_keys, head_dim, mode, selects, config)
     constants = {
-        "HEAD_DIM": head_dim,
-        "MODE": score_select.MODES[mode],
         "HAS_Q_MASK": masked,
         "HAS_K_MASK": masked,
-        "FINISH": score_select._SELECTION.value if finish is None else finish,
         "CEIL": False,
         "INTERPRETED": False,
         "q_stride_d": 1,
         "k_stride_d": 1,
         "w_stride": 1,
-        **config["blocks"],
+        **plan.constants,
     }
-    pointers = {
-        "q_ptr": DTYPES[dtype],
-        "k_ptr": DTYPES[dtype],
-        "w_ptr": "*fp32",
-        "q_mask_ptr": "*i1",
-        "k_mask_ptr": "*i1",
-        "counters_ptr": "*i32",
-        "mask_ptr": "*i1",
-        "indices_ptr": "*i64",
+    pointers = {"q_ptr": DTYPES[dtype], "k_ptr": DTYPES[dtype], "q_mask_ptr": "*i1", "k_mask_ptr": "*i1", **SELECTING}
+    name = f"score_select {dtype} {mode} D={head_dim} N={num_queries} M={num_keys}{' masked' if masked else ''}"
+    warps = plan.options["num_warps"]
+    return Variant(name, score_select._score_select_kernel, pointers, constants, warps, MOST_REGISTERS)
+
+
+def _hidden(
+    target: str,
+    dtype: str,
+    mode: str | None,
+    hidden_size: int,
+    num_heads: int,
+    num_key_value_heads: int,
+    head_dim: int,
+    num_tokens: int,
+) -> Variant:
+    shape = (num_tokens, hidden_size, num_heads, num_key_value_heads, head_dim)
+    config = config_for(target, "hidden", Shape("fp32" if dtype == "fp32" else "half", 0, 1, num_tokens))
+    plan = hidden.make_plan(1, *shape, mode, True, config)
+    constants = {
+        "HAS_NORM_WEIGHT": True,
+        "HAS_QUERY_BIAS": True,
+        "HAS_KEY_BIAS": True,
+        "CEIL": False,
+        "INTERPRETED": False,
+        **dict.fromkeys(("x_stride_c", "wq_stride_c", "wk_stride_c", "bq_stride", "bk_stride", "w_stride"), 1),
+        **plan.constants,
     }
-    name = f"score_select {dtype} {mode} D={head_dim} M={num_keys}{' masked' if masked else ''}"
-    return Variant(name, score_select._score_select_kernel, pointers, constants, config["num_warps"])
+    typed = ("x_ptr", "norm_weight_ptr", "wq_ptr", "bq_ptr", "wk_ptr", "bk_ptr", "terms_ptr")
+    pointers = dict.fromkeys(typed, DTYPES[dtype]) | {"q_mask_ptr": "*i1", "k_mask_ptr": "*i1", **SELECTING}
+    name = f"hidden {dtype} {mode} C={hidden_size} H={num_heads} D={head_dim} T={num_tokens}"
+    warps = plan.options["num_warps"]
+    return Variant(name, hidden._score_hidden_kernel, pointers, constants, warps, MOST_REGISTERS)
 
 
 def _select(num_keys: int) -> Variant:
     constants = {
         "HAS_MASK": True,
         "CEIL": False,
-        "IN_REGISTERS": num_keys <= select_rows.MAX_ROW_IN_REGISTERS,
-        "BLOCK": select_rows.row_block(num_keys),
+        "IN_REGISTERS": num_keys <= finish.MAX_ROW_IN_REGISTERS,
+        "BLOCK": finish.row_block(num_keys),
+        "NUM_BLOCKS": triton.next_power_of_2(finish.num_blocks(num_keys)),
     }
-    pointers = {"candidates_ptr": "*i1", "mask_ptr": "*i1", "indices_ptr": "*i64"}
+    pointers = {"candidates_ptr": "*i1", **SELECTING}
     return Variant(f"select M={num_keys}", select_rows._select_kernel, pointers, constants, select_rows._NUM_WARPS)
 
 
-def compile_variant(variant: Variant, target_name: str) -> Compiled:
-    """Compile for a target without a device."""
-    target = TARGETS[target_name]
+def build(variant: Variant, target_name: str) -> Any:
+    """What Triton's compiler makes of a variant for a target, without a device."""
     signature, divisible = {}, {}
     for position, name in enumerate(variant.kernel.arg_names):
         if name in variant.constants:
             signature[name] = "constexpr"
             continue
         signature[name] = _type_of(name, variant.pointers)
-        if name.endswith("_ptr") or "stride" in name:
+        if name.endswith("_ptr") or "stride" in name or name in _MULTIPLES:
             divisible[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, variant.constants, divisible)
     options = {"num_warps": variant.num_warps, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=target, options=options)
+    if variant.max_registers is not None and TARGETS[target_name].backend == "cuda":
+        options["maxnreg"] = variant.max_registers
+    return triton.compile(source, target=TARGETS[target_name], options=options)
+
+
+def compile_variant(variant: Variant, target_name: str) -> Compiled:
+    """Compile for a target, and read what that costs."""
+    target, compiled = TARGETS[target_name], build(variant, target_name)
     if target.backend == "cuda":
         registers, spills = _ptxas_report(compiled.asm["ptx"], target.arch)
         barrier = _barrier_before_arrival(compiled.asm["ttgir"], compiled.asm["ptx"])
@@ -184,7 +250,7 @@ def compile_variant(variant: Variant, target_name: str) -> Compiled:
 def _type_of(name: str, pointers: dict[str, str]) -> str:
     if name.endswith("_ptr"):
         return pointers.get(name, "*fp32")
-    if name == "scale":
+    if name in ("scale", "epsilon"):
         return "fp32"
     return "i64" if name in _INT64 else "i32"
 
@@ -214,21 +280,27 @@ def _ptxas_report(ptx: str, arch: int) -> tuple[int, int]:
 
 
 def _barrier_before_arrival(ttgir: str, ptx: str) -> bool | None:
-    """Whether a CTA-wide barrier stands between the last global store and the arrival atomic; None without one.
+    """Whether a CTA-wide barrier stands between the last global store and each arrival atomic; None without one.
 
     In both: PTX alone may show a barrier that Triton put there for its shared memory, and may drop again.
     """
-    own = _stands_between(ttgir, r"tt\.store", r"(?:ttg|gpu)\.barrier", r"atomic_rmw add, acq_rel")
-    emitted = _stands_between(ptx, r"st\.global", r"bar(?:rier)?\.sync", r"atom\.(?:acq_rel\.gpu|global\.gpu\.acq_rel)")
+    own = _stands_between(ttgir, r"tt\.(?:store|atomic_rmw)", r"(?:ttg|gpu)\.barrier", r"atomic_rmw add, acq_rel")
+    arrival = r"atom\.(?:acq_rel\.gpu|global\.gpu\.acq_rel)"
+    emitted = _stands_between(ptx, r"(?:st\.global|atom\.|red\.)", r"bar(?:rier)?\.sync", arrival)
     return own if emitted is None else bool(own) and emitted
 
 
 def _stands_between(code: str, store: str, barrier: str, arrival: str) -> bool | None:
-    found = re.search(arrival, code)
-    if found is None:
-        return None
-    last_store = list(re.finditer(store, code[: found.start()]))[-1]
-    return re.search(barrier, code[last_store.end() : found.start()]) is not None
+    """Whether every arrival that has something to publish has a barrier behind it; None without arrivals."""
+    arrivals = list(re.finditer(arrival, code))
+    published, begin = [], 0
+    for found in arrivals:
+        before = code[begin : found.start()]
+        stores = list(re.finditer(store, before))
+        if stores:
+            published.append(re.search(barrier, before[stores[-1].end() :]) is not None)
+        begin = found.end()
+    return all(published) if arrivals else None
 
 
 def main() -> None:
@@ -241,8 +313,8 @@ def main() -> None:
 
     rows = []
     print(f"{'kernel':<46} {'target':<7} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>7}  barrier")
-    for variant in variants(arguments.quick):
-        for target in arguments.target or TARGETS:
+    for target in arguments.target or TARGETS:
+        for variant in variants(arguments.quick, target):
             row = compile_variant(variant, target)
             rows.append(asdict(row))
             barrier = {None: "-", True: "yes", False: "MISSING"}[row.barrier_before_arrival]

@@ -1,133 +1,242 @@
-"""Queries and keys to kept tokens: ours beside the released steps, in one run, after parity.
+"""To kept tokens from scores, from queries and keys, or from hidden states: everybody side by side, after parity.
 
-    python -m bench.micro [--device cuda] [--rounds 50] [--json FILE]
+    python -m bench.micro [--device cuda] [--slice gpu] [--seconds 180] [--json FILE]
 
-Every round runs each contestant once, so that all meet the same machine; a row gives medians, 20th and 80th
-percentiles in microseconds and the ratio of medians. No time is printed before the selection has been compared with
-the float64 reference.
+Every round runs each contender once in each way: eager, and on a GPU as a replayed CUDA graph, with a warm and a cold
+last-level cache (bench/timing.py says how). A contender is first compared with float64; one that fails or raises is
+reported as such and never timed. Beside them stand an empty launch and the time that reading the keys (or the visual
+hidden states) once takes at the copy bandwidth measured in the same run. The results are written case by case.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import gc
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import csrc_ref
-from bench.released import released_steps
-from hawk_kernels import score_and_select
-
-# (text tokens, visual tokens, dtype, what the project asks of the CPU path); H=28, Hkv=4, D=128 as Qwen2.5-VL-7B.
-SHAPES = (
-    (20, 1296, torch.bfloat16, 4.0),
-    (64, 1296, torch.float32, 8.0),
-    (64, 4096, torch.bfloat16, 12.0),
-    (64, 16384, torch.float32, 30.0),
+from bench.cases import SLICES, Case, shard
+from bench.contenders import OURS, Contender, contenders
+from bench.environment import environment, results_folder, write_json
+from bench.inputs import Inputs, QueriesAndKeys, Scores, make_inputs
+from bench.timing import (
+    Flush,
+    Replay,
+    Sampler,
+    calls_in_a_graph,
+    copy_bandwidth,
+    eager_sampler,
+    peak_bytes,
+    rotate,
+    spread,
 )
-_RATIO = 0.2
+
+EMPTY = "empty launch"
+_FLUSH = "flush"
+# A case may take this long, parity and compiling aside.
+_CASE_SECONDS = {"cpu": 6.0, "cuda": 1.0}
+
+Way = tuple[str, str, str]
 
 
-def check_parity(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor) -> float:
-    """Largest score error relative to the largest score; raises where it exceeds float32's rounding."""
-    selection = score_and_select(q, k, w, _RATIO, normalize="l2")
-    expected = csrc_ref.score_tokens(q.double(), k.double(), w.double(), normalize="l2")
-    error = ((selection.scores - expected).abs().max() / expected.abs().max()).item()
-    exact = csrc_ref.select_topk(selection.scores.cpu(), _RATIO)
-    if error > 4e-6 or not torch.equal(selection.mask.cpu(), exact.mask):
-        raise SystemExit(f"bench.micro: parity failed with a relative error of {error:.1e}; no time is reported")
-    return error
+def bytes_to_read(inputs: Inputs) -> int:
+    """What nobody can do without: the keys, the visual hidden states, or the scores, once."""
+    if isinstance(inputs, Scores):
+        tensor = inputs.scores
+    elif isinstance(inputs, QueriesAndKeys):
+        tensor = inputs.k
+    else:
+        tensor = inputs.x[:, inputs.visual]
+    return tensor.numel() * tensor.element_size()
 
 
-def interleaved(
-    contestants: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Microseconds of each contestant's runs, one of each a round, after five rounds that do not count."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds + 5):
-        for name, run in contestants.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            run()
-            _synchronize(device)
-            times[name].append((time.perf_counter() - start) * 1e6)
-    return {name: values[5:] for name, values in times.items()}
+def check(case: Case, inputs: Inputs, device: torch.device) -> tuple[dict[str, Any], dict[str, Callable[[], object]]]:
+    """A row with the parity of each contender and, of those who have it, the memory; and how these are run."""
+    row: dict[str, Any] = {"case": case.to_dict(), "title": str(case), "contenders": []}
+    runs: dict[str, Callable[[], object]] = {}
+    expected = inputs.expected(case)
+    for contender in contenders(case, inputs):
+        entry = _checked(contender, expected)
+        row["contenders"].append(entry)
+        if "failed" not in entry:
+            entry["peak_bytes"] = peak_bytes(contender.run, device)
+            runs[contender.name] = contender.run
+    return row, runs
 
 
-def _synchronize(device: torch.device) -> None:
+def measure(case: Case, device: torch.device, bandwidth: float, flush: Flush | None, rounds: int) -> dict[str, Any]:
+    """One row: parity of each contender, then their times and memory."""
+    inputs = make_inputs(case, device)
+    row, runs = check(case, inputs, device)
+    read = bytes_to_read(inputs)
+    row["floor"] = {"bytes": read, "microseconds": read / bandwidth * 1e6}
+    entries = {entry["name"]: entry for entry in row["contenders"]}
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        from bench.empty_launch import empty_launch
+
+        nothing = torch.zeros(1, device=device)
+        entries[EMPTY] = {"name": EMPTY}
+        row["contenders"].append(entries[EMPTY])
+        runs[EMPTY] = lambda: empty_launch(nothing)
+    samples = rotate(_samplers(runs, entries, device, flush), rounds, _CASE_SECONDS[device.type])
+    flushed = statistics.median(samples.pop((_FLUSH, "graph", "cold"), [0.0]))
+    for (name, how, cache), values in samples.items():
+        if (how, cache) == ("graph", "cold"):
+            values = [value - flushed for value in values]
+        entries[name].setdefault(how, {})[cache] = spread(values)
+    return row
 
 
-def measure(rounds: int, device: torch.device) -> list[dict]:
-    """One row a shape."""
-    rows = []
-    for num_queries, num_keys, dtype, bar in SHAPES:
-        generator = torch.Generator().manual_seed(0)
-        q = torch.randn(1, 28, num_queries, 128, generator=generator).to(device, dtype)
-        k = torch.randn(1, 4, num_keys, 128, generator=generator).to(device, dtype)
-        w = torch.rand(28, generator=generator).to(device)
-        error = check_parity(q, k, w)
-        times = interleaved(
-            {
-                "released": lambda q=q, k=k, w=w: released_steps(q, k, w, _RATIO),
-                "ours": lambda q=q, k=k, w=w: score_and_select(q, k, w, _RATIO, normalize="l2"),
-            },
-            rounds,
-            device,
-        )
-        row = {"N": num_queries, "M": num_keys, "dtype": str(dtype).removeprefix("torch."), "error": error}
-        for name, values in times.items():
-            low, *_, high = statistics.quantiles(values, n=5)
-            row[name] = {"median": statistics.median(values), "p20": low, "p80": high}
-        row["ratio"] = row["released"]["median"] / row["ours"]["median"]
-        row["bar"] = bar
-        rows.append(row)
-    return rows
+def _checked(contender: Contender, expected: torch.Tensor) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": contender.name, "tolerance": contender.tolerance}
+    try:
+        parity = contender.check(expected)
+    except Exception as error:
+        return entry | {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+    return entry | {"error": parity.error, "differing": parity.differing}
 
 
-def environment(device: torch.device) -> dict:
-    """What a number depends on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
+def _samplers(
+    runs: dict[str, Callable[[], object]], entries: dict[str, dict], device: torch.device, flush: Flush | None
+) -> dict[Way, Sampler]:
+    """Every way of running everybody; what cannot be captured says so in its entry."""
+    samplers: dict[Way, Sampler] = {}
+    for name, run in runs.items():
+        samplers[name, "eager", "warm"] = eager = eager_sampler(run, device)
+        if flush is None:
+            continue
+        samplers[name, "eager", "cold"] = eager_sampler(run, device, flush)
+        eager()
+        calls = calls_in_a_graph(eager())
+        try:
+            warm, cold = Replay(run, calls), Replay(run, calls, flush)
+        except Exception as error:
+            entries[name]["no_graph"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            torch.cuda.synchronize(device)
+            continue
+        samplers[name, "graph", "warm"], samplers[name, "graph", "cold"] = warm, cold
+    if flush is not None:
+        samplers[_FLUSH, "graph", "cold"] = Replay(None, calls_in_a_graph(1.0), flush)
+    return samplers
+
+
+def run(
+    device: torch.device,
+    cases: tuple[Case, ...],
+    path: Path | None,
+    seconds: float | None = None,
+    rounds: int = 50,
+) -> dict[str, Any]:
+    """Measure the cases in order, write what there is after each, and leave out what does not fit in `seconds`."""
+    begin = time.perf_counter()
+    bandwidth = copy_bandwidth(device)
+    flush = Flush(device) if device.type == "cuda" else None
+    results: dict[str, Any] = {
+        "environment": environment(device),
+        "copy_bytes_per_second": bandwidth,
+        "unit": "microseconds",
+        "rows": [],
+        "left_out": [],
     }
+    for number, case in enumerate(cases, 1):
+        if seconds is not None and time.perf_counter() - begin > seconds:
+            results["left_out"] = [str(left_out) for left_out in cases[number - 1 :]]
+            print(f"out of time: {len(results['left_out'])} cases left out", file=sys.stderr, flush=True)
+            break
+        start = time.perf_counter()
+        row = _one(case, device, lambda case=case: measure(case, device, bandwidth, flush, rounds))
+        results["rows"].append(row)
+        if path is not None:
+            write_json(path, results)
+        print(f"[{number}/{len(cases)}] {summary(row)} ({time.perf_counter() - start:.0f} s)", flush=True)
+    if path is not None:
+        write_json(path, results)
+    return results
+
+
+def run_checks(device: torch.device, cases: tuple[Case, ...]) -> dict[str, Any]:
+    """Parity alone, which also leaves every kernel in the compilers' caches."""
+    rows = []
+    for number, case in enumerate(cases, 1):
+        row = _one(case, device, lambda case=case: check(case, make_inputs(case, device), device)[0])
+        rows.append(row)
+        print(f"[{number}/{len(cases)}] {summary(row)}", flush=True)
+    return {"rows": rows}
+
+
+def _one(case: Case, device: torch.device, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    if case.compiled:
+        torch._dynamo.reset()
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        return {"case": case.to_dict(), "title": str(case), "failed": str(error).splitlines()[0]}
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def summary(row: dict[str, Any]) -> str:
+    """A row in one line: each contender's most telling median in microseconds."""
+    if "failed" in row:
+        return f"{row['title']}: {row['failed']}"
+    parts = []
+    for entry in row["contenders"]:
+        if "failed" in entry:
+            parts.append(f"{entry['name']} FAILED ({entry['failed']})")
+            continue
+        timed = entry.get("graph", entry.get("eager"))
+        if timed is not None:
+            parts.append(f"{entry['name']} {timed.get('cold', timed['warm'])['median']:.1f}")
+        else:
+            parts.append(f"{entry['name']} error {entry['error']:.0e}")
+    if "floor" in row:
+        parts.append(f"floor {row['floor']['microseconds']:.1f}")
+    return f"{row['title']}: {', '.join(parts)}"
+
+
+def failures(results: dict[str, Any]) -> list[str]:
+    """Where ours did not reach parity."""
+    return [
+        f"{row['title']}: {entry['failed']}"
+        for row in results["rows"]
+        for entry in row.get("contenders", [])
+        if entry["name"].startswith(OURS) and "failed" in entry
+    ]
 
 
 def main() -> None:
-    """Measure, print the rows, and write them as JSON if asked."""
-    parser = argparse.ArgumentParser(prog="python -m bench.micro", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    """Measure, print a line a case, write JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.micro", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--slice", choices=SLICES, help="which cases; default: that of the device")
+    parser.add_argument("--rounds", type=int, default=50, help="at most; fewer where a case would take long")
+    parser.add_argument("--seconds", type=float, help="leave out the cases that do not fit")
+    parser.add_argument("--json", type=Path, help="default: bench/results/<device>/micro.json")
+    parser.add_argument("--check", action="store_true", help="parity alone, nothing is timed or written")
+    parser.add_argument("--shard", type=shard, default=(0, 1), help="I/N: the I-th of N parts of the cases")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-
-    about = environment(device)
-    print(", ".join(f"{name} {value}" for name, value in about.items()), file=sys.stderr)
-    rows = measure(arguments.rounds, device)
-    print(f"{'N':>4} {'M':>6} {'dtype':<9} {'released':>24} {'ours':>24} {'ratio':>7} {'bar (CPU)':>9}")
-    for row in rows:
-        spans = ["{median:.0f} ({p20:.0f}-{p80:.0f})".format(**row[name]) for name in ("released", "ours")]
-        print(
-            f"{row['N']:>4} {row['M']:>6} {row['dtype']:<9} {spans[0]:>24} {spans[1]:>24} "
-            f"{row['ratio']:>6.1f}x {row['bar']:>8.0f}x"
-        )
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"environment": about, "microseconds": rows}, indent=1) + "\n")
+    position, count = arguments.shard
+    cases = SLICES[arguments.slice or ("gpu" if device.type == "cuda" else "cpu")][position::count]
+    if arguments.check:
+        results = run_checks(device, cases)
+    else:
+        path = arguments.json or results_folder(device) / "micro.json"
+        results = run(device, cases, path, arguments.seconds, arguments.rounds)
+        print(f"written: {path}", file=sys.stderr)
+    if failures(results):
+        sys.exit("bench.micro: parity failed: " + "; ".join(failures(results)))
 
 
 if __name__ == "__main__":

@@ -1,37 +1,33 @@
-"""pytest-benchmark's view of the same contestants: `python -m pytest bench --benchmark-enable`."""
+"""pytest-benchmark's view of the main contenders: `python -m pytest bench --benchmark-enable`."""
 
 import pytest
 import torch
 
-from bench.micro import SHAPES, check_parity
-from bench.released import released_steps
-from hawk_kernels import score_and_select
+from bench.cases import QWEN_7B, Case
+from bench.contenders import OURS, RELEASED, STRONG, contenders
+from bench.inputs import make_inputs
+from bench.timing import synchronize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CASES = (
+    Case("queries", QWEN_7B, 20, 1296, "bf16"),
+    Case("queries", QWEN_7B, 64, 1296, "fp32"),
+    Case("queries", QWEN_7B, 64, 16384, "bf16"),
+    Case("scores", QWEN_7B, 64, 16384, "fp32"),
+)
 
 
-@pytest.fixture(params=SHAPES, ids=lambda shape: f"N={shape[0]},M={shape[1]},{str(shape[2])[6:]}")
-def inputs(request: pytest.FixtureRequest):
-    num_queries, num_keys, dtype, _ = request.param
-    q = torch.randn(1, 28, num_queries, 128, device=DEVICE).to(dtype)
-    k = torch.randn(1, 4, num_keys, 128, device=DEVICE).to(dtype)
-    w = torch.rand(28, device=DEVICE)
-    check_parity(q, k, w)
-    return q, k, w
+@pytest.mark.parametrize("name", [OURS, RELEASED, STRONG, "torch.topk, sort"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_contender(benchmark, case, name):
+    inputs = make_inputs(case, DEVICE)
+    contender = next((one for one in contenders(case, inputs) if one.name == name), None)
+    if contender is None:
+        pytest.skip(f"{name} does not take part")
+    contender.check(inputs.expected(case))
 
+    def run():
+        contender.run()
+        synchronize(DEVICE)
 
-def timed(benchmark, run):
-    def synchronized():
-        run()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark(synchronized)
-
-
-def test_released_steps(benchmark, inputs):
-    timed(benchmark, lambda: released_steps(*inputs, 0.2))
-
-
-def test_score_and_select(benchmark, inputs):
-    timed(benchmark, lambda: score_and_select(*inputs, 0.2, normalize="l2"))
+    benchmark(run)

@@ -1,0 +1,61 @@
+"""The suite for this machine: micro-benchmarks, host cost, a whole prefill, the model figures, report and pictures.
+
+    python -m bench [--output FOLDER] [--only micro prefill]
+
+Each part is a process of its own and writes as it goes; without a GPU everything runs on the CPU in a few minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from bench import plots, report
+from bench.environment import REPOSITORY, results_folder
+
+# Module and options; the file that each writes has its name.
+PARTS = {
+    "micro": ("bench.micro", "--seconds=240"),
+    "host-cost": ("bench.host_cost",),
+    "prefill": ("bench.prefill",),
+    "model": ("bench.model",),
+}
+
+
+def main() -> int:
+    """Run the parts, then write the report; fails where a part failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="default: bench/results/<device>")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="only these parts")
+    arguments = parser.parse_args()
+    output = (arguments.output or results_folder(torch.device(arguments.device))).absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name in arguments.only:
+        device = [] if name == "model" else ["--device", arguments.device]
+        print(f"== {name}", flush=True)
+        start = time.perf_counter()
+        command = [sys.executable, "-m", *PARTS[name], *device, "--json", str(output / f"{name}.json")]
+        if subprocess.run(command, cwd=REPOSITORY).returncode:
+            failed.append(name)
+        print(f"== {name}: {time.perf_counter() - start:.0f} s", flush=True)
+    if plots.available():
+        plots.draw(output)
+    else:
+        print("matplotlib is not installed: no pictures; python -m bench.plots draws them later from the JSON files")
+    print(f"written: {report.write(output)}")
+    if failed:
+        print(f"bench: failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""What a call costs the host before its kernel runs: validation, dispatch, allocation, launch.
+
+    python -m bench.host_cost [--device cuda] [--json FILE]
+
+The parts are differences between the public function, the operator below it and the backend below that, all on the
+same arguments with the Triton launch replaced by nothing; the launch itself is the recorded one repeated, which needs
+a GPU. Without one the rest is measured on CPU tensors. Shapes are small, so that a GPU keeps up with the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+if __name__ == "__main__" and os.environ.pop("TRITON_INTERPRET", None):
+    print("bench.host_cost: the interpreter has a launcher of its own; TRITON_INTERPRET is ignored", file=sys.stderr)
+
+import torch
+from triton.runtime.jit import JITFunction
+
+import hawk_kernels
+from bench.cases import QWEN_7B, Case
+from bench.environment import environment, results_folder, write_json
+from bench.inputs import FirstLayer, make_inputs
+from bench.timing import rotate, spread, synchronize
+from hawk_kernels import ops
+from hawk_kernels.backends.choose import load_backend
+
+# few, so that the median sees no sample in which somebody else had the processor
+_CALLS = 20
+_SMALL = {kind: Case(kind, QWEN_7B, 8, 256, "bf16") for kind in ("queries", "hidden", "scores")}
+
+
+def public_calls(device: torch.device) -> dict[str, Callable[[], object]]:
+    """The public functions that launch, on small inputs."""
+    # a name in the signature where it has one: on a CPU the choice would be PyTorch
+    backend = {} if device.type == "cuda" else {"backend": "triton"}
+    queries, hidden, scores = (make_inputs(_SMALL[kind], device) for kind in ("queries", "hidden", "scores"))
+    mask = torch.ones(1, queries.k.shape[2], dtype=torch.bool, device=device)
+    calls: dict[str, Callable[[], object]] = {
+        "score_and_select": lambda: hawk_kernels.score_and_select(
+            queries.q, queries.k, queries.w, 0.2, normalize="l2", **backend
+        ),
+        "score_and_select, masked": lambda: hawk_kernels.score_and_select(
+            queries.q, queries.k, queries.w, 0.2, k_mask=mask, normalize="l2", **backend
+        ),
+    }
+    if device.type == "cuda":
+        calls["select_topk"] = lambda: hawk_kernels.select_topk(scores.scores, 0.2)
+    q_mask, k_mask, layer = hidden.q_mask, hidden.k_mask, hidden.layer
+    calls["score_hidden_and_select"] = lambda: hawk_kernels.score_hidden_and_select(
+        hidden.x,
+        *_weights(layer),
+        hidden.w,
+        0.2,
+        num_key_value_heads=QWEN_7B.num_key_value_heads,
+        q_mask=q_mask,
+        k_mask=k_mask,
+        normalize="l2",
+        **backend,
+    )
+    return calls
+
+
+def _weights(layer: FirstLayer) -> tuple[Any, ...]:
+    return layer.norm_weight, layer.norm_eps, layer.wq, layer.bq, layer.wk, layer.bk
+
+
+@contextmanager
+def launches(replacement: Callable[..., Any]) -> Iterator[None]:
+    """Every Triton launch goes to `replacement(kernel, *args, **kwargs)`."""
+    with mock.patch.object(JITFunction, "run", replacement):
+        yield
+
+
+def no_launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
+    """A launch that costs nothing."""
+
+
+class Recorder:
+    """Stands in for a function, keeps its last call and goes on to it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.again: Callable[[], Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.again = lambda: self.function(*args, **kwargs)
+        return self.function(*args, **kwargs)
+
+
+def layers(call: Callable[[], object], device: torch.device) -> dict[str, Callable[[], object]]:
+    """The same call entered at each level: public function, operator, backend; and its allocations and launches."""
+    backend = load_backend("triton")
+    names = [name for name in backend.__all__ if hasattr(ops, name)]
+    operators = {name: Recorder(getattr(ops, name)) for name in names}
+    functions = {name: Recorder(getattr(backend, name)) for name in names}
+    kernels: list[tuple[Any, tuple, dict]] = []
+    allocations: list[tuple[tuple, dict]] = []
+    empty = torch.empty
+
+    def record_launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        kernels.append((kernel, args, kwargs))
+
+    def record_allocation(*args: Any, **kwargs: Any) -> torch.Tensor:
+        allocations.append((args, kwargs))
+        return empty(*args, **kwargs)
+
+    # workspaces that are kept must be there already when the allocations of a call are counted
+    with launches(no_launch):
+        call()
+    with (
+        mock.patch.multiple(ops, **operators),
+        mock.patch.multiple(backend, **functions),
+        mock.patch.object(torch, "empty", record_allocation),
+        launches(record_launch),
+    ):
+        call()
+    entered = {"call": call}
+    for level, recorders in (("operator", operators), ("backend", functions)):
+        called = [recorder.again for recorder in recorders.values() if recorder.again is not None]
+        if len(called) == 1:
+            entered[level] = called[0]
+
+    def allocate() -> None:
+        for args, kwargs in allocations:
+            empty(*args, **kwargs)
+
+    entered["allocation"] = allocate
+    if device.type == "cuda":
+        run = JITFunction.run
+
+        def launch() -> None:
+            for kernel, args, kwargs in kernels:
+                run(kernel, *args, **kwargs)
+
+        entered["launch"] = launch
+    return entered
+
+
+def repeated(call: Callable[[], object], device: torch.device, stubbed: bool) -> Callable[[], float]:
+    """Microseconds of a call on the host, as the mean over many that do not wait for the device."""
+
+    def sample() -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(_CALLS):
+            call()
+        took = time.perf_counter() - start
+        synchronize(device)
+        return took / _CALLS * 1e6
+
+    def without_launch() -> float:
+        with launches(no_launch):
+            return sample()
+
+    return without_launch if stubbed else sample
+
+
+def measure(call: Callable[[], object], device: torch.device, rounds: int) -> dict[str, Any]:
+    """Microseconds of a call and its parts; None where a part cannot be told apart here."""
+    entered = layers(call, device)
+    samplers = {f"{name} without launch": repeated(run, device, True) for name, run in entered.items()}
+    del samplers["allocation without launch"]
+    samplers["allocation"] = repeated(entered["allocation"], device, False)
+    if device.type == "cuda":
+        del samplers["launch without launch"]
+        samplers["launch"] = repeated(entered["launch"], device, False)
+        samplers["call"] = repeated(call, device, False)
+    spreads = {name: spread(values) for name, values in rotate(samplers, rounds).items()}
+
+    def median(name: str) -> float | None:
+        return spreads[name]["median"] if name in spreads else None
+
+    def difference(one: str, other: str) -> float | None:
+        first, second = median(one), median(other)
+        return None if first is None or second is None else first - second
+
+    whole, launch = median("call"), median("launch")
+    return {
+        "parts": {
+            "validation": difference("call without launch", "operator without launch"),
+            "dispatch": difference("operator without launch", "backend without launch"),
+            "allocation": median("allocation"),
+            "plan and arguments": difference("backend without launch", "allocation"),
+            "launch": launch,
+        },
+        "call": whole,
+        "call_over_launch": None if whole is None or launch is None else whole / launch,
+        "spreads": spreads,
+    }
+
+
+def run(device: torch.device, path: Path | None, rounds: int = 100) -> dict[str, Any]:
+    """Measure every public call and write the table as it grows."""
+    results: dict[str, Any] = {"environment": environment(device), "unit": "microseconds of host time", "rows": {}}
+    if device.type != "cuda":
+        # lets CPU tensors through to the backend, whose kernels are compiled ones that are never launched
+        load_backend("triton")
+        os.environ["TRITON_INTERPRET"] = "1"
+    for name, call in public_calls(device).items():
+        results["rows"][name] = row = measure(call, device, rounds)
+        parts = ", ".join(f"{part} {'-' if took is None else f'{took:.1f}'}" for part, took in row["parts"].items())
+        whole = "" if row["call"] is None else f", call {row['call']:.1f} = {row['call_over_launch']:.2f} launches"
+        print(f"{name}: {parts}{whole}", flush=True)
+        if path is not None:
+            write_json(path, results)
+    return results
+
+
+def main() -> None:
+    """Measure, print a line a function, write JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.host_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--json", type=Path, help="default: bench/results/<device>/host-cost.json")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    path = arguments.json or results_folder(device) / "host-cost.json"
+    run(device, path, arguments.rounds)
+    print(f"written: {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

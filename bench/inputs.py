@@ -1,0 +1,137 @@
+"""Random inputs of a case, and the float64 scores that every contender is held to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import csrc_ref
+from bench.cases import Case
+
+# Text in front of the image and behind the question, which nobody scores.
+_BEFORE, _AFTER = 15, 5
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores `[B, M]` of somebody's own."""
+
+    scores: torch.Tensor
+
+    def expected(self, case: Case) -> torch.Tensor:
+        return self.scores.double()
+
+
+@dataclass(frozen=True)
+class QueriesAndKeys:
+    """`q [B, H, N, D]`, `k [B, Hkv, M, D]`, `w [H]`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    w: torch.Tensor
+
+    def expected(self, case: Case) -> torch.Tensor:
+        return csrc_ref.score_tokens(self.q.double(), self.k.double(), self.w.double(), normalize=case.normalize)
+
+
+@dataclass(frozen=True)
+class FirstLayer:
+    """The weights of a decoder's first layer that scoring needs."""
+
+    norm_weight: torch.Tensor
+    norm_eps: float
+    wq: torch.Tensor
+    bq: torch.Tensor
+    wk: torch.Tensor
+    bk: torch.Tensor
+    head_dim: int
+
+    def projected(self, normalized: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """`[B, T, C]` to `[B, heads, T, D]`."""
+        heads = torch.nn.functional.linear(normalized, weight, bias).unflatten(-1, (-1, self.head_dim))
+        return heads.transpose(1, 2)
+
+    def to(self, target: torch.device | torch.dtype) -> FirstLayer:
+        """The same elsewhere or in another dtype."""
+        weights = (weight.to(target) for weight in (self.wq, self.bq, self.wk, self.bk))
+        return FirstLayer(self.norm_weight.to(target), self.norm_eps, *weights, self.head_dim)
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """What enters the first decoder layer, `x [B, T, C]`: text, image, question, text."""
+
+    x: torch.Tensor
+    layer: FirstLayer
+    w: torch.Tensor
+    queries: slice
+    visual: slice
+
+    def to(self, device: torch.device) -> HiddenStates:
+        """The same numbers elsewhere."""
+        return HiddenStates(self.x.to(device), self.layer.to(device), self.w.to(device), self.queries, self.visual)
+
+    @property
+    def q_mask(self) -> torch.Tensor:
+        """bool `[B, T]`."""
+        return self._mask(self.queries)
+
+    @property
+    def k_mask(self) -> torch.Tensor:
+        """bool `[B, T]`."""
+        return self._mask(self.visual)
+
+    def _mask(self, positions: slice) -> torch.Tensor:
+        mask = torch.zeros(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
+        mask[:, positions] = True
+        return mask
+
+    def expected(self, case: Case) -> torch.Tensor:
+        layer = self.layer.to(torch.float64)
+        q, k = (
+            layer.projected(_rms_norm(self.x[:, positions].double(), layer), weight, bias)
+            for positions, weight, bias in ((self.queries, layer.wq, layer.bq), (self.visual, layer.wk, layer.bk))
+        )
+        scores = csrc_ref.score_tokens(q, k, self.w.double(), normalize=case.normalize)
+        everywhere = scores.new_full(self.x.shape[:2], -torch.inf)
+        everywhere[:, self.visual] = scores
+        return everywhere
+
+
+def _rms_norm(x: torch.Tensor, layer: FirstLayer) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + layer.norm_eps) * layer.norm_weight
+
+
+Inputs = Scores | QueriesAndKeys | HiddenStates
+
+
+def make_inputs(case: Case, device: torch.device) -> Inputs:
+    """The same numbers for the same case and kind of device, run after run."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator, device=device) * scale).to(case.torch_dtype)
+
+    decoder, batch = case.decoder, case.batch
+    num_heads, num_key_value_heads, head_dim = decoder.num_heads, decoder.num_key_value_heads, decoder.head_dim
+    if case.kind == "scores":
+        return Scores(torch.randn(batch, case.num_keys, generator=generator, device=device))
+    w = torch.rand(num_heads, generator=generator, device=device)
+    if case.kind == "queries":
+        q = random(batch, num_heads, case.num_queries, head_dim)
+        return QueriesAndKeys(q, random(batch, num_key_value_heads, case.num_keys, head_dim), w)
+    hidden = decoder.hidden_size
+    layer = FirstLayer(
+        norm_weight=1 + random(hidden, scale=0.1),
+        norm_eps=1e-6,
+        wq=random(num_heads * head_dim, hidden, scale=hidden**-0.5),
+        bq=random(num_heads * head_dim, scale=0.1),
+        wk=random(num_key_value_heads * head_dim, hidden, scale=hidden**-0.5),
+        bk=random(num_key_value_heads * head_dim, scale=0.1),
+        head_dim=head_dim,
+    )
+    visual = slice(_BEFORE, _BEFORE + case.num_keys)
+    queries = slice(visual.stop, visual.stop + case.num_queries)
+    x = random(batch, queries.stop + _AFTER, hidden)
+    return HiddenStates(x, layer, w, queries, visual)
