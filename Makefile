@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(RUN) -m hawk_kernels.demo $(ARGS)
 
 test: $(INSTALLED)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --numprocesses logical --dist worksteal $(ARGS)
 
 # The declared floor of transformers, or another version: make floor FLOOR=5.17.0
 FLOOR ?= 5.5.4

@@ -17,6 +17,7 @@ dev = [
     "mypy>=1.10",
     "pytest>=8",
     "pytest-benchmark>=4",
+    "pytest-xdist>=3.5",
     "ruff>=0.6",
     "scikit-learn>=1.4",
     "setuptools>=70",
