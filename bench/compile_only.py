@@ -30,7 +30,6 @@ from triton.compiler import ASTSource
 from hawk_kernels.backends.triton import column_stats, compaction, finish, greedy, hidden, score_select, select_rows
 from hawk_kernels.backends.triton.configs import Shape, config_for
 from hawk_kernels.backends.triton.head_norms import MODES
-from hawk_kernels.backends.triton.launch import MOST_REGISTERS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -171,8 +170,7 @@ def _fused(
     }
     pointers = {"q_ptr": DTYPES[dtype], "k_ptr": DTYPES[dtype], "q_mask_ptr": "*i1", "k_mask_ptr": "*i1", **SELECTING}
     name = f"score_select {dtype} {mode} D={head_dim} N={num_queries} M={num_keys}{' masked' if masked else ''}"
-    warps = plan.options["num_warps"]
-    return Variant(name, score_select._score_select_kernel, pointers, constants, warps, MOST_REGISTERS)
+    return _planned(name, score_select._score_select_kernel, pointers, constants, plan)
 
 
 def _hidden(
@@ -200,8 +198,13 @@ def _hidden(
     typed = ("x_ptr", "norm_weight_ptr", "wq_ptr", "bq_ptr", "wk_ptr", "bk_ptr", "terms_ptr")
     pointers = dict.fromkeys(typed, DTYPES[dtype]) | {"q_mask_ptr": "*i1", "k_mask_ptr": "*i1", **SELECTING}
     name = f"hidden {dtype} {mode} C={hidden_size} H={num_heads} D={head_dim} T={num_tokens}"
-    warps = plan.options["num_warps"]
-    return Variant(name, hidden._score_hidden_kernel, pointers, constants, warps, MOST_REGISTERS)
+    return _planned(name, hidden._score_hidden_kernel, pointers, constants, plan)
+
+
+def _planned(
+    name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], plan: score_select.Plan
+) -> Variant:
+    return Variant(name, kernel, pointers, constants, plan.options["num_warps"], plan.options.get("maxnreg"))
 
 
 def _select(num_keys: int) -> Variant:

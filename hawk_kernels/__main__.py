@@ -12,6 +12,7 @@ COMMANDS = {
         "measure the head importance of a model and write a weights file",
     ),
     "demo": ("hawk_kernels.demo", "answer a question about a picture with all and with a fifth of the visual tokens"),
+    "tune": ("hawk_kernels.tune", "measure launch configurations on this machine's GPU and write them as a table"),
     "weights": ("hawk_kernels.calibration.weights_command", "list the shipped weights files, or draw one"),
 }
 """By name: the module whose `main` takes the rest of the command line, and what it does."""

@@ -36,6 +36,7 @@ class ScoreConfig(NamedTuple):
         query_elements: elements of queries that an averaging program loads at once.
         sum_block: columns whose heads a program sums.
         num_warps: warps of every program.
+        max_registers: of a thread, 0 leaves their number to the compiler; see `launch.compiler_options`.
     """
 
     block_keys: int = 32
@@ -43,6 +44,7 @@ class ScoreConfig(NamedTuple):
     query_elements: int = 8192
     sum_block: int = 256
     num_warps: int = 4
+    max_registers: int = 255
 
 
 class HiddenConfig(NamedTuple):
@@ -60,6 +62,7 @@ class HiddenConfig(NamedTuple):
         fold_dims: rows of `W_k` that a folding program multiplies at once.
         sum_block: columns whose heads a program sums.
         num_warps: warps of every program.
+        max_registers: of a thread, 0 leaves their number to the compiler; see `launch.compiler_options`.
     """
 
     block_tokens: int = 16
@@ -73,6 +76,7 @@ class HiddenConfig(NamedTuple):
     fold_dims: int = 32
     sum_block: int = 256
     num_warps: int = 8
+    max_registers: int = 0
 
 
 CONFIGS: dict[str, type[ScoreConfig] | type[HiddenConfig]] = {"score_select": ScoreConfig, "hidden": HiddenConfig}
@@ -154,8 +158,9 @@ def _checked_config(kernel: str, config: dict[str, Any]) -> dict[str, int]:
     if set(config) != set(expected):
         raise ValueError(f"{kernel}: expected the fields {list(expected)}, got {list(config)}")
     for name, value in config.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{kernel}: {name}: expected an int >= 1, got {value!r}")
+        fewest = 0 if name == "max_registers" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < fewest:
+            raise ValueError(f"{kernel}: {name}: expected an int >= {fewest}, got {value!r}")
     return {name: config[name] for name in expected}
 
 

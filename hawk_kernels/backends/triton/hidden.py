@@ -509,7 +509,7 @@ def make_plan(
             "NUM_BLOCKS": triton.next_power_of_2(blocks),
             "IN_REGISTERS": num_tokens <= finish.MAX_ROW_IN_REGISTERS,
         },
-        options=compiler_options(config.num_warps),
+        options=compiler_options(config.num_warps, config.max_registers),
     )
 
 

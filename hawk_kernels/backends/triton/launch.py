@@ -36,8 +36,6 @@ _FEWEST_WORDS = 2**16
 _LARGEST_KEPT_WORDS = 8 * 2**20
 
 
-# Of a thread of any NVIDIA GPU.
-MOST_REGISTERS = 255
 # Of a grid's first dimension, and of int32.
 _MOST_PROGRAMS = 2**31 - 1
 # A program of the selection takes a power of two of columns, and one number of each block of them.
@@ -58,14 +56,14 @@ _captured_slabs: dict[int, tuple[torch.Tensor, int]] = {}
 _HERE = nullcontext()
 
 
-def compiler_options(num_warps: int) -> dict[str, object]:
-    """What Triton's compiler is told.
+def compiler_options(num_warps: int, max_registers: int) -> dict[str, object]:
+    """What Triton's compiler is told; 0 registers leave their number to it.
 
     A limit on registers, even one that limits nothing, keeps ptxas from spilling some of them to fit one more program
-    on a multiprocessor; AMD's compiler has no such option.
+    on a multiprocessor; in other kernels it makes it spill. AMD's compiler has no such option.
     """
     options: dict[str, object] = {"num_warps": num_warps, "enable_fp_fusion": True}
-    return options if torch.version.hip else {**options, "maxnreg": MOST_REGISTERS}
+    return {**options, "maxnreg": max_registers} if max_registers and not torch.version.hip else options
 
 
 def check_limits(num_programs: int, num_columns: int, num_offsets: int) -> None:

@@ -368,7 +368,7 @@ def make_plan(
             "NUM_BLOCKS": triton.next_power_of_2(blocks),
             "IN_REGISTERS": in_registers,
         },
-        options=compiler_options(config.num_warps),
+        options=compiler_options(config.num_warps, config.max_registers),
     )
 
 
