@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
+import numpy as np
 import torch
 
 from hawk_kernels.selection import ROUNDINGS
@@ -56,6 +58,13 @@ def check_rounding(rounding: object) -> None:
         raise ValueError(f"rounding: expected 'floor' (paper) or 'ceil' (release), got {rounding!r}")
 
 
+def as_written(ratio: Any) -> float:
+    """A ratio as a person wrote it: NumPy's `float32(0.7)` is 0.7, not the 0.699999988 that it holds."""
+    if isinstance(ratio, np.floating):
+        return float(np.format_float_positional(ratio, unique=True))
+    return float(ratio)
+
+
 def checked_keep(r: object, num_keys: int, masked: bool) -> tuple[float, int | torch.SymInt]:
     """A keep ratio as `(ratio, 0)`, a budget as `(1.0, budget)`."""
     expected = "r: expected a float in (0, 1] (the fraction kept) or an int >= 1 (a budget)"
@@ -71,7 +80,7 @@ def checked_keep(r: object, num_keys: int, masked: bool) -> tuple[float, int | t
                 f"r: expected a budget of at most {num_keys} keys, got {r}; use a float, or min(budget, {num_keys})"
             )
         return 1.0, budget
-    ratio = float(r)
+    ratio = as_written(r)
     if not 0.0 < ratio <= 1.0:
         remedy = "a fraction of the candidates is kept, not removed"
         if math.isfinite(ratio) and ratio > 1.0:

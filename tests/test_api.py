@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import numpy as np
 import pytest
 import torch
 
@@ -313,3 +314,10 @@ def test_export():
 def test_works_inside_inference_mode():
     with torch.inference_mode():
         assert score_and_select(Q, K, W, 2).mask.sum() == 4
+
+
+def test_a_ratio_of_any_precision_is_read_as_it_is_written():
+    scores = torch.arange(10.0)
+    for r, kept in ((np.float32(0.7), 7), (np.float16(0.2), 2), (np.float64(0.29), 2), (0.7, 7)):
+        assert select_topk(scores, r).mask.sum() == kept
+    assert select_topk(torch.arange(100.0), np.float32(0.29)).mask.sum() == 29

@@ -42,6 +42,7 @@ from hawk_kernels.hf.upload import upload
 from hawk_kernels.hf.view import Context
 from hawk_kernels.hf.vision_attention import PromptAttention, VisionRecorder, attention_of_prompt
 from hawk_kernels.methods import Method, resolve_method
+from hawk_kernels.validation import as_written
 
 BUDGETS = ("shared", "per_image")
 
@@ -505,4 +506,4 @@ def _checked_keep_ratio(keep_ratio: float | int) -> float | int:
         return int(keep_ratio)
     if not 0.0 < keep_ratio <= 1.0:
         raise ValueError(f"{expected}, got {keep_ratio}; it is the fraction kept, not the fraction removed")
-    return float(keep_ratio)
+    return as_written(keep_ratio)
