@@ -53,9 +53,7 @@ def exact_dot(rows, vectors, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def product_of_terms(
-    rows, terms_ptr, term_stride, units_ptr, vector_inside, channel_inside, INTERPRETED: tl.constexpr
-):
+def product_of_terms(rows, terms_ptr, term_stride, units_ptr, vector_inside, channel_inside, INTERPRETED: tl.constexpr):
     """`exact_dot` with vectors that were split before: `terms [3, ...]` and `units [BLOCK_H]`; float32 has one term."""
     inside = vector_inside[:, None] & channel_inside[None, :]
     product = tl.zeros([rows.shape[0], vector_inside.shape[0]], tl.float32)

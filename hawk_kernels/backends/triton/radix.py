@@ -147,9 +147,7 @@ def count_digit(
     threshold, settled, _, _ = _settled_digits(histograms_ptr, numerator, denominator, budget, CEIL, DIGIT)
     histogram = _digit_counts(key, candidate, settled, threshold, DIGIT)
     bins = tl.arange(0, RADIX_BINS)
-    tl.atomic_add(
-        histograms_ptr + DIGIT * RADIX_BINS + bins, histogram, mask=histogram > 0, sem="relaxed", scope="gpu"
-    )
+    tl.atomic_add(histograms_ptr + DIGIT * RADIX_BINS + bins, histogram, mask=histogram > 0, sem="relaxed", scope="gpu")
     if DIGIT == NUM_DIGITS - 1:
         above = tl.sum((candidate & ((key & settled) > threshold)).to(tl.int32), 0)
         suffixes_ptr += block * SUFFIXES
