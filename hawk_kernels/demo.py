@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hawk_kernels.checkpoint import TINY_MODEL, CheckpointError, first_line, load_checkpoint
+from hawk_kernels.checkpoint import TINY_MODEL, CheckpointError, ask_about, first_line, load_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -69,18 +69,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="share of the visual tokens that stays, above 0 and up to 1.0; a whole number is a count of tokens "
         "(default: 0.2)",
     )
-    parser.add_argument("--method", default="hawk", help="pruning method, hawk or hiprune (default: hawk)")
+    parser.add_argument(
+        "--method", default="hawk", help="pruning method, such as hawk, hiprune or fastv (default: hawk)"
+    )
     parser.add_argument(
         "--head-weights",
         default=None,
-        help="'uniform', or a JSON file of head weights (default: the registry's; 'uniform' for the tiny model)",
+        help="'uniform', or a JSON file of head weights (default: the registry's; 'uniform' for a model it lacks)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     parser.add_argument("--max-new-tokens", type=_positive, default=64, help="longest answer (default: 64)")
-    parser.add_argument(
-        "--output", default=None, help="where the overlay goes (default: overlay_hawk.png or overlay_hiprune.png here)"
-    )
+    parser.add_argument("--output", default=None, help="where the overlay goes (default: overlay_METHOD.png here)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 
@@ -112,9 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     image_path = Path(args.image) if args.image is not None else SAMPLE_IMAGE
     prompt = args.prompt or (SAMPLE_PROMPT if is_tiny else REAL_MODEL_PROMPT)
     method, roles = _watched(args.method, _TINY_ALPHA if is_tiny else 0.1)
-    has_heads = method == args.method
-    head_weights = args.head_weights or ("uniform" if is_tiny and has_heads else None)
-    output = Path(args.output or ("overlay_hawk.png" if has_heads else "overlay_hiprune.png"))
+    output = Path(args.output or f"overlay_{args.method}.png")
     _check_output(output)
     image = _open_image(image_path)
     device = _find_device(args.device)
@@ -123,8 +121,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     with _Timer(seconds, "load"), _memory_in_words(device):
         model, processor = load_checkpoint(str(TINY_MODEL) if is_tiny else args.model, args.dtype, device)
+    head_weights = _head_weights(args.head_weights, args.method, model)
     with _Timer(seconds, "preprocess"):
-        inputs = _preprocess(processor, image, prompt, device, model.dtype)
+        inputs = ask_about(processor, image, prompt).to(device=device, dtype=model.dtype)
 
     budget = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
     with _memory_in_words(device), _one_thread(is_tiny):
@@ -156,7 +155,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "prompt": prompt,
         "method": args.method,
         "keep_ratio": args.keep_ratio,
-        "head_weights": head_weights or ("registry" if has_heads else None),
+        "head_weights": head_weights or ("registry" if stats["head_weights"] else None),
         "all_tokens": _answer_dict(plain),
         "pruned": _answer_dict(pruned),
         "same_answer": plain.text == pruned.text,
@@ -192,8 +191,8 @@ def describe(report: dict[str, Any]) -> str:
         f"{parts}; generate: {_rounds(report['timed_rounds'])} after one warm-up each way",
         _verdict(plain, pruned),
     ]
-    if report["model"] == "tinyvqa" and report["head_weights"] == "uniform":
-        lines.append("The tiny model has no published HAWK head weights; every head counts the same here.")
+    if report["head_weights"] == "uniform":
+        lines.append("Every head counts the same here: no published HAWK head weights are known, or none were wanted.")
     if report["overlay"]:
         lines.append(f"overlay   {report['overlay']}")
     else:
@@ -368,10 +367,21 @@ def _find_device(name: str) -> torch.device:
     return device
 
 
-def _preprocess(processor: Any, image: Image.Image, prompt: str, device: torch.device, dtype: torch.dtype) -> Any:
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return processor(text=[text], images=[image], return_tensors="pt").to(device=device, dtype=dtype)
+def _head_weights(wanted: str | None, method: str, model: Any) -> str | None:
+    """What `prune` gets: what was asked for, else the registry's, else uniform ones, which the demo then says."""
+    from hawk_kernels.methods import METHODS
+
+    if wanted is not None or method not in METHODS or not METHODS[method].uses_head_weights:
+        return wanted
+    from hawk_kernels.head_weights import resolve_head_weights
+    from hawk_kernels.hf.families import dissect
+
+    try:
+        resolve_head_weights(None, model.config, dissect(model).projections.num_heads)
+    except (TypeError, ValueError):
+        # what cannot be pruned at all is refused by prune, in words
+        return "uniform"
+    return None
 
 
 def _watched(name: str, alpha: float) -> tuple[str | Method, Callable[[], Any]]:
