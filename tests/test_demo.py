@@ -17,7 +17,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 Image = pytest.importorskip("PIL.Image")
 
-from hawk_kernels import demo  # noqa: E402
+from hawk_kernels import demo, head_weights  # noqa: E402
 from hawk_kernels.viz import ROLE_EDGES  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -57,7 +57,8 @@ def test_the_sample_is_answered_right_with_all_tokens_and_with_a_fifth(capsys, o
     assert report["grid"] == [8, 8]
     assert (report["all_tokens"]["visual_tokens"], report["pruned"]["visual_tokens"]) == (64, 12)
     assert report["all_tokens"]["prompt_tokens"] - report["pruned"]["prompt_tokens"] == 52
-    assert report["head_weights"] == "uniform"
+    assert report["head_weights"] == "registry"
+    assert report["stats"]["head_weights"].startswith("registry: ")
     assert report["keep_ratio"] == 0.2
     assert set(report["seconds"]) == {"load", "preprocess", "generate_all", "generate_pruned", "overlay"}
     assert all(value > 0 for value in report["seconds"].values())
@@ -71,8 +72,7 @@ def test_text_output_names_what_a_person_wants_to_know(capsys, overlay):
     text = capsys.readouterr().out
     for part in (
         "Which digit is red?",
-        "uniform head weights",
-        "no published HAWK head weights",
+        "head weights from the registry",
         "visual tokens",
         "preprocess",
     ):
@@ -91,6 +91,14 @@ def test_hiprune_draws_anchors_buffers_and_registers(capsys, overlay):
     assert set(ROLE_EDGES.values()) <= found
     assert demo.main(["--device", "cpu", "--method", "hiprune", "--output", str(overlay)]) == 0
     assert "hiprune, keep 0.2 of the visual tokens\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["random", "fastv", "key_norm"])
+def test_methods_without_head_weights_get_none(capsys, overlay, method):
+    report = run_json(capsys, overlay, "--method", method)
+    assert report["method"] == report["stats"]["method"] == method
+    assert report["head_weights"] is None
+    assert report["pruned"]["visual_tokens"] == 12
 
 
 def test_other_pictures_questions_and_ratios(capsys, overlay):
@@ -118,7 +126,7 @@ def test_a_whole_number_is_a_budget_and_everything_kept_changes_nothing(capsys, 
 def test_the_shipped_folder_by_path_counts_as_the_tiny_model(capsys, overlay):
     report = run_json(capsys, overlay, "--model", str(demo.TINY_MODEL), "--dtype", "float32")
     assert report["model"] == "tinyvqa"
-    assert report["head_weights"] == "uniform"
+    assert report["head_weights"] == "registry"
 
 
 def test_as_a_command_in_another_folder(tmp_path):
@@ -175,13 +183,15 @@ def test_head_weights_that_are_not_there_are_said_plainly(capsys, overlay, tmp_p
     assert "weights.json" in run_failing(capsys, "--head-weights", missing, "--output", str(overlay))
 
 
-def test_a_checkpoint_without_known_head_weights_is_not_guessed_at(capsys, overlay, tmp_path):
+def test_a_checkpoint_without_known_head_weights_gets_uniform_ones_and_that_is_said(
+    capsys, overlay, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(head_weights, "_FOLDER", tmp_path / "empty")
     stranger = tmp_path / "stranger"
     shutil.copytree(demo.TINY_MODEL, stranger)
-    assert "--head-weights uniform" in run_failing(capsys, "--model", str(stranger), "--output", str(overlay))
-    report = run_json(
-        capsys, overlay, "--model", str(stranger), "--head-weights", "uniform", "--prompt", "Which is red?"
-    )
+    report = run_json(capsys, overlay, "--model", str(stranger), "--prompt", "Which is red?")
+    assert report["head_weights"] == "uniform"
+    assert "no published HAWK head weights" in demo.describe(report)
     assert report["model"] == str(stranger)
     assert report["pruned"]["visual_tokens"] == 12
 

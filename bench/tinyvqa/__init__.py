@@ -1,6 +1,8 @@
-"""A tiny Qwen2.5-VL that answers questions about coloured digits, and everything needed to train and check it.
+"""A synthetic VQA, tiny Qwen2.5-VL models that answer it, and a paper's table in miniature.
 
-* `python -m bench.tinyvqa.train --out hawk_kernels/assets/tinyvqa` trains the shipped checkpoint.
-* `python -m bench.tinyvqa.evaluate` measures it on held-out digits, whole and pruned.
-* `python -m bench.tinyvqa.samples` writes the sample pictures and the README overlay.
+* `python -m bench.tinyvqa.train --out FOLDER --seed N` trains a checkpoint; `hawk_kernels/assets/tinyvqa` is seed 2.
+* `python -m bench.tinyvqa.evaluate` measures it on held-out digits.
+* `hawk-kernels calibrate --model FOLDER --data tinyvqa` measures its head weights on training digits.
+* `python -m bench.tinyvqa.table` compares pruning methods on held-out digits.
+* `python -m bench.tinyvqa.samples` writes the sample pictures and the README's overlays.
 """

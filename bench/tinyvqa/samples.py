@@ -1,4 +1,4 @@
-"""Write the sample pictures beside the shipped model, and the README's overlay: `python -m bench.tinyvqa.samples`."""
+"""Write the sample pictures beside the shipped model, and the README's overlays: `python -m bench.tinyvqa.samples`."""
 
 from __future__ import annotations
 
@@ -6,37 +6,51 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from bench.tinyvqa.data import COLOUR_NAMES, Scene, draw_scene, load_digits, objects_for, render, to_image
+from bench.tinyvqa.digits import load_digits
+from bench.tinyvqa.painting import render, to_image
+from bench.tinyvqa.scenes import COLOUR_NAMES, NUM_DIGITS, SHAPE_NAMES, Layout, Scene, draw_scene
 from hawk_kernels import demo
 
-SIZES = ((8, 8), (4, 4), (6, 9))
+LAYOUTS = (Layout(8, 8), Layout(6, 6), Layout(6, 9))
+SEED = 7
 README_WIDTH = 1408
 
 
 def draw_samples(folder: Path, seed: int) -> None:
-    """One PNG a grid size, of held-out digits with a red one among them, and `samples.json` with what they show."""
+    """One PNG a layout, of held-out digits with a red one among them, and `samples.json` with what they show."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     pool = load_digits("held_out")
     contents = {}
-    for size in SIZES:
-        scene = draw_scene(rng, pool, *size, objects_for(*size))
-        while "red" not in _colours(scene):
-            scene = draw_scene(rng, pool, *size, objects_for(*size))
-        name = f"digits_{size[0]}x{size[1]}.png"
+    for layout in LAYOUTS:
+        scene = draw_scene(rng, pool, layout)
+        while "red" not in {thing["colour"] for thing in describe(scene)["objects"]}:
+            scene = draw_scene(rng, pool, layout)
+        name = f"digits_{layout}.png"
         to_image(render([scene], pool, rng, augment=False)[0]).save(folder / name, optimize=True)
-        contents[name] = {
-            "grid": list(size),
-            "objects": [
-                {"digit": digit, "colour": colour, "row": cell // size[1], "column": cell % size[1]}
-                for digit, colour, cell in zip(scene.digits, _colours(scene), scene.cells, strict=True)
-            ],
-        }
+        contents[name] = describe(scene)
     (folder / "samples.json").write_text(json.dumps(contents, indent=2) + "\n")
+
+
+def describe(scene: Scene) -> dict[str, Any]:
+    """What can be asked about a picture: its digits, and the shapes that occur once."""
+    width = scene.layout.width
+
+    def thing(cell: int) -> dict[str, Any]:
+        return {"colour": COLOUR_NAMES[scene.colours[cell]], "row": cell // width, "column": cell % width}
+
+    return {
+        "grid": [scene.layout.height, width],
+        "objects": [{"digit": int(scene.figures[cell]), **thing(int(cell))} for cell in scene.digit_cells],
+        "landmarks": [
+            {"shape": SHAPE_NAMES[scene.figures[cell] - NUM_DIGITS], **thing(cell)} for cell in scene.landmarks
+        ],
+    }
 
 
 def draw_readme_overlay(path: Path, method: str) -> None:
@@ -47,19 +61,15 @@ def draw_readme_overlay(path: Path, method: str) -> None:
     with Image.open(path) as picture:
         height = round(picture.height * README_WIDTH / picture.width)
         small = picture.convert("RGB").resize((README_WIDTH, height), Image.Resampling.LANCZOS)
-    # The octree keeps the bright digits pure; the other methods spend their colours on the noise between them.
+    # The octree keeps the bright figures pure; the other methods spend their colours on the noise between them.
     small.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path, optimize=True)
-
-
-def _colours(scene: Scene) -> list[str]:
-    return [COLOUR_NAMES[c] for c in scene.colours]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.tinyvqa.samples", description=__doc__)
     parser.add_argument("--out", type=Path, default=demo.TINY_MODEL, help="folder of the shipped model")
-    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args(argv)
     draw_samples(args.out / "samples", args.seed)
     draw_readme_overlay(args.out / "overlay.png", "hawk")

@@ -1,8 +1,12 @@
-"""Train the tiny Qwen2.5-VL on coloured digits: `python -m bench.tinyvqa.train --out hawk_kernels/assets/tinyvqa`.
+"""Train the tiny model: `python -m bench.tinyvqa.train --out FOLDER [--seed N]`.
 
-What makes it quick enough for two cores: all questions about a picture share one pass over its visual tokens (they
-see the picture and themselves, not each other), grids grow from 2 x 2 to 8 x 8 as the model gets better, and the
-visual tokens are drawn towards the embeddings of the words that describe them, which stands for a pre-trained encoder.
+Three things make it learn in minutes on one core. First the vision tower learns to name what it sees by word embedding,
+as a pre-trained encoder would (`ALIGN_STEPS`). Then come questions, from small pages to large ones, a stage ending once
+its slowest kind is good; the tower is trained on with the last. All questions about a prompt share one pass over its
+pictures, and kinds that lag are asked more.
+
+A step depends on the seed, its number and what was learned before, on nothing else. The state is saved every minute
+beside the checkpoint, so a run that was killed goes on where it was and ends with the same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -10,12 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,242 +29,247 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from bench.tinyvqa.checkpoint import build_config, build_image_processor, build_model, build_tokenizer, save_checkpoint
-from bench.tinyvqa.data import CELL, COLOUR_NAMES, DIGIT_NAMES, KINDS, Batch, draw_batch, objects_for
+from bench.tinyvqa.batches import Batch, draw_batch
+from bench.tinyvqa.checkpoint import build_config, build_model, build_tokenizer, save_checkpoint
+from bench.tinyvqa.digits import load_digits
+from bench.tinyvqa.encoder import Encoder, batched_vision_attention, description_loss, shared_prefix_pass
+from bench.tinyvqa.evaluate import evaluate
+from bench.tinyvqa.painting import render
+from bench.tinyvqa.questions import KINDS, kinds_of
+from bench.tinyvqa.scenes import Layout, draw_patchwork
+
+PEAK_RATE = 1.5e-3
+ALIGN_STEPS = 400
+ALIGN_CELLS = 512
+QUESTIONS = 10
+SAVE_SECONDS = 60.0
+STATE_FILE = "training-state.pt"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of the curriculum: grid sides are drawn from `sides`; it ends early once every kind reaches `good`."""
+    """A step of the curriculum: sides of single pages are drawn from `sides`; it ends once every kind reaches `good`.
+
+    Attributes:
+        sides: least and most cells of a side.
+        cells: about how many cells a step has in all.
+        most_steps: when it ends at the latest.
+        good: accuracy of the slowest kind that ends it.
+        kinds: what is asked.
+        train_vision: whether the vision tower is trained on.
+        mixed: whether several pictures and videos occur.
+    """
 
     sides: tuple[int, int]
-    pictures: int
-    max_steps: int
+    cells: int
+    most_steps: int
     good: float
+    kinds: tuple[str, ...] = tuple(KINDS)
+    train_vision: bool = False
+    mixed: bool = False
 
 
 CURRICULUM = (
-    Stage(sides=(2, 2), pictures=48, max_steps=500, good=0.85),
-    Stage(sides=(3, 4), pictures=32, max_steps=500, good=0.90),
-    Stage(sides=(5, 6), pictures=24, max_steps=400, good=0.92),
-    Stage(sides=(8, 8), pictures=16, max_steps=300, good=0.93),
+    Stage((3, 3), 216, 500, 0.85, ("colour->digit", "digit->colour", "shape->colour")),
+    Stage((4, 4), 320, 900, 0.85),
+    Stage((5, 6), 512, 250, 0.88),
+    Stage((6, 9), 640, 1400, 2.0, train_vision=True, mixed=True),
 )
-FINAL = Stage(sides=(2, 10), pictures=16, max_steps=350, good=2.0)
 
 
-@contextmanager
-def batched_vision_attention(visual: torch.nn.Module) -> Iterator[None]:
-    """Inside the block, vision layers attend to windows of equal length together instead of one at a time.
+@dataclass
+class Progress:
+    """Where a run stands; everything a resumed one needs beside the parameters and the optimiser."""
 
-    The stock layer calls attention once per window, which for a batch of small pictures is almost all overhead.
-    """
+    seed: int
+    recipe: str = field(default_factory=lambda: f"{ALIGN_STEPS} steps, {CURRICULUM}")
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    seconds: float = 0.0
+    stage_steps: list[int] = field(default_factory=list)
+    accuracy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+    weight: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
 
-    def attend(layer: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any, **_: Any) -> Tensor:
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+    def see(self, accuracy: dict[str, float]) -> None:
+        """Take the accuracies of a step into the running ones."""
+        for kind, value in accuracy.items():
+            self.accuracy[kind] = 0.95 * self.accuracy[kind] + 0.05 * value
+            self.weight[kind] = 0.95 * self.weight[kind] + 0.05
 
-        total = hidden_states.shape[0]
-        query, key, value = layer.qkv(hidden_states).view(total, 3, layer.num_heads, -1).unbind(1)
-        query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
-        starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
-        parts, order = [], []
-        for length in lengths.unique().tolist():
-            rows = (starts[lengths == length, None] + torch.arange(length)).flatten()
-            q, k, v = (
-                x[rows].view(-1, length, layer.num_heads, x.shape[-1]).transpose(1, 2) for x in (query, key, value)
-            )
-            mixed = functional.scaled_dot_product_attention(q, k, v, scale=layer.scaling)
-            parts.append(mixed.transpose(1, 2).reshape(len(rows), -1))
-            order.append(rows)
-        return layer.proj(torch.cat(parts)[torch.cat(order).argsort()])
+    def running(self) -> dict[str, float]:
+        """Mean accuracy of each kind over the last steps of this stage."""
+        return {kind: self.accuracy[kind] / w if (w := self.weight[kind]) else 0.0 for kind in KINDS}
 
-    layers = [block.attn for block in visual.blocks]
-    for layer in layers:
-        layer.forward = attend.__get__(layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
+    @property
+    def is_done(self) -> bool:
+        """Whether the last stage has ended."""
+        return self.stage == len(CURRICULUM)
 
+    @property
+    def most_steps(self) -> int:
+        """How many steps the run takes in all, if no further stage ends early."""
+        ahead = CURRICULUM[self.stage :]
+        return self.step + max(0, ALIGN_STEPS - self.step) + sum(s.most_steps for s in ahead) - self.stage_step
 
-class Encoder:
-    """Turns a `Batch` into the tensors of one shared-prefix pass."""
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        processor = build_image_processor()
-        self.mean = torch.tensor(processor.image_mean).view(1, 3, 1, 1) * 255
-        self.std = torch.tensor(processor.image_std).view(1, 3, 1, 1) * 255
-        message = [{"role": "user", "content": [{"type": "image"}]}]
-        chat = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        self.before, self.after = chat.split("<|image_pad|>")
-        self.after = self.after.removeprefix("<|vision_end|>")
-        self.named = {tokenizer.convert_tokens_to_ids(w) for w in (*map(str, range(10)), *DIGIT_NAMES, *COLOUR_NAMES)}
-
-    def pixels(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 `[B, 3, H, W]` -> patches `[B * n, 1176]` in the image processor's order, and `grid_thw [B, 3]`."""
-        batch, _, height, width = pictures.shape
-        patch = CELL // 2
-        x = (pictures.float() - self.mean) / self.std
-        x = x.view(batch, 3, height // CELL, 2, patch, width // CELL, 2, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
-        x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)
-        grid = torch.tensor([[1, height // patch, width // patch]]).expand(batch, -1)
-        return x.reshape(batch * grid[0, 1] * grid[0, 2], -1), grid
-
-    def prefix(self, grid: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids `[P]` from the start to the vision-end token, and their M-RoPE positions `[3, P]`, for one picture."""
-        count = int(grid[0].prod()) // 4
-        text = self.before + "<|image_pad|>" * count + "<|vision_end|>"
-        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-        is_image = (ids == self.model.config.image_token_id).int()
-        positions, _ = self.model.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grid[:1])
-        return ids[0], positions[:, 0]
-
-    def segments(self, batch: Batch, noise: random.Random | None) -> tuple[Tensor, Tensor]:
-        """Questions with answers: ids `[B, Q, L]`, and labels of the same shape, -100 where nothing is to be learned.
-
-        With `noise`, a word that carries no meaning is sometimes unknown and the question mark sometimes missing, so
-        that the model later forgives a wording it never saw.
-        """
-        questions = [q for row in batch.questions for q in row]
-        unknown, mark = self.tokenizer.unk_token_id, self.tokenizer.convert_tokens_to_ids("?")
-        asked = self.tokenizer([q.text for q in questions], add_special_tokens=False).input_ids
-        turn = self.tokenizer(self.after, add_special_tokens=False).input_ids
-        answers = self.tokenizer([q.answer + "<|im_end|>" for q in questions], add_special_tokens=False).input_ids
-        rows = []
-        for words in asked:
-            if noise is not None and noise.random() < 0.15:
-                words = [w for w in words if w != mark]
-            if noise is not None and noise.random() < 0.15:
-                at = noise.randrange(len(words))
-                words = [unknown if i == at and w not in self.named else w for i, w in enumerate(words)]
-            rows.append(words + turn)
-        length = max(len(r) + len(a) for r, a in zip(rows, answers, strict=True))
-        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
-        labels = torch.full((len(rows), length), -100)
-        for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-            ids[i, : len(row) + len(answer)] = torch.tensor(row + answer)
-            labels[i, len(row) : len(row) + len(answer)] = torch.tensor(answer)
-        shape = (len(batch.questions), -1, length)
-        return ids.view(shape), labels.view(shape)
+    def next_stage(self) -> None:
+        """Begin the next stage of the curriculum."""
+        self.stage_steps.append(self.stage_step)
+        self.stage, self.stage_step = self.stage + 1, 0
+        self.accuracy, self.weight = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
 
 
-def shared_prefix_pass(
-    model: Any, encoder: Encoder, batch: Batch, noise: random.Random | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits `[N, V]` and labels `[N]` at every learned position, and the visual tokens `[B, cells, hidden]`."""
-    patches, grid = encoder.pixels(batch.pictures)
-    visual = model.model.visual(patches, grid_thw=grid).pooler_output
-    prefix_ids, prefix_positions = encoder.prefix(grid)
-    segment_ids, segment_labels = encoder.segments(batch, noise)
-    pictures, count, length = segment_ids.shape
-    prefix = len(prefix_ids)
-
-    ids = torch.cat([prefix_ids.expand(pictures, -1), segment_ids.flatten(1)], dim=1)
-    embeds = model.get_input_embeddings()(ids)
-    visual = visual.view(pictures, -1, visual.shape[-1])
-    embeds = embeds.masked_scatter((ids == model.config.image_token_id)[..., None], visual)
-    after = prefix_positions.max() + 1 + torch.arange(length)
-    positions = torch.cat([prefix_positions, after.repeat(count).expand(3, -1)], dim=1)
-
-    owner = torch.cat([torch.zeros(prefix, dtype=torch.long), torch.arange(1, count + 1).repeat_interleave(length)])
-    total = len(owner)
-    causal = torch.ones(total, total, dtype=torch.bool).tril()
-    mask = causal & ((owner[None, :] == 0) | (owner[None, :] == owner[:, None]))
-    hidden = model.model.language_model(
-        inputs_embeds=embeds,
-        attention_mask={"full_attention": mask.expand(pictures, 1, -1, -1)},
-        position_ids=positions[:, None].expand(-1, pictures, -1),
-        use_cache=False,
-    ).last_hidden_state[:, prefix:]
-    hidden = hidden.view(pictures, count, length, -1)[:, :, :-1]
-    labels = segment_labels[:, :, 1:]
-    learned = labels != -100
-    return model.lm_head(hidden[learned]), labels[learned], visual
+def learning_rate(progress: Progress) -> float:
+    """Warm-up of the vision tower, later of the language model, and a cosine to 1 % in the last stage."""
+    step = progress.step
+    warm = min(1.0, (step + 1) / 50, (step + 1 - ALIGN_STEPS) / 150 if step >= ALIGN_STEPS else 1.0)
+    is_last = progress.stage == len(CURRICULUM) - 1
+    late = progress.stage_step / CURRICULUM[-1].most_steps if is_last else 0.0
+    return PEAK_RATE * warm * max(0.01, 0.5 * (1 + math.cos(math.pi * late)))
 
 
-def description_loss(model: Any, encoder: Encoder, batch: Batch, visual: Tensor) -> Tensor:
-    """How far each digit's visual token is from naming its own digit and colour by word embedding."""
-    table = model.get_input_embeddings().weight
-    ids = encoder.tokenizer.convert_tokens_to_ids
-    words = table[torch.tensor(ids([str(d) for d in range(10)]) + ids(list(COLOUR_NAMES)))]
-    rows = torch.tensor([i for i, s in enumerate(batch.scenes) for _ in s.cells])
-    cells = torch.tensor([c for s in batch.scenes for c in s.cells])
-    logits = visual[rows, cells] @ words.T
-    digits = torch.tensor([d for s in batch.scenes for d in s.digits])
-    colours = torch.tensor([c for s in batch.scenes for c in s.colours])
-    return functional.cross_entropy(logits[:, :10], digits) + functional.cross_entropy(logits[:, 10:], colours)
+def draw_layout(rng: np.random.Generator, stage: Stage) -> Layout:
+    """A layout of this stage; in a mixed one, one of ten has many cells, and one of four several pages."""
+    height, width = (int(s) for s in rng.integers(stage.sides[0], stage.sides[1] + 1, 2))
+    chance = rng.random()
+    if not stage.mixed or chance < 0.65:
+        return Layout(height, width)
+    if chance < 0.75:
+        return Layout(*(int(s) for s in rng.integers(9, 17, 2)))
+    height, width = (int(s) for s in rng.integers(4, 7, 2))
+    return Layout(height, width, int(rng.integers(2, 4)), "images" if chance < 0.88 else "video")
+
+
+def question_counts(
+    rng: np.random.Generator, running: dict[str, float], kinds: Sequence[str], total: int
+) -> dict[str, int]:
+    """How often each kind is asked: by chance, in proportion to how much of it goes wrong."""
+    wrong = np.array([max(0.06, 1 - running[kind]) for kind in kinds])
+    drawn = rng.multinomial(total, wrong / wrong.sum())
+    return {kind: int(count) for kind, count in zip(kinds, drawn, strict=True)}
 
 
 def accuracy_by_kind(logits: Tensor, labels: Tensor, batch: Batch, end_of_turn: int) -> dict[str, float]:
     """Share of questions of each kind whose answer word is right."""
     right = (logits.argmax(-1) == labels)[labels != end_of_turn].float()
-    kinds = [q.kind for row in batch.questions for q in row]
-    return {k: right[torch.tensor([kind == k for kind in kinds])].mean().item() for k in KINDS}
+    kinds = np.array([q.kind for row in batch.questions for q in row])
+    return {kind: right[torch.from_numpy(kinds == kind)].mean().item() for kind in dict.fromkeys(kinds.tolist())}
 
 
-def train(seed: int, final_steps: int, show_progress: bool = True) -> tuple[Any, Any, dict[str, Any]]:
-    """Train from nothing: the model (in eval mode), its tokenizer, and the facts about the run."""
-    tokenizer = build_tokenizer()
-    model = build_model(build_config(tokenizer), seed)
-    encoder = Encoder(model, tokenizer)
-    rng, noise = np.random.default_rng(seed), random.Random(seed)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() <= 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.98)
-    )
-    stages = (*CURRICULUM, Stage(FINAL.sides, FINAL.pictures, final_steps, FINAL.good))
-    started, cpu_started = time.perf_counter(), time.process_time()
-    step, stage_log = 0, []
-    model.train()
-    with batched_vision_attention(model.model.visual):
-        for stage in stages:
-            is_final = stage is stages[-1]
-            running = dict.fromkeys(KINDS, 0.0)
-            bar = tqdm(range(stage.max_steps), desc=f"grid {_sides(stage.sides)}", disable=not show_progress)
-            for local in bar:
-                warm = min(1.0, (step + 1) / 50)
-                cool = 0.5 * (1 + math.cos(math.pi * local / stage.max_steps)) if is_final else 1.0
-                for group in optimiser.param_groups:
-                    group["lr"] = 1e-3 * warm * max(cool, 0.01)
-                height, width = (int(s) for s in rng.integers(stage.sides[0], stage.sides[1] + 1, 2))
-                # About the same number of cells a step, whatever the grid.
-                pictures = max(8, min(48, stage.pictures * 64 // (height * width))) if is_final else stage.pictures
-                batch = draw_batch(rng, "train", pictures, (height, width), objects_for(height, width))
-                logits, labels, visual = shared_prefix_pass(model, encoder, batch, noise)
-                described = description_loss(model, encoder, batch, visual)
-                loss = functional.cross_entropy(logits, labels) + (0.1 if is_final else 0.5) * described
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimiser.step()
-                step += 1
-                seen = accuracy_by_kind(logits, labels, batch, model.config.eos_token_id)
-                running = {k: 0.95 * running[k] + 0.05 * seen[k] for k in KINDS}
-                corrected = {k: v / (1 - 0.95 ** (local + 1)) for k, v in running.items()}
-                if local % 10 == 0:
-                    shown = {k: f"{v:.2f}" for k, v in corrected.items()}
-                    bar.set_postfix(loss=f"{loss.item():.2f}", named=f"{described.item():.2f}", **shown)
-                if local >= 30 and min(corrected.values()) >= stage.good:
-                    break
-            bar.close()
-            stage_log.append({**asdict(stage), "steps": local + 1, "train_accuracy": corrected})
-    model.eval()
-    facts = {
-        "seed": seed,
-        "steps": step,
-        "stages": stage_log,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "wall_seconds": round(time.perf_counter() - started, 1),
-        "cpu_seconds": round(time.process_time() - cpu_started, 1),
-        "threads": torch.get_num_threads(),
-    }
-    return model, tokenizer, facts
+class Training:
+    """A run: the model, its optimiser and how far it got."""
+
+    def __init__(self, seed: int) -> None:
+        self.tokenizer = build_tokenizer()
+        self.model = build_model(build_config(self.tokenizer), seed)
+        self.encoder = Encoder(self.model, self.tokenizer)
+        # Words stay as they were drawn: what the vision tower learned to name keeps its meaning.
+        self.model.get_input_embeddings().requires_grad_(False)
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        decayed = [p for p in learned if p.dim() > 1]
+        plain = [p for p in learned if p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": 0.03}, {"params": plain, "weight_decay": 0.0}]
+        self.optimiser = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98))
+        self.progress = Progress(seed)
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step; what a person watching wants to see."""
+        now = self.progress
+        rng = np.random.default_rng([now.seed, now.step])
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(now)
+        loss, shown = self._align(rng) if now.step < ALIGN_STEPS else self._answer(rng)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for group in self.optimiser.param_groups for p in group["params"]], 1.0)
+        self.optimiser.step()
+        now.step += 1
+        return shown
+
+    def _align(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        layout, pool = Layout(*(int(side) for side in rng.integers(3, 8, 2))), load_digits("train")
+        scenes = [draw_patchwork(rng, pool, layout) for _ in range(round(ALIGN_CELLS / layout.cells))]
+        patches, grid = self.encoder.pixels(render(scenes, pool, rng), layout)
+        visual = self.model.model.visual(patches, grid_thw=grid).pooler_output.view(len(scenes), layout.cells, -1)
+        loss, right = description_loss(self.encoder, scenes, visual)
+        return loss, {"loss": loss.item(), **{name: share.item() for name, share in right.items()}}
+
+    def _answer(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        now, stage = self.progress, CURRICULUM[self.progress.stage]
+        layout = draw_layout(rng, stage)
+        prompts = max(2, round(stage.cells / layout.cells))
+        kinds = [kind for kind in kinds_of(layout.pages) if kind in stage.kinds]
+        asked = question_counts(rng, now.running(), kinds, QUESTIONS)
+        batch = draw_batch(rng, "train", prompts, layout, asked)
+        logits, labels, visual = shared_prefix_pass(
+            self.model, self.encoder, batch, random.Random(now.seed * 1_000_003 + now.step), stage.train_vision
+        )
+        described, _ = description_loss(self.encoder, batch.scenes, visual)
+        loss = functional.cross_entropy(logits, labels) + 0.3 * described
+        now.see(accuracy_by_kind(logits, labels, batch, self.model.config.eos_token_id))
+        now.stage_step += 1
+        running = now.running()
+        if now.stage_step >= stage.most_steps or (
+            now.stage_step >= 40 and min(running[kind] for kind in stage.kinds) >= stage.good
+        ):
+            now.next_stage()
+        return loss, {"loss": loss.item(), "named": described.item(), **running}
+
+    def save(self, path: Path) -> None:
+        """Write the state; a kill in the middle leaves the previous one."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "progress": asdict(self.progress),
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            ValueError: it is of a run with another seed or curriculum.
+        """
+        state = torch.load(path, weights_only=True)
+        found = Progress(**state["progress"])
+        if (found.seed, found.recipe) != (self.progress.seed, self.progress.recipe):
+            raise ValueError(
+                f"{path} is of a run with seed {found.seed} ({found.recipe}), not {self.progress.seed} "
+                f"({self.progress.recipe}); delete it or choose another --out."
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.progress = found
 
 
-def _sides(sides: tuple[int, int]) -> str:
-    return f"{sides[0]}" if sides[0] == sides[1] else f"{sides[0]}-{sides[1]}"
+def train(seed: int, state: Path | None = None, show_progress: bool = True) -> Training:
+    """Train to the end, from nothing or from the file `state`, which is kept up to date."""
+    run = Training(seed)
+    if state is not None and state.is_file():
+        run.load(state)
+    run.model.train()
+    before = run.progress.seconds
+    started = saved = time.perf_counter()
+    with (
+        batched_vision_attention(run.model.model.visual),
+        tqdm(total=run.progress.most_steps, initial=run.progress.step, disable=not show_progress, mininterval=5) as bar,
+    ):
+        while not run.progress.is_done:
+            shown = run.step()
+            run.progress.seconds = before + time.perf_counter() - started
+            bar.total = run.progress.most_steps
+            bar.update()
+            if run.progress.step % 20 == 0:
+                where = "align" if run.progress.step <= ALIGN_STEPS else f"stage {run.progress.stage + 1}"
+                bar.set_description(where, refresh=False)
+                bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()}, refresh=False)
+            if state is not None and time.perf_counter() - saved > SAVE_SECONDS:
+                run.save(state)
+                saved = time.perf_counter()
+    run.model.eval()
+    return run
 
 
 def versions() -> dict[str, str]:
@@ -283,18 +292,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="one repeats the shipped weights")
-    parser.add_argument("--final-steps", type=int, default=FINAL.max_steps, help="steps on mixed grids at the end")
+    parser.add_argument("--half", action="store_true", help="store the parameters in float16, in half the space")
     parser.add_argument("--no-progress", action="store_true")
     args = parser.parse_args(argv)
 
     torch.set_num_threads(args.threads)
-    model, tokenizer, facts = train(args.seed, args.final_steps, not args.no_progress)
-    save_checkpoint(model, tokenizer, args.out)
-    from bench.tinyvqa.evaluate import evaluate
-
-    facts["held_out"] = evaluate(args.out, show_progress=not args.no_progress)
-    facts["versions"] = versions()
+    args.out.mkdir(parents=True, exist_ok=True)
+    state = args.out / STATE_FILE
+    run = train(args.seed, state, not args.no_progress)
+    save_checkpoint(run.model, run.tokenizer, args.out, torch.float16 if args.half else torch.float32)
+    facts: dict[str, Any] = {
+        "seed": args.seed,
+        "steps": run.progress.step,
+        "stage_steps": run.progress.stage_steps,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "wall_seconds": round(run.progress.seconds, 1),
+        "threads": args.threads,
+        "held_out": evaluate(args.out, show_progress=not args.no_progress),
+        "versions": versions(),
+    }
     (args.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    state.unlink(missing_ok=True)
     print(json.dumps(facts, indent=2))
     return 0
 

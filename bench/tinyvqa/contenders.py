@@ -1,0 +1,78 @@
+"""The methods that the table compares, as data: a label, a name in `hawk_kernels.methods.METHODS`, and options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+HAWK = "HAWK, L2"
+KEEP_RATIOS = (0.4, 0.2, 0.1, 0.05)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A line of the table.
+
+    Attributes:
+        label: what the table calls it.
+        method: its name in `METHODS`.
+        options: of the method.
+        heads: "first" or "all", weights calibrated by hiding heads of the first layer or of all layers; "uniform"; or
+            the seed of a permutation of those of the first layer; None for a method without head weights.
+    """
+
+    label: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    heads: str | int | None = None
+
+    def head_weights(self, calibrated: Mapping[str, torch.Tensor]) -> Any:
+        """What `prune` takes as `head_weights`, from the weights calibrated in the "first" and in "all" layers."""
+        if isinstance(self.heads, int):
+            generator = torch.Generator().manual_seed(self.heads)
+            weights = calibrated["first"]
+            return weights[torch.randperm(len(weights), generator=generator)]
+        return calibrated.get(self.heads, self.heads) if self.heads else None
+
+
+CONTENDERS = (
+    Contender(HAWK, "hawk", {"normalize": "l2"}, "first"),
+    Contender("HAWK, no norm", "hawk", {"normalize": None}, "first"),
+    Contender("HAWK, heads of all layers, L2", "hawk", {"normalize": "l2"}, "all"),
+    Contender("uniform heads, L2", "hawk", {"normalize": "l2"}, "uniform"),
+    Contender("uniform heads, no norm", "hawk", {"normalize": None}, "uniform"),
+    Contender("permuted heads 1, L2", "hawk", {"normalize": "l2"}, 1),
+    Contender("permuted heads 2, L2", "hawk", {"normalize": "l2"}, 2),
+    Contender("permuted heads 3, L2", "hawk", {"normalize": "l2"}, 3),
+    Contender("HAWK with RoPE, L2", "hawk_rope", {"normalize": "l2"}, "first"),
+    Contender("FastV, K = 1", "fastv", {"layer": 1}),
+    Contender("FastV, K = 2", "fastv", {"layer": 2}),
+    Contender("CDPruner", "cdpruner"),
+    Contender("DivPrune", "divprune"),
+    Contender("DART", "dart"),
+    Contender("key norm", "key_norm"),
+    Contender("HiPrune", "hiprune"),
+    Contender("random", "random", {"seed": 0}),
+    Contender("down-sampling", "downsample"),
+)
+
+
+def check_contenders(contenders: Sequence[Contender]) -> None:
+    """Stop before the work where a method is not there, or does not know an option.
+
+    Raises:
+        SystemExit: names every one of them.
+    """
+    from hawk_kernels.methods import resolve_method
+
+    problems = []
+    for contender in contenders:
+        try:
+            resolve_method(contender.method, dict(contender.options))
+        except (TypeError, ValueError) as error:
+            problems.append(f"{contender.label}: {error}")
+    if problems:
+        raise SystemExit("error: " + "\n       ".join(problems))

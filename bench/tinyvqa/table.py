@@ -1,0 +1,309 @@
+"""A paper's table in miniature: `python -m bench.tinyvqa.table`.
+
+Every method of `contenders.py` answers the same questions about unseen digits with 40, 20, 10 and 5 % of the visual
+tokens, on three models that differ in their training seed. Head weights are calibrated on training digits.
+
+Answers are kept as they come, in a journal: a run that was killed goes on, and a method that is added later is the only
+one that is asked. From them come `table.json`, `table.md` and `table.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from bench.tinyvqa.batches import Batch, draw_batch
+from bench.tinyvqa.contenders import CONTENDERS, HAWK, KEEP_RATIOS, Contender, check_contenders
+from bench.tinyvqa.encoder import Encoder
+from bench.tinyvqa.evaluate import answer_ids, draw_evaluation, first_words, model_inputs, pictures_read_once
+from bench.tinyvqa.intervals import Questions, resampling_weights, summarise
+from bench.tinyvqa.questions import KINDS
+from bench.tinyvqa.report import draw_plot, markdown
+from bench.tinyvqa.scenes import Layout
+from bench.tinyvqa.tasks import calibration_tasks
+from hawk_kernels import prune
+from hawk_kernels.checkpoint import TINY_MODEL, load_processor
+from hawk_kernels.head_weights import read_weights_file, shipped_weights
+from hawk_kernels.methods import METHODS
+
+RESULTS = Path("bench/results/tinyvqa")
+MODELS = (RESULTS / "seed0", RESULTS / "seed1", TINY_MODEL)
+WHOLE = "all tokens"
+PROMPTS = 160
+SEED = 2026
+TIMED_LAYOUTS = (Layout(8, 8), Layout(16, 16))
+TIMED_RATIO = 0.2
+TIMED_ROUNDS = 21
+
+
+@dataclass
+class Subject:
+    """A model that answers: `digest` tells its parameters apart from others'."""
+
+    path: Path
+    model: Any
+    processor: Any
+    encoder: Encoder
+    digest: str
+
+    @classmethod
+    def load(cls, path: Path) -> Subject:
+        """From a checkpoint's folder, in float32 whatever it is stored in."""
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        if not (path / "model.safetensors").is_file():
+            raise SystemExit(
+                f"error: no model in {path}; train it with python -m bench.tinyvqa.train --out {path} --seed N"
+            )
+        processor = load_processor(str(path))
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+        digest = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()[:16]
+        return cls(path, model, processor, Encoder(model, processor.tokenizer), digest)
+
+    @property
+    def name(self) -> str:
+        """How the reports call it."""
+        return f"seed {json.loads((self.path / 'training.json').read_text())['seed']}"
+
+
+def calibrated_weights(subject: Subject, folder: Path) -> dict[str, Any]:
+    """The weights file of a model: the shipped one, or one in `folder`, measured on training digits if need be."""
+    from hawk_kernels import calibrate
+
+    if subject.path.resolve() == TINY_MODEL.resolve():
+        return read_weights_file(shipped_weights()["tinyvqa"])
+    path = folder / f"head_weights_{subject.name.replace(' ', '')}.json"
+    calibrate(subject.model, calibration_tasks(), processor=subject.processor, out=path, layers="both")
+    return read_weights_file(path)
+
+
+def weights_of_heads(found: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights of a weights file, for each of the two ways of hiding heads."""
+    chosen = {found["layers"]: found["weights"]}
+    others = {layers: other["weights"] for layers, other in found["other_layers"].items()}
+    return {layers: torch.tensor(weights, dtype=torch.float32) for layers, weights in {**chosen, **others}.items()}
+
+
+class Answers:
+    """Which questions were answered right, on disk as they come: bits of a batch for each model, method and ratio."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, str] = {}
+        if path.is_file():
+            for line in path.read_text().splitlines():
+                try:
+                    self.found.update(json.loads(line))
+                except json.JSONDecodeError:
+                    # The last line of a run that was killed while it wrote.
+                    continue
+
+    def add(self, new: dict[str, np.ndarray]) -> None:
+        """Write one line of new answers, complete or not at all."""
+        packed = {key: np.packbits(right).tobytes().hex() for key, right in new.items()}
+        self.found.update(packed)
+        needs_end = self.path.is_file() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
+        with self.path.open("a") as file:
+            file.write(("\n" if needs_end else "") + json.dumps(packed) + "\n")
+
+    def of(self, key: str, count: int) -> np.ndarray:
+        """bool `[count]`."""
+        return np.unpackbits(np.frombuffer(bytes.fromhex(self.found[key]), np.uint8), count=count).astype(bool)
+
+
+def answer_key(
+    subject: Subject, number: int, contender: Contender | None, ratio: float, heads: dict[str, torch.Tensor]
+) -> str:
+    """What an answer depends on, without the questions, which are the same in all of a journal's answers."""
+    if contender is None:
+        return f"{subject.digest}/{number}/{WHOLE}"
+    weights = contender.head_weights(heads)
+    if isinstance(weights, torch.Tensor):
+        weights = hashlib.sha256(json.dumps(weights.tolist()).encode()).hexdigest()[:8]
+    options = json.dumps(dict(contender.options), sort_keys=True)
+    return f"{subject.digest}/{number}/{contender.method} {options} {weights}@{ratio}"
+
+
+@torch.no_grad()
+def answer(
+    subject: Subject,
+    batch: Batch,
+    wanted: Sequence[tuple[str, Contender | None, float]],
+    heads: dict[str, torch.Tensor],
+) -> dict[str, np.ndarray]:
+    """Right or wrong, bool `[questions]`, for each `(key, contender, ratio)`; None as a contender prunes nothing."""
+    inputs, right_words = model_inputs(subject.encoder, batch), answer_ids(subject.encoder, batch)
+    results: dict[str, np.ndarray] = {}
+
+    def ask(key: str, contender: Contender | None, ratio: float) -> None:
+        if contender is None:
+            said = first_words(subject.model, inputs)
+        else:
+            options = dict(contender.options)
+            with prune(
+                subject.model, ratio, method=contender.method, head_weights=contender.head_weights(heads), **options
+            ):
+                said = first_words(subject.model, inputs)
+        results[key] = (said == right_words).numpy()
+
+    def watches_encoder(contender: Contender | None) -> bool:
+        return contender is not None and METHODS[contender.method].uses_encoder_attention
+
+    with pictures_read_once(subject.model, subject.encoder, batch):
+        for item in wanted:
+            if not watches_encoder(item[1]):
+                ask(*item)
+    for item in wanted:
+        if watches_encoder(item[1]):
+            ask(*item)
+    return results
+
+
+def lines() -> Iterator[tuple[Contender | None, float]]:
+    """All tokens, and every contender at every keep ratio."""
+    yield None, 1.0
+    for contender in CONTENDERS:
+        for ratio in KEEP_RATIOS:
+            yield contender, ratio
+
+
+def prefill_times(subject: Subject, heads: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+    """Median milliseconds of one prefill of one question, vision tower included, interleaved over all methods."""
+    found: dict[str, dict[str, float]] = {}
+    for layout in TIMED_LAYOUTS:
+        batch = draw_batch(np.random.default_rng(SEED), "held_out", 1, layout, {"colour->digit": 1})
+        inputs = model_inputs(subject.encoder, batch)
+        times: dict[str, list[float]] = {WHOLE: [], **{c.label: [] for c in CONTENDERS}}
+
+        def timed(label: str, run: Callable[[], Any], times: dict[str, list[float]] = times) -> None:
+            started = time.perf_counter()
+            run()
+            times[label].append(time.perf_counter() - started)
+
+        for _ in range(TIMED_ROUNDS + 1):
+            with torch.no_grad():
+                timed(WHOLE, lambda inputs=inputs: first_words(subject.model, inputs))
+                for contender in CONTENDERS:
+                    weights, options = contender.head_weights(heads), dict(contender.options)
+                    with prune(subject.model, TIMED_RATIO, method=contender.method, head_weights=weights, **options):
+                        timed(contender.label, lambda inputs=inputs: first_words(subject.model, inputs))
+        found[str(layout)] = {label: round(1e3 * statistics.median(of[1:]), 3) for label, of in times.items()}
+    return found
+
+
+def describe_questions(batches: Sequence[Batch]) -> Questions:
+    """Kind, prompt and layout of every question, in the order of the answers."""
+    kinds, prompts, layouts = [], [], []
+    for batch in batches:
+        for row in batch.questions:
+            kinds += [question.kind for question in row]
+            prompts += [len(layouts)] * len(row)
+            layouts.append(str(batch.layout))
+    return Questions(np.array(kinds), np.array(prompts), np.array(layouts), tuple(KINDS))
+
+
+def build(
+    models: Sequence[Path], out: Path, prompts: int, seed: int, times: bool, show_progress: bool
+) -> dict[str, Any]:
+    """Calibrate, ask what has not been asked, and put it all into one JSON-ready dict."""
+    check_contenders(CONTENDERS)
+    out.mkdir(parents=True, exist_ok=True)
+    subjects = [Subject.load(path) for path in models]
+    weights = [calibrated_weights(subject, out) for subject in subjects]
+    batches = draw_evaluation(seed, prompts)
+    answers = Answers(out / f"answers-{prompts}-{seed}.jsonl")
+    everything = list(lines())
+    plan = [
+        (subject, number, [(answer_key(subject, number, c, r, weights_of_heads(w)), c, r) for c, r in everything], w)
+        for subject, w in zip(subjects, weights, strict=True)
+        for number in range(len(batches))
+    ]
+    for subject, number, keys, w in tqdm(plan, desc="table", unit="batch", disable=not show_progress):
+        wanted = [item for item in keys if item[0] not in answers.found]
+        if wanted:
+            answers.add(answer(subject, batches[number], wanted, weights_of_heads(w)))
+
+    questions = describe_questions(batches)
+    sizes = [sum(len(row) for row in batch.questions) for batch in batches]
+
+    def rights(contender: Contender | None, ratio: float) -> np.ndarray:
+        return np.stack(
+            [
+                np.concatenate(
+                    [
+                        answers.of(answer_key(s, n, contender, ratio, weights_of_heads(w)), size)
+                        for n, size in enumerate(sizes)
+                    ]
+                )
+                for s, w in zip(subjects, weights, strict=True)
+            ]
+        )
+
+    whole = rights(None, 1.0)
+    right = {c.label: {r: rights(c, r) for r in KEEP_RATIOS} for c in CONTENDERS}
+    accuracy = [
+        {"mean": 0.0, **{kind: round(float(row[questions.kinds == kind].mean()), 4) for kind in KINDS}} for row in whole
+    ]
+    for entry in accuracy:
+        entry["mean"] = round(float(np.mean([entry[kind] for kind in KINDS])), 4)
+    return {
+        "questions": len(questions.kinds),
+        "questions_by_kind": {kind: int((questions.kinds == kind).sum()) for kind in KINDS},
+        "prompts": len(questions.layouts),
+        "seed": seed,
+        "split": "held_out",
+        "models": [
+            {
+                "name": subject.name,
+                "digest": subject.digest,
+                "accuracy": scores,
+                "head_weights": w["weights"],
+                "head_weights_of_all_layers": w["other_layers"]["all"]["weights"],
+                "tasks": [task["name"] for task in w["tasks"]],
+                "deltas": w["deltas"],
+            }
+            for subject, scores, w in zip(subjects, accuracy, weights, strict=True)
+        ],
+        "methods": summarise(questions, right, whole, HAWK, KEEP_RATIOS, resampling_weights(questions.layouts)),
+        "reference": HAWK,
+        "prefill_ms": prefill_times(subjects[0], weights_of_heads(weights[0])) if times else None,
+        "prefill_keep_ratio": TIMED_RATIO,
+        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tinyvqa.table", description=__doc__)
+    parser.add_argument("--models", type=Path, nargs="+", default=list(MODELS), help="folders of checkpoints")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"where everything goes (default: {RESULTS})")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="about 14 questions each (default: 160)")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the questions")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-times", action="store_true", help="leave out the time per prefill")
+    parser.add_argument("--no-progress", action="store_true")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    report = build(args.models, args.out, args.prompts, args.seed, not args.no_times, not args.no_progress)
+    (args.out / "table.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / "table.md").write_text(markdown(report))
+    draw_plot(report, args.out / "table.png")
+    print(markdown(report))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
