@@ -44,7 +44,8 @@ def attention_column_mean(
         q: queries, `[B, H, N, D]` or `[H, N, D]`, float32, float16 or bfloat16, any strides.
         k: keys, `[B, Hkv, M, D]` or `[Hkv, M, D]`, same dtype, `H % Hkv == 0`.
         cu_seqlens: int32 `[S + 1]`, ascending from 0 to T: `q` and `k` pack S sequences (B = 1, N = M = T) and
-            attention stays within each, as in `flash_attn_varlen_func`.
+            attention stays within each, as in `flash_attn_varlen_func`. Other numbers are an error on a CPU; a GPU is
+            not waited for, so that there `"triton"` makes something of them.
         causal: row `n` sees keys up to `n + M - N` (right-aligned, as with a cache; with N > M the first rows see
             nothing), or up to itself in its segment.
         q_rows: bool `[B, N]` (`[N]` unbatched), True = this row counts.

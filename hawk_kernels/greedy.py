@@ -86,7 +86,10 @@ def greedy_dpp(
         raise TypeError(f"quality: expected a floating point dtype, got {quality.dtype}; use quality.float()")
     expected = tuple(features.shape[:2]) if batched else (features.shape[1],)
     if tuple(quality.shape) != expected:
-        raise ValueError(f"quality: expected shape {list(expected)}, one number a token, got {shape_of(quality)}")
+        raise ValueError(
+            f"quality: expected shape {list(expected)}, one number a token, got {shape_of(quality)}; as "
+            "features without their last dimension"
+        )
     if quality.device != features.device:
         raise ValueError(
             f"quality: expected device {features.device} as features, got {quality.device}; use "

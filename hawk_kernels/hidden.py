@@ -52,8 +52,9 @@ def score_hidden_and_select(
         norm_weight: gamma of the RMSNorm, `[C]`, floating point (where a model adds 1 to its parameter, with the 1), or
             None for ones.
         norm_eps: its epsilon, at least 0.
-        wq: weight of the query projection, `[H * D, C]`, floating point; `bq`: its bias `[H * D]` or None.
-        wk: weight of the key projection, `[Hkv * D, C]`, floating point; `bk`: its bias `[Hkv * D]` or None.
+        wq: weight of the query projection, `[H * D, C]`, float32, float16 or bfloat16; `bq`: its bias `[H * D]`,
+            floating point, or None.
+        wk: weight of the key projection, `[Hkv * D, C]`, as `wq`; `bk`: its bias `[Hkv * D]` or None.
         w: head importance, `[H]`, floating point.
         r: float in (0, 1] is the fraction of candidates **kept**; int >= 1 is a budget, clamped to a row's candidates.
         num_key_value_heads: `Hkv`, a divisor of `H`.
@@ -158,8 +159,9 @@ def _checked(
         raise TypeError(f"norm_eps: expected a float, got {type(norm_eps).__name__}; 1e-6 is usual")
     if not (math.isfinite(norm_eps) and norm_eps >= 0):
         raise ValueError(f"norm_eps: expected a finite number of at least 0, got {norm_eps}; 1e-6 is usual")
-    check_mask("q_mask", q_mask, tuple(x.shape[:-1]), "one entry a token", device)
-    check_mask("k_mask", k_mask, tuple(x.shape[:-1]), "one entry a token", device)
+    for name, mask in (("q_mask", q_mask), ("k_mask", k_mask)):
+        check_tensor(name, mask)
+        check_mask(name, mask, tuple(x.shape[:-1]), "one entry a token", device)
     check_normalize(normalize)
     scale = checked_scale(scale, head_dim)
     backend = choose_backend(backend, device, head_dim)
@@ -174,11 +176,16 @@ def _checked(
 def _check_parameter(
     name: str, parameter: torch.Tensor, shape: tuple[int | None, ...] | None, device: torch.device, meaning: str
 ) -> None:
-    """`parameter` is a floating point tensor of this shape on this device; None is a vector, None inside any length."""
+    """`parameter` is a floating point tensor of this shape on this device; None is a vector, None inside any length.
+
+    A matrix is multiplied as it is, so its dtype is one of those that have a kernel.
+    """
     check_tensor(name, parameter)
-    if parameter.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected dtype float32, float16 or bfloat16, got {parameter.dtype}; use .float()")
     expected = (None,) if shape is None else shape
+    if len(expected) > 1 and parameter.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected dtype float32, float16 or bfloat16, got {parameter.dtype}; use .float()")
+    if not parameter.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating point dtype, got {parameter.dtype}; use .float()")
     fits = parameter.dim() == len(expected) and all(
         length in (None, came) for length, came in zip(expected, parameter.shape, strict=True)
     )
@@ -192,7 +199,7 @@ def _check_parameter(
 
 
 def _check_heads(num_heads: int, num_key_value_heads: object) -> None:
-    if isinstance(num_key_value_heads, bool) or not isinstance(num_key_value_heads, int):
+    if isinstance(num_key_value_heads, bool) or not isinstance(num_key_value_heads, numbers.Integral):
         raise TypeError(
             f"num_key_value_heads: expected an int, got {type(num_key_value_heads).__name__}; the config has it"
         )

@@ -11,7 +11,7 @@ import torch
 
 from hawk_kernels.ranking import LAST, order_key, rank
 from hawk_kernels.selection import Selection, kept_count
-from hawk_kernels.validation import check_device, check_rounding, check_tensor, checked_keep, shape_of
+from hawk_kernels.validation import as_written, check_device, check_rounding, check_tensor, checked_keep, shape_of
 
 Grid = tuple[int, int] | tuple[int, int, int]
 DROPPED, ANCHOR, BUFFER, REGISTER = range(4)
@@ -121,7 +121,8 @@ def choose(
     batch, num_tokens = object_attention.shape
     object_key, deep_key = (order_key(x, candidates) for x in (object_attention, deep_attention))
     is_anchor = rank(object_key) < anchors
-    reachable = torch.nn.functional.pad(is_anchor, (0, 1))
+    # int8, because torch.compile's C++ does not build for bools that are padded and gathered
+    reachable = torch.nn.functional.pad(is_anchor.to(torch.int8), (0, 1))
     around = neighbours.expand(batch, -1, -1).flatten(1)
     is_near = reachable.gather(1, around).view(batch, num_tokens, 4).any(dim=-1)
 
@@ -170,7 +171,7 @@ def checked_alpha(alpha: float) -> float:
         raise TypeError(f"{expected}, got {type(alpha).__name__}; the paper uses 0.1")
     if not 0.0 <= alpha <= _MAX_ALPHA:
         raise ValueError(f"{expected}, got {alpha}; the paper uses 0.1")
-    return float(alpha)
+    return as_written(alpha)
 
 
 def checked_grids(grid: Grid | Sequence[Grid]) -> list[tuple[int, int, int]]:

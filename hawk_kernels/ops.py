@@ -11,6 +11,7 @@ import torch
 
 from hawk_kernels.backends.choose import load_backend
 from hawk_kernels.backends.torch_compaction import check_fits, restore
+from hawk_kernels.backends.visibility import segment_limits
 from hawk_kernels.selection import keep_fraction
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -107,6 +108,8 @@ def _select_topk(scores, mask, ratio, budget, rounding, backend):
 
 
 def _attention_column_mean(q, k, cu_seqlens, causal, q_rows, head_weights, reduce_heads, reduction, scale, backend):
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        segment_limits(cu_seqlens, k.shape[2])
     with _without_autocast(q):
         return load_backend(backend).attention_column_mean(
             q, k, cu_seqlens, causal, q_rows, head_weights, reduce_heads, reduction, scale

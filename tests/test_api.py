@@ -260,6 +260,7 @@ def opcheck_samples():
             yield ops.score_and_select, (*common, ratio, budget, normalize, 0.25, "floor", "torch")
             yield ops.score_tokens, (*common, normalize, 0.25, "torch")
             yield ops.select_topk, (torch.randn(2, 20), k_mask, ratio, budget, "ceil", "torch")
+            yield ops.select_topk, (torch.randn(20, 2).T, k_mask, ratio, budget, "ceil", "torch")
 
 
 def test_opcheck():

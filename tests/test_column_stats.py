@@ -7,6 +7,7 @@ import csrc_ref
 from bench import attention_stats
 from hawk_kernels import attention_column_mean, ops
 from hawk_kernels.backends.triton import column_stats
+from hawk_kernels.backends.visibility import seeing_rows
 from tests.cases import DTYPES
 
 BACKENDS = ("torch", "triton")
@@ -255,6 +256,45 @@ BAD_CALLS = {
     "scale nan": (dict(scale=float("nan")), ValueError, "scale: expected a finite number, got nan"),
     "backend": (dict(backend="cuda"), ValueError, "backend: expected None, 'triton' or 'torch', got 'cuda'"),
 }
+
+
+@pytest.mark.parametrize("limits", [[0, 2], [0, 9, 3], [0, -1, 3], [1, 3]], ids=str)
+def test_segments_are_checked_on_a_cpu_whatever_the_backend(limits):
+    for backend in BACKENDS:
+        with pytest.raises(ValueError, match="cu_seqlens: expected ascending positions from 0 to 3"):
+            attention_column_mean(**PACKED, cu_seqlens=torch.tensor(limits).int(), backend=backend)
+
+
+@pytest.mark.filterwarnings("error")
+def test_segments_of_any_stride():
+    limits = torch.stack([packed(1, 2), packed(3, 0)], dim=1)[:, 0]
+    for backend in BACKENDS:
+        got = attention_column_mean(**PACKED, cu_seqlens=limits, q_rows=torch.ones(1, 3) > 0, backend=backend)
+        assert torch.equal(got, attention_column_mean(**PACKED, cu_seqlens=packed(1, 2), backend=backend))
+
+
+def test_counting_rows_of_unchecked_segments_stays_inside():
+    """Where a GPU is not waited for, an index beyond the end would take its context with it."""
+    bounds = torch.tensor([-5, 0, 9]).int(), torch.tensor([9, 2**31 - 1, -7]).int()
+    for q_rows in (None, torch.ones(1, 3) > 0):
+        assert seeing_rows(3, 3, bounds, False, q_rows, torch.device("cpu")).tolist() == [[3, 3, 1]]
+
+
+def test_more_heads_than_the_last_dimension_of_a_grid_has(monkeypatch):
+    """65535 are the most programs of every dimension but the first."""
+    grids = []
+
+    class Recording:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **constants: None
+
+    for kernel in ("_row_pass", "_column_pass", "_finish"):
+        monkeypatch.setattr(column_stats, kernel, Recording())
+    q, k = inputs(batch=70_000, heads=2, kv_heads=1, num_queries=2, num_keys=3)
+    attention_column_mean(q, k, backend="triton")
+    assert len(grids) == 3
+    assert all(max(grid[1:]) < 2**16 for grid in grids)
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)

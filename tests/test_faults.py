@@ -8,7 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hawk_kernels import score_and_select, score_hidden, score_hidden_and_select, score_tokens, select_topk
+from hawk_kernels import (
+    attention_column_mean,
+    score_and_select,
+    score_hidden,
+    score_hidden_and_select,
+    score_tokens,
+    select_topk,
+)
 from hawk_kernels.backends.triton import finish, hidden, launch, score_select, select_rows
 from hawk_kernels.backends.triton.configs import HiddenConfig, ScoreConfig
 from tests.cases import NORMALIZATIONS, assert_matches_reference, make_case
@@ -333,6 +340,25 @@ class TestFarOffsets:
         expected = run()
         setattr(layer, name, far_apart(getattr(layer, name), strides))
         assert_same(run(), expected)
+
+    @pytest.mark.parametrize(
+        ("name", "strides"),
+        [
+            ("q", (FAR, 64, 16, 1)),
+            ("q", (16, FAR, 32, 1)),
+            ("k", (32, 64, FAR // 2, 1)),
+            ("k", (16, 32, 64, FAR // 8)),
+            ("q", (16, 32, 64, FAR // 8)),
+            ("q_rows", (1, FAR // 2)),
+            ("head_weights", (FAR - 8,)),
+        ],
+    )
+    def test_attention_statistics(self, name, strides):
+        case = make_case(2, 2, 2, 3, 3, 16, torch.float16)
+        arguments = {"q": case.q, "k": case.k, "q_rows": torch.rand(2, 3) < 0.8, "head_weights": case.w.half()}
+        expected = attention_column_mean(**arguments, backend="triton")
+        arguments[name] = far_apart(arguments[name], strides)
+        assert torch.equal(attention_column_mean(**arguments, backend="triton"), expected)
 
 
 def strided(tensor):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bench import greedy as greedy_bench
 from csrc_ref import greedy_dpp as reference_dpp
 from csrc_ref import greedy_max_min as reference_max_min
-from hawk_kernels import greedy_dpp, greedy_max_min, select_topk
+from hawk_kernels import greedy_dpp, greedy_max_min, ops, select_topk
 from hawk_kernels.backends import torch_greedy
 
 FUNCTIONS = ("max_min", "dpp")
@@ -212,6 +212,7 @@ def test_shapes_dtypes_and_grad(function):
     assert [tuple(field.shape) for field in found] == [(3, 10), (3, 3), (3, 10)]
     assert [field.dtype for field in found] == [torch.bool, torch.int64, torch.float32]
     assert not found.scores.requires_grad
+    assert all(field.is_contiguous() for field in found), "as compiled code expects"
     alone = select(function, features[1], quality[1], 0.35)
     assert all(torch.equal(one, other[1]) for one, other in zip(alone, found, strict=True))
     assert select(function, features[:0], quality[:0], 0.35).mask.shape == (0, 10)
@@ -233,6 +234,32 @@ def test_compiles_without_a_break(function):
     compiled = torch.compile(run, backend="eager", fullgraph=True)
     for found, expected in zip(compiled(features, quality, mask), run(features, quality, mask), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_default_dtype_changes_nothing(function, dtype):
+    features, quality, mask = torch.randn(2, 12, 5), torch.rand(2, 12), torch.rand(2, 12) < 0.8
+    expected = select(function, features, quality, 0.4, mask=mask)
+    torch.set_default_dtype(dtype)
+    try:
+        found = select(function, features, quality, 0.4, mask=mask)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert found.scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_opcheck(function, backend, device):
+    features, quality = torch.randn(2, 12, 5, device=device), torch.rand(2, 12, device=device)
+    mask = torch.rand(12, 2, device=device).T < 0.8
+    options = (mask, 0.4, 0, "floor", backend)
+    if function == "max_min":
+        torch.library.opcheck(ops.greedy_max_min, (features, *options))
+    else:
+        torch.library.opcheck(ops.greedy_dpp, (features, quality, *options))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -1,5 +1,6 @@
 """Scores from hidden states: the same as those of the queries and keys that the layer would have made."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -218,6 +219,18 @@ def test_it_is_the_projected_layer_scored(device):
     assert torch.equal(got.indices, expected.indices)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vectors_in_float64_and_numbers_from_numpy(backend, device):
+    layer = Layer(num_tokens=20)
+    x, gamma, eps, wq, bq, wk, bk, w = layer.arguments(device=device)
+    options = layer.options(device) | {"normalize": "l2", "backend": backend}
+    expected = score_hidden(x, gamma, eps, wq, bq, wk, bk, w, **options)
+    wide = [vector.double() for vector in (gamma, bq, bk, w)]
+    options["num_key_value_heads"] = np.int64(options["num_key_value_heads"])
+    got = score_hidden(x, wide[0], np.float64(eps), wq, wide[1], wk, wide[2], wide[3], **options)
+    assert torch.equal(got, expected)
+
+
 def test_unbatched_in_unbatched_out():
     layer = Layer(1, 20)
     x, *rest = layer.arguments()
@@ -306,7 +319,7 @@ def test_autocast_changes_nothing():
         ({"wq": torch.zeros(95, 48)}, ValueError, r"wq: expected a multiple of w's 6 heads as outputs, got shape"),
         ({"wk": torch.zeros(96, 48)}, ValueError, r"wk: expected shape \[32, 48\] \(2 heads of 16\), got \[96, 48\]"),
         ({"bq": torch.zeros(1)}, ValueError, r"bq: expected shape \[96\] \(or None\), got \[1\]"),
-        ({"bk": torch.zeros(32).long()}, TypeError, "bk: expected dtype float32, .* got torch.int64; use"),
+        ({"bk": torch.zeros(32).long()}, TypeError, "bk: expected a floating point dtype, got torch.int64; use"),
         ({"norm_weight": torch.zeros(2, 48)}, ValueError, r"norm_weight: expected shape \[48\] \(or None\), got"),
         ({"w": torch.zeros(2, 3)}, ValueError, r"w: expected shape \['any'\] \(one weight a head\), got \[2, 3\]"),
         ({"wq": torch.zeros(96, 48, device="meta")}, ValueError, "wq: expected device cpu as x, got meta; use"),
@@ -320,6 +333,8 @@ def test_autocast_changes_nothing():
         ({"rounding": "up"}, ValueError, "rounding: expected 'floor'"),
         ({"scale": "big"}, TypeError, "scale: expected a float or None"),
         ({"backend": "cuda"}, ValueError, "backend: expected None, 'triton' or 'torch', got 'cuda'"),
+        ({"wq": torch.zeros(96, 48).double()}, TypeError, "wq: expected dtype float32, .* got torch.float64; use"),
+        ({"q_mask": None}, TypeError, "q_mask: expected a torch.Tensor, got NoneType"),
         ({"r": 0.0}, ValueError, r"r: expected a float in \(0, 1\]"),
         ({"r": 0}, ValueError, "r: expected a float"),
     ],

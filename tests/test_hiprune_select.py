@@ -1,6 +1,7 @@
 """HiPrune's choice against a literal reference that goes token by token, over random and degenerate input."""
 
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -139,6 +140,14 @@ def test_compiles_to_one_graph_and_knows_its_shapes():
         assert torch.equal(got, expected)
     with torch._subclasses.FakeTensorMode():
         assert hiprune_select(torch.rand(2, 12), torch.rand(2, 12), 0.5, grid=(3, 4)).indices.shape == (2, 6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_its_compiled_code_builds():
+    objects, deep = torch.rand(3, 33), torch.rand(3, 33)
+    compiled = torch.compile(lambda *of: tuple(hiprune_select(*of, 0.4, grid=(3, 11), alpha=1.0)), fullgraph=True)
+    expected = hiprune_select(objects, deep, 0.4, grid=(3, 11), alpha=1.0)
+    assert all(torch.equal(one, other) for one, other in zip(compiled(objects, deep), expected, strict=True))
 
 
 def test_gradients_and_inputs_are_left_alone():

@@ -6,7 +6,7 @@ from itertools import groupby, pairwise
 
 import torch
 
-from hawk_kernels.backends.visibility import seeing_rows, segment_bounds
+from hawk_kernels.backends.visibility import seeing_rows, segment_bounds, segment_limits
 
 # Logits of a tile: 2 MB of float32, which stay in a core's cache between the product, the softmax and the sum.
 _TILE = 1 << 19
@@ -32,7 +32,8 @@ def attention_column_mean(
     queries = q.unflatten(1, (num_key_value_heads, -1))
     columns = q.new_zeros((*queries.shape[:3], num_keys), dtype=torch.float32)
     if cu_seqlens is not None:
-        _fill_segments(columns[0], queries[0], k[0], _limits(cu_seqlens, num_keys), causal, q_rows, reduction, scale)
+        limits = segment_limits(cu_seqlens, num_keys)
+        _fill_segments(columns[0], queries[0], k[0], limits, causal, q_rows, reduction, scale)
     elif q_rows is None:
         for out, row_queries, row_keys in zip(columns, queries, k):
             out += _columns(row_queries, row_keys, range(num_queries), causal, reduction, scale)
@@ -46,17 +47,6 @@ def attention_column_mean(
     if not reduce_heads:
         return columns
     return columns.mean(dim=1) if head_weights is None else torch.einsum("h,bhm->bm", head_weights.float(), columns)
-
-
-def _limits(cu_seqlens: torch.Tensor, length: int) -> list[int]:
-    limits = cu_seqlens.tolist()
-    if limits[0] != 0 or limits[-1] != length or any(end < start for start, end in pairwise(limits)):
-        shown = limits if len(limits) <= 8 else [*limits[:4], "...", *limits[-3:]]
-        raise ValueError(
-            f"cu_seqlens: expected ascending positions from 0 to {length}, the length of the packed sequence, got "
-            f"{shown}; use torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
-        )
-    return limits
 
 
 def _fill_segments(

@@ -51,7 +51,9 @@ class Cosines:
     def __init__(self, unit: torch.Tensor, counts: torch.Tensor | None = None, itself: float | None = None) -> None:
         batch, num_tokens, _ = unit.shape
         self._unit, self._itself = unit, itself
-        self._offset = unit.new_zeros(batch, num_tokens) if counts is None else torch.where(counts, 0.0, _UNLIKE)
+        self._offset = unit.new_zeros(batch, num_tokens)
+        if counts is not None:
+            self._offset.masked_fill_(~counts, _UNLIKE)
         self.matrix = self._block(slice(None)) if num_tokens**2 <= _MATRIX else None
         if self.matrix is not None and itself is not None:
             self.matrix.diagonal(dim1=1, dim2=2).fill_(itself)
@@ -146,9 +148,11 @@ def before_the_first(
     cosines: Cosines, candidates: torch.Tensor, finite: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Similarity to the nearest other token, by which the first is picked, and what the next picks begin with."""
+    nearest = cosines.nearest()
+    worst = torch.full_like(nearest, -torch.inf)
     # larger than any cosine: behind all that are finite
-    worst = torch.where(candidates, torch.where(finite, -torch.inf, _BROKEN), torch.inf)
-    return torch.maximum(cosines.nearest(), worst), worst
+    worst.masked_fill_(~finite, _BROKEN).masked_fill_(~candidates, torch.inf)
+    return torch.maximum(nearest, worst), worst
 
 
 def as_distances(nearest: torch.Tensor, at_pick: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -275,7 +279,7 @@ def as_selection(order: torch.Tensor, scores: torch.Tensor, candidates: torch.Te
         num_tokens: M, at most M'.
     """
     mask = torch.zeros_like(candidates).scatter_(1, order, True)[:, :num_tokens].contiguous()
-    ascending = order.sort(dim=1).values
+    ascending = order.contiguous().sort(dim=1).values
     indices = torch.where(ascending < num_tokens, ascending, -1)
     return Selection(mask, indices, scores.masked_fill(~candidates, -torch.inf)[:, :num_tokens].contiguous())
 

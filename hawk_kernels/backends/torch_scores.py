@@ -100,7 +100,9 @@ def weighted_sum(c: torch.Tensor, w: torch.Tensor, k_mask: torch.Tensor | None, 
 
 def select_topk(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str) -> Selection:
     """Selection of validated float32 scores `[B, M]`; without a mask every token is a candidate."""
-    own_scores = scores.clone() if mask is None else scores.masked_fill(~mask, -torch.inf)
+    own_scores = scores.clone(memory_format=torch.contiguous_format)
+    if mask is not None:
+        own_scores.masked_fill_(~mask, -torch.inf)
     return select(own_scores, r, mask, rounding)
 
 

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
+
+
+def segment_limits(cu_seqlens: torch.Tensor, length: int) -> list[int]:
+    """`cu_seqlens` as numbers; ValueError where they are no segments of a packed sequence. Waits for a GPU."""
+    limits = cu_seqlens.tolist()
+    if limits[0] != 0 or limits[-1] != length or any(end < start for start, end in pairwise(limits)):
+        shown = limits if len(limits) <= 8 else [*limits[:4], "...", *limits[-3:]]
+        raise ValueError(
+            f"cu_seqlens: expected ascending positions from 0 to {length}, the length of the packed sequence, got "
+            f"{shown}; use torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
+        )
+    return limits
 
 
 def segment_bounds(cu_seqlens: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the segment of each token begins and ends, int32 `[T]` each, without a host sync."""
+    cu_seqlens = cu_seqlens.contiguous()
     tokens = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     segment = torch.searchsorted(cu_seqlens, tokens, right=True).clamp_(1, max(1, cu_seqlens.shape[0] - 1))
     return cu_seqlens[segment - 1], cu_seqlens[segment]
@@ -35,8 +50,9 @@ def seeing_rows(
     if causal:
         # rows before N - M see nothing, and no key is theirs
         first = keys + (num_queries - num_keys)
-    first = first.clamp(min=0).long()
+    # segments that were not checked stay inside, because an index beyond the end takes a GPU's context with it
+    first, behind = (rows.clamp(0, num_queries).long() for rows in (first, behind))
     if q_rows is None:
         return (behind - first).clamp(min=1).float().unsqueeze(0)
     before = torch.nn.functional.pad(q_rows.cumsum(dim=1), (1, 0))
-    return (before[:, behind.long()] - before[:, first]).clamp(min=1).float()
+    return (before[:, behind] - before[:, first]).clamp(min=1).float()

@@ -29,7 +29,7 @@ def _load_rows(
     """`[BLOCK, BLOCK_D]`, the dimensions from START on; zero where a row is unused and beyond HEAD_DIM."""
     dims = START + tl.arange(0, BLOCK_D)
     tile = tl.load(
-        ptr + rows.to(tl.int64)[:, None] * stride_n + dims[None, :] * stride_d,
+        ptr + rows.to(tl.int64)[:, None] * stride_n + dims.to(tl.int64)[None, :] * stride_d,
         mask=used[:, None] & (dims < HEAD_DIM)[None, :],
         other=0.0,
     )
@@ -82,10 +82,12 @@ def _row_pass(
 
     A tile without rows that count sees no keys, so its loop is empty.
     """
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_tiles = tl.cdiv(num_queries, BLOCK_N)
+    pair = tl.program_id(0) // row_tiles
     split = tl.program_id(1)
-    batch = (tl.program_id(2) // num_heads).to(tl.int64)
-    head = tl.program_id(2) % num_heads
+    batch = (pair // num_heads).to(tl.int64)
+    head = pair % num_heads
+    rows = (tl.program_id(0) % row_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     used = _rows_that_count(q_rows_ptr + batch * q_rows_stride_b, rows, num_queries, q_rows_stride_n, HAS_Q_ROWS)
     first, behind = _visible_keys(rows, used, starts_ptr, ends_ptr, num_queries, num_keys, CAUSAL, SEGMENTED)
 
@@ -117,7 +119,7 @@ def _row_pass(
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
         peak = higher
-    out = (tl.program_id(2).to(tl.int64) * num_splits + split) * num_queries + rows
+    out = (pair.to(tl.int64) * num_splits + split) * num_queries + rows
     tl.store(peaks_ptr + out, peak, mask=rows < num_queries)
     tl.store(sums_ptr + out, total, mask=rows < num_queries)
 
@@ -154,10 +156,13 @@ def _column_pass(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
     """Sum or maximum of some columns over one range of rows, `[B, H, row splits, M]`."""
-    keys = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    key_tiles = tl.cdiv(num_keys, BLOCK_M)
+    pair = tl.program_id(0) // key_tiles
     split = tl.program_id(1)
-    batch = (tl.program_id(2) // num_heads).to(tl.int64)
-    head = tl.program_id(2) % num_heads
+    batch = (pair // num_heads).to(tl.int64)
+    head = pair % num_heads
+    first_key = (tl.program_id(0) % key_tiles) * BLOCK_M
+    keys = first_key + tl.arange(0, BLOCK_M)
     inside = keys < num_keys
 
     q_ptr += batch * q_stride_b + head.to(tl.int64) * q_stride_h
@@ -166,7 +171,7 @@ def _column_pass(
     k_tail = k
     if BLOCK_TAIL > 0:
         k_tail = _load_rows(k_ptr, keys, inside, k_stride_n, k_stride_d, HEAD_DIM, BLOCK_D, BLOCK_TAIL, UPCAST)
-    statistics = tl.program_id(2).to(tl.int64) * num_splits * num_queries
+    statistics = pair.to(tl.int64) * num_splits * num_queries
     q_rows_ptr += batch * q_rows_stride_b
 
     columns = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -177,7 +182,7 @@ def _column_pass(
         begin = tl.maximum(begin, first_row // BLOCK_N * BLOCK_N)
         end = tl.minimum(end, tl.max(tl.load(ends_ptr + keys, mask=inside, other=0), 0))
     if CAUSAL:
-        first_row = tl.maximum(tl.program_id(0) * BLOCK_M + num_queries - num_keys, 0)
+        first_row = tl.maximum(first_key + num_queries - num_keys, 0)
         begin = tl.maximum(begin, first_row // BLOCK_N * BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
@@ -200,7 +205,7 @@ def _column_pass(
             else:
                 columns += attention
     reduced = tl.reduce(columns, 0, _larger) if MAXIMUM else tl.sum(columns, 0)
-    out = (tl.program_id(2).to(tl.int64) * num_row_splits + split) * num_keys + keys
+    out = (pair.to(tl.int64) * num_row_splits + split) * num_keys + keys
     tl.store(columns_ptr + out, reduced, mask=inside)
 
 
@@ -212,10 +217,11 @@ def _finish(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Row ranges to one statistic, divided by the rows that count, and heads to one where a program has several."""
-    keys = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = keys < num_keys
+    key_tiles = tl.cdiv(num_keys, BLOCK)
+    batch = (tl.program_id(0) // key_tiles).to(tl.int64)
     first_head = tl.program_id(1) * heads_per_program
-    batch = tl.program_id(2).to(tl.int64)
+    keys = (tl.program_id(0) % key_tiles) * BLOCK + tl.arange(0, BLOCK)
+    inside = keys < num_keys
     total = tl.zeros([BLOCK], tl.float32)
     for head in range(first_head, first_head + heads_per_program):
         column = tl.zeros([BLOCK], tl.float32)
@@ -224,7 +230,7 @@ def _finish(
             part = tl.load(columns_ptr + place, mask=inside, other=0.0)
             column = _larger(column, part) if MAXIMUM else column + part
         if HAS_WEIGHTS:
-            column = column * tl.load(weights_ptr + head * weights_stride).to(tl.float32)
+            column = column * tl.load(weights_ptr + tl.cast(head, tl.int64) * weights_stride).to(tl.float32)
         total += column
     if not HAS_WEIGHTS:
         total = total / heads_per_program
@@ -278,21 +284,21 @@ def attention_column_mean(
         **config["blocks"],
     }
     with on_device(k.device):
-        _row_pass[(config["row_tiles"], num_splits, batch * num_heads)](
+        _row_pass[(config["row_tiles"] * batch * num_heads, num_splits)](
             q, k, row_flags, starts, ends, statistics[0], statistics[1],
             *q.stride(), *k.stride(), *row_strides,
             num_heads, num_heads // num_key_value_heads, num_queries, num_keys,
             config["keys_per_split"], num_splits, scale * _LOG2_E,
             **shared,
         )  # fmt: skip
-        _column_pass[(config["key_tiles"], num_row_splits, batch * num_heads)](
+        _column_pass[(config["key_tiles"] * batch * num_heads, num_row_splits)](
             q, k, row_flags, starts, ends, statistics[0], statistics[1], columns,
             *q.stride(), *k.stride(), *row_strides,
             num_heads, num_heads // num_key_value_heads, num_queries, num_keys,
             config["rows_per_split"], num_row_splits, num_splits, scale * _LOG2_E,
             MAXIMUM=reduction == "max", **shared,
         )  # fmt: skip
-        _finish[(triton.cdiv(num_keys, _BLOCK_FINISH), num_heads // heads_per_program, batch)](
+        _finish[(triton.cdiv(num_keys, _BLOCK_FINISH) * batch, num_heads // heads_per_program)](
             columns, columns if head_weights is None else head_weights, counts, out,
             0 if head_weights is None else head_weights.stride(0), counts.stride(0) if counts.shape[0] > 1 else 0,
             num_heads, heads_per_program, num_row_splits, num_keys, num_queries,
