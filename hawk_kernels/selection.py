@@ -94,7 +94,8 @@ def kept_count(r: float | int, num_candidates: int, rounding: str = "floor") -> 
 def kept_counts(r: float | int, num_candidates: torch.Tensor, rounding: str) -> torch.Tensor:
     """`kept_count` of every row, on the device of `num_candidates` (int64 `[B]`), without a host sync."""
     if isinstance(r, int):
-        return num_candidates.clamp(max=r)
+        # a budget may be any int, a tensor's bounds may not
+        return num_candidates.clamp(max=min(r, _MAX_DENOMINATOR))
     numerator, denominator = keep_fraction(r, rounding)
     extra = denominator - 1 if rounding == "ceil" else 0
     counts = torch.div(num_candidates * numerator + extra, denominator, rounding_mode="floor")

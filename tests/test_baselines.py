@@ -275,15 +275,14 @@ class TestDownsample:
             assert all(sample.visual_tokens_after for sample in pruning.stats.samples)
 
     @torch.no_grad()
-    def test_frames_of_qwen3_vl_are_set_apart_by_text(self):
-        tiny, inputs = model_of("qwen3_vl"), batch("qwen3_vl", *prompts("qwen3_vl")["video"])
-        with prune(tiny, 2, method="downsample", budget="per_image") as pruning:
+    def test_frames_that_are_set_apart_by_text_are_one_video(self):
+        tiny, inputs = model_of("qwen3_vl"), batch("qwen3_vl", question(Picture(2, 3, frames=6)))
+        with prune(tiny, 3, method="downsample", budget="per_image") as pruning:
             tiny(**inputs)
-        for row, sample in enumerate(pruning.stats.samples):
-            visual = torch.isin(inputs["input_ids"][row], torch.tensor([IMAGE, VIDEO]))
-            places = visual.nonzero().flatten()
-            runs = places.tensor_split((places.diff() > 1).nonzero().flatten() + 1)
-            assert [int(pruning.keep_mask[row, run].sum()) for run in runs] == sample.budget_per_image
+        visual = inputs["input_ids"][0] == VIDEO
+        of_frames = pruning.keep_mask[0, visual].view(3, -1).sum(1)
+        assert pruning.stats.samples[0].budget_per_image == [3]
+        assert of_frames.tolist() == [1, 1, 1]
 
 
 @given(
@@ -659,6 +658,16 @@ def test_bfloat16_and_float64(method):
         with prune(tiny, 0.3, method=method, **options_of(method)) as pruning:
             assert tiny(**qwen_batch(*RAGGED, dtype=dtype)).logits.isfinite().all()
         assert pruning.scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("budget", ["shared", "per_image"])
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_a_budget_beyond_every_tensor_keeps_everything(model, method, budget):
+    inputs = qwen_batch(*RAGGED)
+    with prune(model, 10**30, method=method, budget=budget, **options_of(method)) as pruning:
+        model(**inputs)
+    assert torch.equal(pruning.keep_mask, inputs["attention_mask"].bool())
 
 
 @pytest.mark.parametrize("method", ["cdpruner", "dart", "hawk_rope"])

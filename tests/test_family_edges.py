@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -10,6 +11,8 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from hawk_kernels import prune
 from hawk_kernels.hf.families import OUT_OF_REACH, dissect
 from hawk_kernels.hf.packing import splits_at_gaps
+from hawk_kernels.hf.prompt import Prompt
+from hawk_kernels.methods import METHODS
 from tests.family_checks import (
     NEW_TOKENS,
     NEWEST,
@@ -26,7 +29,7 @@ from tests.family_checks import (
     watched,
 )
 from tests.tiny_families import BY_NAME, batch, tiny_model
-from tests.tiny_models import FIRST_WORD
+from tests.tiny_models import BEGIN, FIRST_WORD, IMAGE, VISION_END, VISION_START, Picture, question, words
 
 families = pytest.mark.parametrize("name", BY_NAME)
 
@@ -93,6 +96,161 @@ def test_a_column_of_padding_keeps_flash_attention_from_splitting_the_row(name, 
     assert (logits - expected)[kept].abs().max() < TOLERANCE
     if not SUPPORTED[name].pair_masks:
         assert seen[0].tolist() == [[0] + [1] * int(kept.sum())]
+
+
+def without(inputs, *tokens):
+    """Inputs without some tokens, which every row has equally often."""
+    stays = ~torch.isin(inputs["input_ids"], torch.tensor(tokens))
+
+    def of_stays(value):
+        return value[stays].view(len(stays), -1) if value.shape == stays.shape else value
+
+    return {key: of_stays(value) for key, value in inputs.items()}
+
+
+SIDE_BY_SIDE = (
+    "llava",
+    "vipllava",
+    "llava_next",
+    "llava_onevision",
+    "paligemma",
+    "video_llava",
+    "deepseek_vl",
+    "fast_vlm",
+)
+
+
+@pytest.mark.parametrize("method", ["hawk", "downsample"])
+@pytest.mark.parametrize("name", SIDE_BY_SIDE)
+@torch.no_grad()
+def test_images_side_by_side_have_a_budget_each(name, method):
+    needs(name)
+    model, picture = tiny_model(name), BY_NAME[name].picture
+    rows = (question([picture] * 2, after=7), question([picture] * 2, seed=3, after=7))
+    inputs = without(batch(name, *rows), VISION_START, VISION_END)
+    options = {"head_weights": "uniform"} if method == "hawk" else {}
+    with prune(model, 3, method=method, budget="per_image", **options) as pruning:
+        model(**inputs)
+        of_forward = pruning.keep_mask
+        generate(model, inputs, num_beams=2)
+    assert [sample.budget_per_image for sample in pruning.stats.samples] == [[3, 3]] * 4
+    assert torch.equal(pruning.keep_mask, of_forward.repeat_interleave(2, dim=0))
+    kept = of_forward[inputs["input_ids"] == IMAGE].view(4, -1)
+    assert kept.sum(1).tolist() == [3, 3, 3, 3]
+
+
+@torch.no_grad()
+def test_rows_of_patches_that_are_set_apart_are_one_image():
+    model, row_break = tiny_model("mistral3"), 7
+    rows = [[BEGIN, *([IMAGE] * 3 + [row_break]) * 3, *words(2, i), *([IMAGE] * 3 + [row_break]) * 3] for i in (1, 2)]
+    inputs = batch("mistral3", *([*row, *words(3)] for row in rows))
+    inputs |= BY_NAME["mistral3"].pixels([[Picture(3, 3)] * 2] * 2, torch.Generator().manual_seed(0))
+    with pruned_by(model, keep_ratio=4, budget="per_image") as pruning:
+        model(**inputs)
+    assert [sample.budget_per_image for sample in pruning.stats.samples] == [[4, 4], [4, 4]]
+    assert pruning.keep_mask[inputs["input_ids"] == IMAGE].view(4, 9).sum(1).tolist() == [4, 4, 4, 4]
+
+
+@torch.no_grad()
+def test_the_beams_of_a_sample_keep_the_same_tokens_where_grids_do_not_count_every_token():
+    """Each line of HunYuan's patches ends in one more placeholder; tokens may be a multiple of cells by chance."""
+    needs("hunyuan_vl")
+    model = tiny_model("hunyuan_vl")
+    sizes = ([(1, 3)], [(1, 5), (1, 2)], [(3, 5), (2, 2), (1, 2)], [(4, 4)])
+    rows = [question([Picture(*size) for size in row], seed=i, after=3) for i, row in enumerate(sizes)]
+    with prune(model, 0.25, method="downsample") as pruning:
+        generate(model, batch("hunyuan_vl", *rows))
+        alone = pruning.keep_mask
+        generate(model, batch("hunyuan_vl", *rows), num_beams=3)
+    assert torch.equal(pruning.keep_mask, alone.repeat_interleave(3, dim=0))
+
+
+@pytest.mark.parametrize("name", ["perception_lm", "llava_next_video", "qwen2_5_vl"])
+@torch.no_grad()
+def test_images_beside_videos_without_a_cache_are_those_of_the_step_before(name):
+    """PerceptionLM encodes its videos only inside, and puts them beside the images for the next step."""
+    needs(name)
+    model, video = tiny_model(name), Picture(2, 3, frames=6)
+    inputs = batch(name, question([BY_NAME[name].picture or Picture(3, 3), video]), question(video, seed=2, after=3))
+    with pruned_by(model) as pruning:
+        expected, keep_mask = generate(model, inputs), pruning.keep_mask
+        assert torch.equal(generate(model, inputs, use_cache=False), expected)
+    assert torch.equal(pruning.keep_mask, keep_mask)
+
+
+def attributes(model):
+    """What hangs on each module, but for what upstream keeps there."""
+    return {name: vars(module).keys() - {"rope_deltas"} for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+@torch.no_grad()
+def test_no_method_leaves_anything_on_the_model(name, method):
+    model, inputs = example(name, "several images")
+    generated = generate(model, inputs)
+    before = attributes(model)
+    options = {"head_weights": "uniform"} if METHODS[method].uses_head_weights else {}
+    for budget in ("shared", "per_image"):
+        with prune(model, 0.3, method=method, budget=budget, **options):
+            generate(model, inputs)
+        assert attributes(model) == before
+    assert torch.equal(generate(model, inputs), generated)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "granite_docling"])
+@torch.no_grad()
+def test_visual_tokens_that_the_caller_hides_stay_hidden_and_do_not_count(name):
+    """Features that later layers add to visual tokens come for the hidden ones too."""
+    needs(name)
+    model, inputs = example(name, "padded batch")
+    _, _, positions = watched(model, lambda: model(**inputs))
+    visual = inputs["input_ids"] == IMAGE
+    hidden = visual & (visual.cumsum(1) <= 3) & (visual.cumsum(1) > 1)
+    inputs = {**inputs, "attention_mask": inputs["attention_mask"] * ~hidden, "position_ids": positions}
+    for method in ("hawk", "downsample"):
+        options = {"head_weights": "uniform"} if method == "hawk" else {}
+        with prune(model, 0.5, method=method, budget="per_image", **options) as pruning:
+            pruned = model(**inputs).logits
+        kept = pruning.keep_mask
+        assert not kept[hidden].any()
+        assert [sample.visual_tokens_before for sample in pruning.stats.samples] == (visual & ~hidden).sum(1).tolist()
+        expected = model(**{**inputs, "attention_mask": kept.long()}).logits
+        assert (pruned - expected)[kept].abs().max() < TOLERANCE
+    with (
+        prune(model, 0.5, method="hiprune"),
+        pytest.raises(ValueError, match=r"attention_mask: expected one that shows every visual token.*got 4 hidden"),
+    ):
+        model(**inputs)
+
+
+def test_images_are_those_of_the_encoder_where_its_lengths_fit():
+    ids = np.array([[1, 3, 3, 3, 2, 3, 2, 4, 1]] * 2)
+    visual = np.isin(ids, (3, 4))
+    prompt = Prompt(ids, ids > 0, visual, ~visual, ["", ""], 9)
+    kinds = {3: "image", 4: "video"}
+    runs = [[3, 1, 1]] * 2
+    assert prompt.image_lengths() == runs
+    # one row of features for both rows of ids, as for beams, and a row for each
+    once = {"image": [1, 2, 1], "video": [1]}
+    for lengths in (once, {kind: each * 2 for kind, each in once.items()}):
+        assert prompt.with_images(lengths, kinds).image_lengths() == [[1, 2, 1, 1]] * 2
+    assert [image.tolist() for image in prompt.with_images({"image": [2, 2], "video": [1]}, kinds).images(1)] == [
+        [1, 2],
+        [3, 5],
+        [7],
+    ]
+    # too few, too many, over the end of a kind, nothing known
+    for lengths in (
+        {"image": [4]},
+        {"image": [2, 2, 1], "video": [1]},
+        {"image": [3, 2]},
+        {"image": [2, 3]},
+        {"image": [5]},
+        {"image": []},
+        {},
+    ):
+        assert prompt.with_images(lengths, kinds).image_lengths() == runs
 
 
 # what comes out last before RoPE, and norms that queries and keys share or that come behind RoPE

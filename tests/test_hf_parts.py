@@ -50,8 +50,19 @@ MARKERS = Markers(vision_ends=(END,), turn_ends=(TURN, OTHER_TURN), reply_ends=(
         # the reply is there already, as in training: the question before it; behind it perhaps a line break
         ([START, IMAGE, END, 7, 8, TURN, 9, 8, TURN], "...xx....", LAST_TURN),
         ([START, IMAGE, END, 7, 8, TURN, 9, 8, TURN, 9], "...xx.....", LAST_TURN),
+        # behind a reply a question that nothing closes yet
+        ([START, IMAGE, END, 7, 8, TURN, 9, 8, TURN, 8, 7], ".........xx", LAST_TURN),
+        # two questions in a row, each opened by 10, 11 as the image's turn is, and the opening of a reply, 10, 12
+        ([10, 11, START, IMAGE, END, 7, TURN, 10, 11, 8, TURN, 10, 12], ".......xxx...", LAST_TURN),
+        # a question in the second place that nothing closes, behind a line break
+        (
+            [9, TURN, 8, 10, 11, START, IMAGE, END, 7, TURN, 8, 10, 12, 7, TURN, 8, 10, 11, 7],
+            "...............xxxx",
+            LAST_TURN,
+        ),
         # a question in a turn after that of the image
         ([START, IMAGE, END, TURN, 9, 8, TURN, 7, 7, TURN, 9, 9], ".......xx...", LAST_TURN),
+        ([START, IMAGE, END, TURN, 7, 7, TURN, 9, 9], "....xx...", LAST_TURN),
         # a system turn before the image ends none of the question
         ([9, TURN, START, IMAGE, END, 7, 8], ".....xx", AFTER_LAST_VISUAL),
         # nothing closes a question, only replies are closed: what follows the last of them

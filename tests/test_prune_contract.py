@@ -5,6 +5,7 @@ import json
 import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -433,6 +434,38 @@ def test_chunked_prefill_is_refused(model, chunk):
         model.generate(**inputs, **GREEDY, prefill_chunk_size=chunk)
 
 
+def test_a_prompt_that_fits_one_chunk_is_read(model):
+    inputs = qwen_batch(question(Picture(4, 4)))
+    with prune(model, 0.25, head_weights="uniform") as pruning:
+        expected = model.generate(**inputs, **GREEDY)
+        try:
+            said = model.generate(**inputs, **GREEDY, prefill_chunk_size=64)
+        except ValueError as error:
+            pytest.skip(f"this transformers cannot do it unpruned either: {error}")
+        assert torch.equal(said, expected)
+    assert pruning.stats.samples[0].visual_tokens_after == 4
+
+
+def test_plain_calls_with_the_arguments_of_generate_are_whole_prompts(model):
+    """Neither logits of several tokens nor position ids cut out of longer ones make a prompt end earlier."""
+    from transformers import DynamicCache
+
+    inputs = qwen_batch(question(Picture(4, 4)))
+    with torch.no_grad(), prune(model, 0.25, head_weights="uniform") as pruning:
+        expected = model(**inputs).logits[:, -20:]
+        keep_mask, stats = pruning.keep_mask, pruning.stats
+        positions = hide(model, inputs, inputs["attention_mask"])["position_ids"]
+        longer = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
+        for more in (
+            {"position_ids": positions, "past_key_values": DynamicCache(config=model.config.get_text_config())},
+            {"position_ids": longer[..., :-1], "return_dict": True},
+        ):
+            logits = model(**inputs, **more, logits_to_keep=20).logits
+            assert torch.equal(pruning.keep_mask, keep_mask)
+            assert pruning.stats == stats
+            assert (logits - expected).abs().max() < 1e-5
+
+
 def test_embeddings_without_ids_are_refused(model):
     embeds = model.get_input_embeddings()(qwen_batch(question(Picture(4, 4)))["input_ids"])
     with prune(model, 0.25, head_weights="uniform"):
@@ -570,10 +603,12 @@ def test_methods_see_the_visual_embeddings(model):
     [
         ({"keep_ratio": 0.0}, ValueError, r"expected a float in \(0, 1\].*got 0.0; it is the fraction kept"),
         ({"keep_ratio": 1.5}, ValueError, "got 1.5"),
+        ({"keep_ratio": 64.0}, ValueError, "got 64.0; .* for a budget pass the int 64"),
         ({"keep_ratio": float("nan")}, ValueError, "got nan"),
         ({"keep_ratio": 0}, ValueError, "got 0; to keep everything use 1.0"),
-        ({"keep_ratio": True}, TypeError, "got bool"),
-        ({"keep_ratio": "0.2"}, TypeError, "got str"),
+        ({"keep_ratio": True}, TypeError, "got bool; 0.2 keeps a fifth"),
+        ({"keep_ratio": "0.2"}, TypeError, "got str; 0.2 keeps a fifth"),
+        ({"keep_ratio": torch.tensor(0.2)}, TypeError, r"got Tensor; read it first: keep_ratio.item\(\)"),
         ({"method": "eagle"}, ValueError, "expected one of .*'hawk'.* or an object, got 'eagle'"),
         ({"method": Hawk}, TypeError, "got the class Hawk; pass an instance"),
         ({"method": object()}, TypeError, "derive it from hawk_kernels.methods.Method"),
@@ -581,10 +616,14 @@ def test_methods_see_the_visual_embeddings(model):
         ({"method": Hawk(), "normalize": "l2"}, TypeError, "brings its own"),
         ({"normalize": "l1"}, ValueError, "got 'l1'"),
         ({"rounding": "nearest"}, ValueError, "got 'nearest'"),
-        ({"budget": "each"}, ValueError, "expected 'shared' or 'per_image', got 'each'"),
-        ({"query": "question"}, TypeError, "expected a bool mask .*, a callable or a processor, got str"),
+        ({"budget": "each"}, ValueError, "expected 'shared' or 'per_image', got 'each'; how many .* is keep_ratio"),
+        ({"query": "question"}, TypeError, "expected a bool mask .*, a callable or a processor, got str; use"),
+        ({"query": np.ones((1, 3), dtype=bool)}, TypeError, "got ndarray; use torch.as_tensor"),
         ({"head_weights": None}, ValueError, "hawk-kernels calibrate.*head_weights='uniform'"),
         ({"head_weights": [1.0, 2.0]}, ValueError, "expected 4 weights.*got 2"),
+        ({"head_weights": np.ones((4, 1))}, ValueError, r"shape \[4\], got \[4, 1\]; pass one weight a head"),
+        ({"head_weights": np.array(1.0)}, ValueError, r"shape \[4\], got \[\]; pass one weight a head"),
+        ({"head_weights": b"abcd"}, TypeError, "got bytes"),
         ({"method": Downsample()}, TypeError, "method 'downsample' uses none"),
     ],
 )
@@ -607,6 +646,11 @@ def test_models_that_are_not_supported_are_refused_by_name():
     ):
         with pytest.raises(TypeError, match=f"got {name}; supported families: qwen2_5_vl, .*llava"):
             prune(other, 0.2)
+
+
+def test_a_part_of_a_supported_model_is_refused_with_the_whole_one_as_the_remedy(model):
+    with pytest.raises(TypeError, match=r"got Qwen2_5_VLModel; .* Pass a Qwen2_5_VLForConditionalGeneration"):
+        prune(model.model, 0.2)
 
 
 @pytest.mark.parametrize(

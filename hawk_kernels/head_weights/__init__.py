@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 _FOLDER = Path(__file__).parent
@@ -77,7 +78,9 @@ def resolve_head_weights(head_weights: Any, config: Any, num_heads: int) -> Head
             )
         values = head_weights.detach().to("cpu", torch.float64).tolist()
         return HeadWeights(_checked(values, num_heads, "head_weights"), "given")
-    if isinstance(head_weights, Sequence) or hasattr(head_weights, "__array__"):
+    if hasattr(head_weights, "__array__"):
+        return resolve_head_weights(torch.from_numpy(np.array(head_weights)), config, num_heads)
+    if isinstance(head_weights, Sequence) and not isinstance(head_weights, bytes | bytearray):
         return HeadWeights(_checked(list(head_weights), num_heads, "head_weights"), "given")
     raise TypeError(
         "head_weights: expected None (the registry), 'uniform', a [H] tensor or sequence, or the path of a weights "

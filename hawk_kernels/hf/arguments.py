@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import nn
 
 
@@ -27,8 +26,3 @@ def visual_features(kwargs: dict[str, Any], names: tuple[str, ...]) -> tuple[Any
     """The images and videos of a call: pixels, or what `generate` has encoded beforehand."""
     encoded = (kwargs.get("mm_encoder_outputs") or {}).values()
     return tuple(feature for feature in (*(kwargs.get(name) for name in names), *encoded) if feature is not None)
-
-
-def is_slice_of_longer(tensor: torch.Tensor | None) -> bool:
-    """Whether the last dimension was cut out of a longer one without a copy."""
-    return tensor is not None and tensor.dim() > 1 and tensor.stride(-2) > tensor.shape[-1] and tensor.stride(-1) == 1

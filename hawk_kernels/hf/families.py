@@ -41,6 +41,7 @@ OLDEST = "5.5"
 """The oldest transformers that is tested."""
 
 _STATEFUL = ("prompt lookup", "assisted")
+_IMAGES, _IMAGES_AND_VIDEOS = ("image",), ("image", "video")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Family:
         position_axes: rows of position ids that RoPE reads, where it reads several.
         pair_masks: whether visual tokens see each other both ways, by masks over pairs of tokens that the multimodal
             model makes; elsewhere the text model makes its own.
+        encoded_whole: "image" where the encoder returns one entry for each image, however it is laid out in the prompt,
+            and "video" likewise. Elsewhere an entry may be a tile or a frame, and an image is a run of placeholders.
     """
 
     model_type: str
@@ -73,6 +76,7 @@ class Family:
     since: str = OLDEST
     position_axes: int = 3
     pair_masks: bool = False
+    encoded_whole: tuple[str, ...] = ()
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -88,24 +92,51 @@ FAMILIES: tuple[Family, ...] = (
         model_type="qwen2_5_vl", video=True, classes=("Qwen2_5_VLForConditionalGeneration",), end_of_turn_ids=(_IM_END,)
     ),
     Family(model_type="qwen2_vl", video=True, classes=("Qwen2VLForConditionalGeneration",), end_of_turn_ids=(_IM_END,)),
-    Family("qwen3_vl", ("Qwen3VLForConditionalGeneration",), video=True),
-    Family("qwen3_vl_moe", ("Qwen3VLMoeForConditionalGeneration",), video=True),
-    Family("cosmos3_omni", ("Cosmos3OmniForConditionalGeneration",), since="5.17", video=True),
-    Family("cosmos3_edge", ("Cosmos3EdgeForConditionalGeneration",), since="5.23", video=True),
+    Family("qwen3_vl", ("Qwen3VLForConditionalGeneration",), video=True, encoded_whole=_IMAGES_AND_VIDEOS),
+    Family("qwen3_vl_moe", ("Qwen3VLMoeForConditionalGeneration",), video=True, encoded_whole=_IMAGES_AND_VIDEOS),
+    Family(
+        "cosmos3_omni",
+        ("Cosmos3OmniForConditionalGeneration",),
+        since="5.17",
+        video=True,
+        encoded_whole=_IMAGES_AND_VIDEOS,
+    ),
+    Family(
+        "cosmos3_edge",
+        ("Cosmos3EdgeForConditionalGeneration",),
+        since="5.23",
+        video=True,
+        encoded_whole=_IMAGES_AND_VIDEOS,
+    ),
     Family("qwen2_5_omni_thinker", ("Qwen2_5OmniThinkerForConditionalGeneration",), since="5.17", video=True),
     Family("qwen3_omni_moe_thinker", ("Qwen3OmniMoeThinkerForConditionalGeneration",), since="5.17", video=True),
     Family("step3p7", ("Step3p7ForConditionalGeneration",), since="5.23"),
-    Family("cohere_compass", ("CohereCompassForConditionalGeneration",), since="5.17", video=True),
-    Family("qwen3_5", ("Qwen3_5ForConditionalGeneration",), without=_STATEFUL, video=True),
-    Family("qwen3_5_moe", ("Qwen3_5MoeForConditionalGeneration",), without=_STATEFUL, video=True),
+    Family(
+        "cohere_compass",
+        ("CohereCompassForConditionalGeneration",),
+        since="5.17",
+        video=True,
+        encoded_whole=_IMAGES_AND_VIDEOS,
+    ),
+    Family(
+        "qwen3_5", ("Qwen3_5ForConditionalGeneration",), without=_STATEFUL, video=True, encoded_whole=_IMAGES_AND_VIDEOS
+    ),
+    Family(
+        "qwen3_5_moe",
+        ("Qwen3_5MoeForConditionalGeneration",),
+        without=_STATEFUL,
+        video=True,
+        encoded_whole=_IMAGES_AND_VIDEOS,
+    ),
     Family("aria", ("AriaForConditionalGeneration",)),
     Family("aya_vision", ("AyaVisionForConditionalGeneration",)),
     Family("cohere2_vision", ("Cohere2VisionForConditionalGeneration",)),
-    Family("deepseek_vl", ("DeepseekVLForConditionalGeneration",)),
+    Family("deepseek_vl", ("DeepseekVLForConditionalGeneration",), encoded_whole=_IMAGES),
     Family(
         "deepseek_vl_hybrid",
         ("DeepseekVLHybridForConditionalGeneration",),
         features=("pixel_values", "high_res_pixel_values"),
+        encoded_whole=_IMAGES,
     ),
     Family(
         "ernie4_5_vl_moe",
@@ -120,14 +151,26 @@ FAMILIES: tuple[Family, ...] = (
         video=True,
         projections=partial(SeparateProjections, norm=None),
     ),
-    Family("fast_vlm", ("FastVlmForConditionalGeneration",)),
+    Family("fast_vlm", ("FastVlmForConditionalGeneration",), encoded_whole=_IMAGES),
     Family("gemma3", ("Gemma3ForConditionalGeneration",), pair_masks=True),
     Family("gemma4", ("Gemma4ForConditionalGeneration",), video=True, pair_masks=True),
     Family("gemma4_unified", ("Gemma4UnifiedForConditionalGeneration",), since="5.10", pair_masks=True),
-    Family("glm4v", ("Glm4vForConditionalGeneration",), without=("beams",), video=True),
-    Family("glm4v_moe", ("Glm4vMoeForConditionalGeneration",), without=("beams",), video=True),
-    Family("glm46v", ("Glm46VForConditionalGeneration",), without=("beams",), video=True),
-    Family("glm_ocr", ("GlmOcrForConditionalGeneration",), without=("beams",), video=True),
+    Family(
+        "glm4v", ("Glm4vForConditionalGeneration",), without=("beams",), video=True, encoded_whole=_IMAGES_AND_VIDEOS
+    ),
+    Family(
+        "glm4v_moe",
+        ("Glm4vMoeForConditionalGeneration",),
+        without=("beams",),
+        video=True,
+        encoded_whole=_IMAGES_AND_VIDEOS,
+    ),
+    Family(
+        "glm46v", ("Glm46VForConditionalGeneration",), without=("beams",), video=True, encoded_whole=_IMAGES_AND_VIDEOS
+    ),
+    Family(
+        "glm_ocr", ("GlmOcrForConditionalGeneration",), without=("beams",), video=True, encoded_whole=_IMAGES_AND_VIDEOS
+    ),
     Family("got_ocr2", ("GotOcr2ForConditionalGeneration",)),
     Family("granite_docling", ("GraniteDoclingForConditionalGeneration",), since="5.23"),
     Family(
@@ -154,7 +197,7 @@ FAMILIES: tuple[Family, ...] = (
         since="5.23",
         projections=partial(SeparateProjections, norm="operator_norm"),
     ),
-    Family("lighton_ocr", ("LightOnOcrForConditionalGeneration",)),
+    Family("lighton_ocr", ("LightOnOcrForConditionalGeneration",), encoded_whole=_IMAGES),
     Family(
         "llama4",
         ("Llama4ForConditionalGeneration",),
@@ -162,14 +205,18 @@ FAMILIES: tuple[Family, ...] = (
         # its norm comes behind RoPE, which it commutes with
         projections=partial(SeparateProjections, head_norms=("qk_norm", "qk_norm")),
     ),
-    Family("llava", ("LlavaForConditionalGeneration",)),
-    Family("llava_next", ("LlavaNextForConditionalGeneration",)),
-    Family("llava_next_video", ("LlavaNextVideoForConditionalGeneration",), video=True),
-    Family("llava_onevision", ("LlavaOnevisionForConditionalGeneration",), video=True),
+    Family("llava", ("LlavaForConditionalGeneration",), encoded_whole=_IMAGES),
+    Family("llava_next", ("LlavaNextForConditionalGeneration",), encoded_whole=_IMAGES),
+    Family(
+        "llava_next_video", ("LlavaNextVideoForConditionalGeneration",), video=True, encoded_whole=_IMAGES_AND_VIDEOS
+    ),
+    Family(
+        "llava_onevision", ("LlavaOnevisionForConditionalGeneration",), video=True, encoded_whole=_IMAGES_AND_VIDEOS
+    ),
     Family("minicpmv4_6", ("MiniCPMV4_6ForConditionalGeneration",), since="5.10", video=True, without=_STATEFUL),
     Family("minicpmv4_7", ("MiniCPMV4_7ForConditionalGeneration",), since="5.23", without=_STATEFUL),
     Family("minicpm_ocr", ("MiniCPMOcrForConditionalGeneration",), since="5.23", without=_STATEFUL),
-    Family("mistral3", ("Mistral3ForConditionalGeneration",)),
+    Family("mistral3", ("Mistral3ForConditionalGeneration",), encoded_whole=_IMAGES),
     Family(
         "muse_glimmer",
         ("MuseGlimmerForConditionalGeneration",),
@@ -178,18 +225,19 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("ovis2", ("Ovis2ForConditionalGeneration",)),
     Family("paddleocr_vl", ("PaddleOCRVLForConditionalGeneration",)),
-    Family("paligemma", ("PaliGemmaForConditionalGeneration",), pair_masks=True),
+    Family("paligemma", ("PaliGemmaForConditionalGeneration",), pair_masks=True, encoded_whole=_IMAGES),
     Family("perception_lm", ("PerceptionLMForConditionalGeneration",), since="5.23", video=True),
     Family("qianfan_ocr", ("QianfanOCRForConditionalGeneration",), since="5.10"),
     Family("smolvlm", ("SmolVLMForConditionalGeneration",)),
-    Family("video_llama_3", ("VideoLlama3ForConditionalGeneration",), video=True),
+    Family("video_llama_3", ("VideoLlama3ForConditionalGeneration",), video=True, encoded_whole=_IMAGES_AND_VIDEOS),
     Family(
         "video_llava",
         ("VideoLlavaForConditionalGeneration",),
         video=True,
         features=("pixel_values_images", "pixel_values_videos"),
+        encoded_whole=_IMAGES,
     ),
-    Family("vipllava", ("VipLlavaForConditionalGeneration",)),
+    Family("vipllava", ("VipLlavaForConditionalGeneration",), encoded_whole=_IMAGES),
 )
 
 OUT_OF_REACH: dict[tuple[str, ...], str] = {
@@ -300,9 +348,11 @@ def _family_of(model: object) -> Family:
     supported = ", ".join(family.model_type for family in FAMILIES)
     known = getattr(getattr(type(model), "config_class", None), "model_type", None)
     reason = next((f" ({reason})" for types, reason in OUT_OF_REACH.items() if known in types), "")
+    whole = next((family.classes[0] for family in FAMILIES if family.model_type == known), None)
+    remedy = "the transformers model itself, not a wrapper around it" if whole is None else f"a {whole}"
     raise TypeError(
         f"model: expected a supported vision-language model, got {type(model).__name__}{reason}; supported families: "
-        f"{supported}. Pass the transformers model itself, not a wrapper around it"
+        f"{supported}. Pass {remedy}"
     )
 
 

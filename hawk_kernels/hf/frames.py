@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from hawk_kernels.hf.families import Anatomy
@@ -46,10 +47,10 @@ class GridWatch:
 
 
 def frames_of_prompt(anatomy: Anatomy, prompt: Prompt, arguments: dict[str, Any]) -> list[list[list[Frame]]]:
-    """For each row, for each of its images (runs of visual tokens), the grids `(h, w)` of its frames.
+    """For each row, for each of its images, the grids `(h, w)` of its frames.
 
-    Where the model is told grids of patches, these are divided by the sides of a merge. Elsewhere a square number of
-    tokens is taken for a square, and any other for one line.
+    Where the model is told grids of patches, these are divided by the sides of a merge. Elsewhere, and where the caller
+    hides some of the tokens, a square number of tokens is taken for a square, and any other for one line.
 
     Args:
         anatomy: the model's parts.
@@ -57,19 +58,31 @@ def frames_of_prompt(anatomy: Anatomy, prompt: Prompt, arguments: dict[str, Any]
         arguments: those of the multimodal model.
     """
     told = _told(anatomy, arguments)
-    known = sum(math.prod(frame) for frames in told.values() for frame in frames)
-    total = int(prompt.visual.sum())
-    copies = total // known if known and total % known == 0 else 1
+    copies = prompt.copies_of_rows(sum(map(_cells, told.values())))
+    queues = {kind: _describing(kind, told, anatomy, prompt, copies) for kind in told}
     rows: list[list[list[Frame]]] = []
     for row in range(0, len(prompt.ids), copies):
         images = []
-        for image in prompt.images(row):
-            queue = told[anatomy.kinds[int(prompt.ids[row, image[0]])]]
-            # some models mark the frames of a video as images
-            queue = queue or next((other for other in told.values() if other), queue)
-            images.append(_taken(queue, len(image)) or _guessed(len(image)))
+        for image, seen in zip(prompt.whole_images(row), prompt.images(row), strict=True):
+            frames = _taken(queues[anatomy.kinds[int(prompt.ids[row, image[0]])]], len(image))
+            images.append(frames if frames and len(seen) == len(image) else _guessed(len(seen)))
         rows += [images] * copies
     return rows
+
+
+def _describing(
+    kind: str, told: dict[str, deque[Frame]], anatomy: Anatomy, prompt: Prompt, copies: int
+) -> deque[Frame]:
+    """The grids of the placeholders of a kind, or none where those have more or fewer tokens than the grids."""
+    ids = [token_id for token_id, other in anatomy.kinds.items() if other == kind]
+    count = int((prompt.all_placeholders() & np.isin(prompt.ids, ids)).sum())
+    # some models mark the frames of a video as images
+    candidates = (told[kind], *told.values())
+    return next((grids for grids in candidates if grids and _cells(grids) * copies == count), deque())
+
+
+def _cells(grids: Iterable[Frame]) -> int:
+    return sum(height * width for height, width in grids)
 
 
 def _told(anatomy: Anatomy, arguments: dict[str, Any]) -> dict[str, deque[Frame]]:
@@ -101,5 +114,7 @@ def _taken(queue: deque[Frame], length: int) -> list[Frame]:
 
 
 def _guessed(length: int) -> list[Frame]:
+    if not length:
+        return []
     side = math.isqrt(length)
     return [(side, side)] if side * side == length else [(1, length)]

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 import numbers
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ import torch
 from torch import nn
 
 from hawk_kernels.head_weights import resolve_head_weights
-from hawk_kernels.hf.arguments import call_length, is_slice_of_longer, named, visual_features
+from hawk_kernels.hf.arguments import call_length, named, visual_features
 from hawk_kernels.hf.cached import CachedPrompt, cached_prompt, constant_mask, forget
 from hawk_kernels.hf.chat import ChatQuestion
 from hawk_kernels.hf.choose import choose_tokens
@@ -29,7 +31,9 @@ from hawk_kernels.hf.compiled import check_not_compiled_without_hooks, forget_co
 from hawk_kernels.hf.encoders import ENCODERS
 from hawk_kernels.hf.families import Anatomy, dissect
 from hawk_kernels.hf.frames import GridWatch, frames_of_prompt
+from hawk_kernels.hf.generation import check_one_prefill, given_prompt_length
 from hawk_kernels.hf.hiding import LayerHiding
+from hawk_kernels.hf.images import ImageWatch
 from hawk_kernels.hf.packing import Packing, splits_at_gaps
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt
@@ -41,6 +45,7 @@ from hawk_kernels.hf.uncached import UncachedPrompt
 from hawk_kernels.hf.upload import upload
 from hawk_kernels.hf.view import Context
 from hawk_kernels.hf.vision_attention import PromptAttention, VisionRecorder, attention_of_prompt
+from hawk_kernels.hf.watched_method import WatchedMethod
 from hawk_kernels.methods import Method, resolve_method
 from hawk_kernels.validation import as_written
 
@@ -111,12 +116,15 @@ class Pruning:
         self._keep_ratio = _checked_keep_ratio(keep_ratio)
         self._method = resolve_method(method, options)
         if budget not in BUDGETS:
-            raise ValueError(f"budget: expected 'shared' or 'per_image', got {budget!r}")
+            raise ValueError(
+                f"budget: expected 'shared' or 'per_image', got {budget!r}; how many tokens stay is keep_ratio"
+            )
         if hasattr(query, "apply_chat_template"):
             query = ChatQuestion(query)
         if query is not None and not callable(query) and not isinstance(query, torch.Tensor):
             raise TypeError(
-                f"query: expected a bool mask [B, T], a callable or a processor, got {type(query).__name__}"
+                f"query: expected a bool mask [B, T], a callable or a processor, got {type(query).__name__}; "
+                "use torch.as_tensor, or leave it out for the text after the last image"
             )
         self._per_image = budget == "per_image"
         self._query = query
@@ -130,6 +138,8 @@ class Pruning:
             raise TypeError(f"head_weights: method {self._method.name!r} uses none; leave the argument out")
         self._recorder = _encoder_recorder(self._anatomy, self._method)
         self._grid_watch = GridWatch(self._anatomy) if self._method.uses_grids else None
+        wants_images = self._per_image or self._method.uses_grids
+        self._image_watch = ImageWatch(self._anatomy) if wants_images and self._anatomy.family.encoded_whole else None
         if self._method.uses_positions:
             check_rotates(self._anatomy, self._method.name)
         layer = self._method.hidden_from_layer
@@ -186,14 +196,17 @@ class Pruning:
             parts.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
             parts.text.register_forward_hook(self._after_text, with_kwargs=True),
             parts.multimodal.register_forward_hook(self._after_multimodal, always_call=True),
+            WatchedMethod(parts.head, "generate", self._around_generate),
             *([] if self._recorder is None else self._recorder.attach()),
             *([] if self._grid_watch is None else self._grid_watch.attach()),
+            *([] if self._image_watch is None else self._image_watch.attach()),
             *([] if self._hiding is None else self._hiding.attach()),
         ]
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
+        # the last first: of two watches of one method each puts back what it found
+        for handle in reversed(self._handles):
             handle.remove()
         self._handles = []
         if not self._was_compiled:
@@ -219,23 +232,22 @@ class Pruning:
         keep_mask, scores, query_mask = (mask[:, :length] for mask in masks)
         self._thread.result = self._latest = _Result(keep_mask, scores, query_mask, stats)
 
+    @contextmanager
+    def _around_generate(self, arguments: dict[str, Any]) -> Iterator[Callable[[Any], None]]:
+        """What `generate` was asked for: assisted decoding reads its first guesses together with the prompt."""
+        length = given_prompt_length(arguments)
+        check_one_prefill(self._anatomy.head, arguments, length)
+        earlier, self._thread.prompt_length = self._thread.prompt_length, length
+        try:
+            yield lambda output: None
+        finally:
+            self._thread.prompt_length = earlier
+
     def _before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kwargs = named(module, args, kwargs)
-        logits_to_keep = kwargs.get("logits_to_keep")
-        positions: Any = kwargs.get("position_ids")
-        # only generate passes both, and of its position ids only a chunk's are a slice of longer ones
-        if logits_to_keep is not None and kwargs.get("return_dict") and is_slice_of_longer(positions):
-            raise ValueError(
-                f"prefill_chunk_size: expected the prompt in one call, got a chunk of {positions.shape[-1]} of "
-                f"{positions.stride(-2)} tokens; the budget and the question are those of the whole prompt, so call "
-                "generate without prefill_chunk_size"
-            )
         if call_length(kwargs) > 1:
-            wanted = logits_to_keep if isinstance(logits_to_keep, int) else 0
-            self._thread.logits_to_keep = wanted
-            # assisted decoding appends its guesses to the prompt and wants the logits of these
-            is_assisted = wanted > 1 and positions is not None and kwargs.get("past_key_values") is not None
-            self._thread.guesses = wanted - 1 if is_assisted and not kwargs.get("return_dict") else 0
+            logits_to_keep = kwargs.get("logits_to_keep")
+            self._thread.logits_to_keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
 
     def _before_multimodal(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -253,6 +265,8 @@ class Pruning:
             self._thread.is_inside, self._thread.prefill = True, None
             if self._recorder is not None:
                 self._recorder.start()
+            if self._image_watch is not None:
+                self._image_watch.start()
             if input_ids is not None:
                 self._thread.prefill = self._read(kwargs, input_ids)
             if self._thread.prefill is not None:
@@ -282,7 +296,9 @@ class Pruning:
         if earlier is not None and not earlier.may_grow_into(input_ids, features):
             earlier = None
         query = self._query if earlier is None else None
-        prompt, valid = read_prompt(self._anatomy, input_ids, mask, cache, query, self._thread.guesses)
+        own_length = self._thread.prompt_length if cache is not None else None
+        guesses = 0 if own_length is None else max(0, input_ids.shape[1] - own_length)
+        prompt, valid = read_prompt(self._anatomy, input_ids, mask, cache, query, guesses)
         if prompt is None:
             if features:
                 reason = "images came over a cache that is not empty; only prompts in one call are pruned"
@@ -330,6 +346,9 @@ class Pruning:
 
     def _prefill(self, prefill: _Prefill, embeds: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """The text model's arguments for the tokens that stay, or None where all do."""
+        if self._image_watch is not None:
+            lengths = self._image_watch.lengths(prefill.arguments)
+            prefill.prompt = prefill.prompt.with_images(lengths, self._anatomy.kinds)
         prompt, device = prefill.prompt, embeds.device
         if embeds.shape[:2] != prompt.ids.shape:
             raise ValueError(
@@ -443,7 +462,7 @@ class Pruning:
 
     def _after_multimodal(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._thread.is_inside, self._thread.prefill, self._thread.mask = False, None, None
-        self._thread.logits_to_keep = self._thread.guesses = 0
+        self._thread.logits_to_keep = 0
 
 
 @dataclass(frozen=True)
@@ -477,7 +496,8 @@ class _ThreadState(threading.local):
     prefill: _Prefill | None = None
     mask: Any = None
     logits_to_keep: int = 0
-    guesses: int = 0
+    # of the prompt that generate was called with
+    prompt_length: int | None = None
     uncached: UncachedPrompt | None = None
     result: _Result | None = None
 
@@ -499,11 +519,15 @@ def _encoder_recorder(anatomy: Anatomy, method: Method) -> VisionRecorder | None
 def _checked_keep_ratio(keep_ratio: float | int) -> float | int:
     expected = "keep_ratio: expected a float in (0, 1] (the fraction kept) or an int >= 1 (a budget)"
     if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, numbers.Real):
-        raise TypeError(f"{expected}, got {type(keep_ratio).__name__}")
+        remedy = "read it first: keep_ratio.item()" if hasattr(keep_ratio, "item") else "0.2 keeps a fifth"
+        raise TypeError(f"{expected}, got {type(keep_ratio).__name__}; {remedy}")
     if isinstance(keep_ratio, numbers.Integral):
         if keep_ratio < 1:
             raise ValueError(f"{expected}, got {keep_ratio}; to keep everything use 1.0")
         return int(keep_ratio)
     if not 0.0 < keep_ratio <= 1.0:
-        raise ValueError(f"{expected}, got {keep_ratio}; it is the fraction kept, not the fraction removed")
+        remedy = "it is the fraction kept, not the fraction removed"
+        if keep_ratio > 1.0 and math.isfinite(keep_ratio):
+            remedy += f"; for a budget pass the int {max(1, round(keep_ratio))}"
+        raise ValueError(f"{expected}, got {keep_ratio}; {remedy}")
     return as_written(keep_ratio)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import partial
 
 import numpy as np
 
@@ -12,6 +15,8 @@ ALL_TEXT = "all text after the first token, because none follows the last visual
 ALL_TEXT_SINCE_IMAGE_TURN = "all text from the turn of the first image on, because none follows the last visual token"
 GIVEN = "given by query="
 NO_VISUAL = "none, no visual tokens"
+
+_LONGEST_OPENING = 16
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ def _question(ids: np.ndarray, valid: np.ndarray, visual: np.ndarray, markers: M
     closed = visual | (np.isin(ids, markers.vision_ends) & valid)
     start = np.flatnonzero(closed)[-1] + 1
     following = start + np.flatnonzero(valid[start:])
-    asked, is_one_of_several = _last_question(ids, following, markers)
+    opening = partial(_opening, ids, valid, visual, markers)
+    asked, is_one_of_several = _last_question(ids, following, opening, markers)
     if asked.size:
         return asked, LAST_TURN if is_one_of_several else AFTER_LAST_VISUAL
     text = np.flatnonzero(valid & ~visual & (np.arange(ids.size) != np.argmax(valid)))
@@ -75,7 +81,16 @@ def _question(ids: np.ndarray, valid: np.ndarray, visual: np.ndarray, markers: M
     return text, ALL_TEXT
 
 
-def _last_question(ids: np.ndarray, positions: np.ndarray, markers: Markers) -> tuple[np.ndarray, bool]:
+def _opening(ids: np.ndarray, valid: np.ndarray, visual: np.ndarray, markers: Markers) -> np.ndarray:
+    """Positions from the start of the last image's turn on, before its images: how a template opens a user's turn."""
+    text_or_end = np.flatnonzero(valid[: np.flatnonzero(visual)[-1]])
+    *_, turn = _split(ids, text_or_end, markers.turn_ends + markers.reply_ends)
+    return turn[: min(_LONGEST_OPENING, int(np.argmax(np.append(visual[turn], True))))]
+
+
+def _last_question(
+    ids: np.ndarray, positions: np.ndarray, opening: Callable[[], np.ndarray], markers: Markers
+) -> tuple[np.ndarray, bool]:
     """What the user said last at `positions`, and whether other turns stand there too."""
     exchanges = [exchange for exchange in _split(ids, positions, markers.reply_ends) if exchange.size]
     if not exchanges:
@@ -83,9 +98,25 @@ def _last_question(ids: np.ndarray, positions: np.ndarray, markers: Markers) -> 
     *turns, rest = _split(ids, exchanges[-1], markers.turn_ends)
     if not turns:
         return rest, len(exchanges) > 1
-    # behind an even number of turns nothing but a line break: the last of them was a reply, none is asked for
-    last = turns[-2] if len(turns) % 2 == 0 and rest.size <= 1 else turns[-1]
+    if len(turns) % 2 == 1:
+        last = turns[-1]
+    elif rest.size <= 1:
+        # behind a reply nothing but a line break: none is asked for
+        last = turns[-2]
+    else:
+        # a question that is not closed yet, or the second of two in a row and the opening of a reply
+        closed, unclosed = (_likeness(ids, opening(), piece) for piece in (turns[-1], rest))
+        last = rest if unclosed > closed or (unclosed == closed and turns[0].size) else turns[-1]
     return last, len(exchanges) > 1 or len(turns) > 1
+
+
+def _likeness(ids: np.ndarray, opening: np.ndarray, piece: np.ndarray) -> int:
+    """Tokens in a row that a piece of a prompt begins with as a user's turn does; one alone is chance."""
+    # a line break may come first or be missing
+    start = piece[: opening.size + 1]
+    matcher = SequenceMatcher(None, ids[opening].tolist(), ids[start].tolist(), autojunk=False)
+    size = matcher.find_longest_match().size
+    return size if size > 1 else 0
 
 
 def _split(ids: np.ndarray, positions: np.ndarray, ends: tuple[int, ...]) -> list[np.ndarray]:

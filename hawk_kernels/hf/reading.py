@@ -48,13 +48,14 @@ def read_prompt(
         return None, None
     host_valid = np.ones(host_ids.shape, dtype=bool) if host_valid is None else host_valid.astype(bool)
     own_ids, own = host_ids[:, :prompt_length], host_valid[:, :prompt_length]
-    visual = np.isin(own_ids, anatomy.visual_token_ids) & own
+    placeholders = np.isin(own_ids, anatomy.visual_token_ids)
+    visual = placeholders & own
     if host_queries is None:
         found, sources = text_queries(own_ids, own, visual, anatomy.markers)
     else:
         found, sources = host_queries.astype(bool) & own, [GIVEN] * len(host_ids)
-    visual, found = (np.pad(mask, ((0, 0), (0, guesses))) for mask in (visual, found))
-    return Prompt(host_ids, host_valid, visual, found, sources, prompt_length), valid
+    visual, found, placeholders = (np.pad(mask, ((0, 0), (0, guesses))) for mask in (visual, found, placeholders))
+    return Prompt(host_ids, host_valid, visual, found, sources, prompt_length, placeholders), valid
 
 
 def _valid_tokens(

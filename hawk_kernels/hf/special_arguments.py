@@ -16,7 +16,7 @@ VISUAL_FEATURES = ("deepstack_visual_embeds", "deepstack_features")
 
 
 def packed_features(kwargs: dict[str, Any], prompt: Prompt, kept: torch.Tensor, packing: Packing) -> dict[str, Any]:
-    """Features that later layers add to the visual tokens, for those that stay.
+    """Features that later layers add to the visual tokens, for those that stay; they come for hidden ones as well.
 
     Args:
         kwargs: arguments of the text model.
@@ -27,8 +27,8 @@ def packed_features(kwargs: dict[str, Any], prompt: Prompt, kept: torch.Tensor, 
     given = {name: kwargs[name] for name in VISUAL_FEATURES if kwargs.get(name) is not None}
     if not given:
         return {}
-    visual = upload(np.flatnonzero(prompt.visual), kept.device)
-    stays = kept.flatten().index_select(0, visual)
+    placeholders = upload(np.flatnonzero(prompt.all_placeholders()), kept.device)
+    stays = kept.flatten().index_select(0, placeholders)
     count = packing.total - int((prompt.valid & ~prompt.visual).sum())
     # those that stay first, in their order; their number is known, so that nobody waits for the device
     rows = torch.argsort((~stays).int(), stable=True)[:count]

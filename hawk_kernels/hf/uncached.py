@@ -30,9 +30,12 @@ class UncachedPrompt:
 
     def may_grow_into(self, input_ids: torch.Tensor, features: tuple[Any, ...]) -> bool:
         """Whether shapes and images look like the next step: one token more, about the very same images."""
-        if tuple(input_ids.shape) != (self._ids.shape[0], self._length_now + 1) or len(features) != len(self._features):
+        if tuple(input_ids.shape) != (self._ids.shape[0], self._length_now + 1):
             return False
-        return all(held() is feature for held, feature in zip(self._features, features, strict=True))
+        # some models put what they have encoded beside the pixels, for their next step
+        return bool(features) == bool(self._features) and all(
+            any(held() is feature for feature in features) for held in self._features
+        )
 
     def grows_into(self, prompt: Prompt) -> bool:
         """Whether `prompt` begins with this one; if so it is the step that comes last."""

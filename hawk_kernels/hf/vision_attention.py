@@ -186,7 +186,7 @@ class PromptAttention:
     Attributes:
         object: float32 `[S]`, the visual tokens of all rows that are cells of a grid, without padding.
         deep: the same in the deep layer.
-        grids: for each row, for each of its images (runs of visual tokens), the grids in it.
+        grids: for each row, for each of its images, the grids in it.
         is_separator: bool `[B, T]`, visual tokens that are no cells, such as image newlines.
     """
 
@@ -205,10 +205,15 @@ def attention_of_prompt(recordings: dict[str, Recording], prompt: Prompt, kinds:
         kinds: kind of each placeholder id.
 
     Raises:
-        ValueError: the prompt has other images than those that were recorded.
+        ValueError: the prompt has other images than those that were recorded, or hides some of their tokens.
     """
-    encoded = sum(num_tokens(run.pieces) for run in recordings.values())
-    copies = max(1, int(prompt.visual.sum()) // max(1, encoded))
+    hidden = prompt.all_placeholders() & ~prompt.visual
+    if hidden.any():
+        raise ValueError(
+            f"attention_mask: expected one that shows every visual token, since neighbours on the grid count, got "
+            f"{hidden.sum()} hidden ones; use a method that does not look into the vision encoder, such as 'hawk'"
+        )
+    copies = prompt.copies_of_rows(sum(num_tokens(run.pieces) for run in recordings.values()))
     pieces = {kind: deque(run.pieces) for kind, run in recordings.items()}
     next_place, offset = {}, 0
     for kind, run in recordings.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 
@@ -36,11 +37,13 @@ class HiPrune(Method):
     def __init__(self, alpha: float = 0.1, object_layer: int | None = None, rounding: str = "floor") -> None:
         self.alpha = checked_alpha(alpha)
         expected = "object_layer: expected a layer of the vision encoder, counted from 1, or None for the middle one"
-        if object_layer is not None and (isinstance(object_layer, bool) or not isinstance(object_layer, int)):
-            raise TypeError(f"{expected}, got {type(object_layer).__name__}")
+        if object_layer is not None and (
+            isinstance(object_layer, bool) or not isinstance(object_layer, numbers.Integral)
+        ):
+            raise TypeError(f"{expected}, got {type(object_layer).__name__}; the paper takes 16 of Qwen2.5-VL")
         if object_layer is not None and object_layer < 1:
             raise ValueError(f"{expected}, got {object_layer}; the paper takes 16 of Qwen2.5-VL")
-        self.object_layer = object_layer
+        self.object_layer = None if object_layer is None else int(object_layer)
         self.rounding = check_rounding(rounding)
 
     def score(self, view: PrefillView) -> torch.Tensor:

@@ -31,7 +31,7 @@ class EncoderAttention:
     Attributes:
         object: float32 `[B, M]`, in the object (middle) layer; finite but meaningless at padding.
         deep: float32 `[B, M]`, in the last layer that the visual tokens come from.
-        grids: for each row, for each of its images (runs of visual tokens), its grids `(t, h, w)`.
+        grids: for each row, for each of its images, its grids `(t, h, w)`.
     """
 
     object: torch.Tensor
@@ -165,7 +165,7 @@ class PrefillView(ABC):
 
     @abstractmethod
     def frames(self) -> list[list[list[tuple[int, int]]]]:
-        """For each row, for each of its images (runs of visual tokens), the grids `(h, w)` of its frames.
+        """For each row, for each of its images, the grids `(h, w)` of its frames.
 
         Only for a method that declares `uses_grids`.
         """
