@@ -436,13 +436,15 @@ def test_chunked_prefill_is_refused(model, chunk):
 
 def test_a_prompt_that_fits_one_chunk_is_read(model):
     inputs = qwen_batch(question(Picture(4, 4)))
+    try:
+        unpruned = model.generate(**inputs, **GREEDY, prefill_chunk_size=64)
+    except ValueError as error:
+        pytest.skip(f"this transformers cannot do it unpruned either: {error}")
+    if not torch.equal(unpruned, model.generate(**inputs, **GREEDY)):
+        pytest.skip("this transformers reads other images in chunks, unpruned as well")
     with prune(model, 0.25, head_weights="uniform") as pruning:
         expected = model.generate(**inputs, **GREEDY)
-        try:
-            said = model.generate(**inputs, **GREEDY, prefill_chunk_size=64)
-        except ValueError as error:
-            pytest.skip(f"this transformers cannot do it unpruned either: {error}")
-        assert torch.equal(said, expected)
+        assert torch.equal(model.generate(**inputs, **GREEDY, prefill_chunk_size=64), expected)
     assert pruning.stats.samples[0].visual_tokens_after == 4
 
 
