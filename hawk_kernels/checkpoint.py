@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 TINY_MODEL = Path(__file__).parent / "assets" / "tinyvqa"
-"""The folder of the shipped model: a 0.8 M-parameter Qwen2.5-VL that knows coloured digits and nothing else."""
+"""The folder of the shipped model: a 0.7 M-parameter Qwen2.5-VL that knows coloured digits and nothing else."""
 
 _REAL_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 
@@ -99,6 +99,8 @@ def load_checkpoint(name: str, dtype: str, device: torch.device) -> tuple[Any, A
     Raises:
         CheckpointError: it cannot be found, fetched or read; the message says why and what to do.
     """
+    import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
     is_tiny = Path(name).resolve() == TINY_MODEL.resolve()
@@ -114,13 +116,41 @@ def load_checkpoint(name: str, dtype: str, device: torch.device) -> tuple[Any, A
             model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     except ImportError as error:
         raise CheckpointError(f"{name} needs a package that is not installed: {first_line(error)}") from error
-    except (OSError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if Path(name).is_dir():
             problem = f"the folder {name} does not hold a vision-language checkpoint that loads: {first_line(error)}"
         else:
             problem = no_hub or f"{name} was found on the Hugging Face Hub but does not load: {first_line(error)}"
         raise CheckpointError(problem) from error
     return model.to(device).eval(), processor
+
+
+def find_device(name: str) -> torch.device:
+    """A device that tensors can be made on and read from.
+
+    Args:
+        name: "cpu", "cuda", "cuda:1", "mps", ...; "auto" is a GPU if there is one.
+
+    Raises:
+        CheckpointError: it cannot be used here; the message names those that can.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            found.append("mps")
+        raise CheckpointError(
+            f"--device {name} cannot be used here ({first_line(error)}); usable: {', '.join(found)}."
+        ) from error
+    return device
 
 
 def ask_about(processor: Any, image: Image.Image, question: str) -> Any:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hawk_kernels.checkpoint import TINY_MODEL, CheckpointError, ask_about, first_line, load_checkpoint
+from hawk_kernels.checkpoint import TINY_MODEL, CheckpointError, ask_about, find_device, first_line, load_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -104,8 +104,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Load, ask both ways, draw; everything that happened as one JSON-ready dict.
 
     Raises:
-        DemoError: a dependency, the picture, the device or an option is not as it must be.
-        CheckpointError: the model does not load.
+        DemoError: a dependency, the picture, the question or an option is not as it must be.
+        CheckpointError: the device cannot be used, or the model does not load.
     """
     _need_packages()
     is_tiny = args.model is None or Path(args.model).resolve() == TINY_MODEL.resolve()
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     output = Path(args.output or f"overlay_{args.method}.png")
     _check_output(output)
     image = _open_image(image_path)
-    device = _find_device(args.device)
+    device = find_device(args.device)
 
     _quieten()
     seconds: dict[str, float] = {}
@@ -123,7 +123,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         model, processor = load_checkpoint(str(TINY_MODEL) if is_tiny else args.model, args.dtype, device)
     head_weights = _head_weights(args.head_weights, args.method, model)
     with _Timer(seconds, "preprocess"):
-        inputs = ask_about(processor, image, prompt).to(device=device, dtype=model.dtype)
+        try:
+            inputs = ask_about(processor, image, prompt).to(device=device, dtype=model.dtype)
+        except ValueError as error:
+            raise DemoError(
+                f"the processor of {args.model or 'the shipped model'} does not take this picture and question: "
+                f"{first_line(error)}"
+            ) from error
 
     budget = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
     with _memory_in_words(device), _one_thread(is_tiny):
@@ -301,13 +307,15 @@ def _quieten() -> None:
 
 
 def _open_image(path: Path) -> Image.Image:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
+
+    from hawk_kernels.calibration.encoding import open_image
 
     if not path.is_file():
         raise DemoError(f"there is no picture at {path}; give the path of a PNG or JPEG file with --image.")
     try:
-        return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return open_image(path)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DemoError(f"{path} is not a picture that Pillow can read ({error}); give a PNG or JPEG file.") from error
 
 
@@ -317,7 +325,7 @@ def _check_output(path: Path) -> None:
 
     if not path.parent.is_dir():
         raise DemoError(f"the folder of --output {path} does not exist; make it first or choose another.")
-    if path.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise DemoError(f"--output {path} does not end like a picture file; use a name such as overlay.png.")
 
 
@@ -346,25 +354,6 @@ def _memory_in_words(device: torch.device) -> Iterator[None]:
             f"{device} ran out of memory ({first_line(error)}); try --dtype bfloat16, a smaller picture, fewer "
             "--max-new-tokens, or another --device."
         ) from error
-
-
-def _find_device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        if torch.backends.mps.is_available():
-            found.append("mps")
-        reason = str(error).strip().splitlines()[0]
-        raise DemoError(f"--device {name} cannot be used here ({reason}); usable: {', '.join(found)}.") from error
-    return device
 
 
 def _head_weights(wanted: str | None, method: str, model: Any) -> str | None:

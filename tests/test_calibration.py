@@ -238,14 +238,60 @@ def test_arguments_out_of_range_are_refused(model, arguments, message):
         calibrate(model, **{"tasks": Riddles("a", 2), "processor": Reader(), "progress": False, **arguments})
 
 
-@pytest.mark.parametrize("score", [1.5, -0.1, float("nan")])
+@pytest.mark.parametrize("score", [1.5, -0.1, float("nan"), None, "high"])
 def test_a_score_out_of_range_names_its_sample(model, score):
     class Wrong(Riddles):
         def score(self, sample, answer):
             return score
 
-    with pytest.raises(ValueError, match=r"wrong, sample 0: expected a score from 0 to 1, got"):
+    with pytest.raises(ValueError, match=r"wrong, sample 0: cannot be scored: expected a score from 0 to 1, got"):
         calibrate(model, Wrong("wrong", 2), processor=Reader(), progress=False)
+
+
+@pytest.mark.parametrize(("step", "trouble"), [("encode", "asked"), ("score", "scored")])
+def test_whatever_one_sample_causes_names_it_and_keeps_what_is_finished(model, tmp_path, step, trouble):
+    class Fragile(Riddles):
+        pass
+
+    def fails_at_the_second(self, sample, *rest):
+        if sample.key == "1":
+            raise KeyError("gone")
+        return getattr(Riddles, step)(self, sample, *rest)
+
+    setattr(Fragile, step, fails_at_the_second)
+    out = tmp_path / "weights.json"
+    with pytest.raises(RuntimeError, match=rf"fragile, sample 1: cannot be {trouble}: KeyError: 'gone'"):
+        calibrate(model, Fragile("fragile", 3), processor=Reader(), out=out, progress=False)
+    assert finished_lines(tmp_path / "weights.json.journal") == 1
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_asked(model, tmp_path, monkeypatch):
+    task = Riddles("one", 2)
+    with pytest.raises(ValueError, match="out: expected a file to write, got the folder"):
+        calibrate(model, task, processor=Reader(), out=tmp_path, progress=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match="out: expected a folder that can be written to"):
+        calibrate(model, task, processor=Reader(), out=tmp_path / "new" / "weights.json", progress=False)
+    assert task.asked == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_task_or_no_sample_or_has_no_prompt_is_said(model):
+    with pytest.raises(TypeError, match=r"tasks: expected tasks, got 'chartqa.jsonl'; .*load_tasks"):
+        calibrate(model, ["chartqa.jsonl"], processor=Reader(), progress=False)
+
+    class Loose(Riddles):
+        samples = ("riddle",)
+
+    with pytest.raises(BadSamplesError, match=r"loose\[0\]: expected a Sample, got str"):
+        calibrate(model, Loose("loose"), processor=Reader(), progress=False)
+
+    class Speechless(Riddles):
+        def prompt(self, sample):
+            raise KeyError("gone")
+
+    with pytest.raises(BadSamplesError, match=r"speechless\[0\]: its prompt failed: KeyError: 'gone'"):
+        calibrate(model, Speechless("speechless"), processor=Reader(), progress=False)
 
 
 def test_samples_of_one_key_and_pictures_that_are_not_there_are_named_before_anything_is_asked(model, tmp_path):
@@ -257,6 +303,9 @@ def test_samples_of_one_key_and_pictures_that_are_not_there_are_named_before_any
     task = Named("named")
     task.given = [Sample("a", "?", origin="file:1"), Sample("a", "?", origin="file:2")]
     with pytest.raises(BadSamplesError, match=r"file:2: expected a key of its own, got 'a', that of file:1"):
+        calibrate(model, task, processor=Reader(), progress=False)
+    task.given = [Sample("a", "?"), Sample("b", "?"), Sample("a", "!")]
+    with pytest.raises(BadSamplesError, match=r"named\[2\]: expected a key of its own, got 'a', that of named\[0\]"):
         calibrate(model, task, processor=Reader(), progress=False)
     (tmp_path / "text.png").write_text("no picture")
     task.given = [

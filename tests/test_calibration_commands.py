@@ -100,6 +100,20 @@ def test_tasks_of_a_module_in_this_folder(questions, tmp_path, capsys, monkeypat
     assert sys.path == before
 
 
+def test_a_module_of_tasks_that_fails_is_told_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_tasks.py").write_text("def tasks(:")
+    (tmp_path / "failing_tasks.py").write_text("def tasks(): return {}['gone']")
+    told = {
+        "broken_tasks": "error: data: could not get broken_tasks:tasks: SyntaxError: ",
+        "failing_tasks": "error: data: failing_tasks:tasks failed: KeyError: 'gone'; with --traceback",
+    }
+    for name, message in told.items():
+        status, _, err = run(capsys, "calibrate", "--model", TINY_MODEL, "--data", f"{name}:tasks", "--dry-run")
+        assert (status, err.count("\n")) == (1, 1)
+        assert err.startswith(message)
+
+
 def test_bad_data_is_told_before_the_model_is_loaded(tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text("not json\n")
@@ -112,8 +126,10 @@ def test_bad_data_is_told_before_the_model_is_loaded(tmp_path, capsys):
     ("words", "message"),
     [
         (["--data", "{data}", "--model", "/nowhere"], "there is no folder /nowhere"),
-        (["--data", "{data}", "--device", "tpux"], "--device: expected cpu, cuda, cuda:1, ..., got 'tpux'"),
+        (["--data", "{data}", "--device", "tpux"], "--device tpux cannot be used here"),
+        (["--data", "{data}", "--device", "meta"], "--device meta cannot be used here"),
         (["--data", "{data}", "--out", "/nowhere/weights.json"], "--out: expected a file in a folder that exists"),
+        (["--data", "{data}", "--out", ".", "--dry-run"], "out: expected a file to write, got the folder '.'"),
         (["--data", "chartqa"], "data: expected FILE.jsonl"),
     ],
 )
@@ -191,6 +207,42 @@ def test_weights_show_takes_a_shipped_name_and_a_file_with_weights_alone(tmp_pat
     status, _, err = run(capsys, "weights", "show", "gone.json")
     assert status == 1
     assert "expected a weights file or one of qwen2_5_vl_7b" in err
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"weights": []},
+        {"weights": ["a"] * 4},
+        {"weights": [10**400] * 4},
+        {"standard_errors": [0.1]},
+        {"deltas": [[0.1, 0.2], [0.1]]},
+        {"tasks": [{"name": "digits"}]},
+        {"flat_tasks": "digits"},
+        {"other_layers": {"all": {}}},
+        {"model": None},
+        {"fingerprint": "qwen"},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_weights_show_names_the_field_that_is_broken(weights, changed, tmp_path, capsys):
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps({**json.loads(weights.read_text()), **changed}))
+    status, out, err = run(capsys, "weights", "show", path, "--out", tmp_path / "broken.png")
+    assert (status, out) == (1, "")
+    assert err.startswith(f"error: {path}: expected '{next(iter(changed))}")
+    assert not (tmp_path / "broken.png").exists()
+
+
+def test_weights_show_takes_names_as_they_are_and_results_without_drops(weights, tmp_path, capsys):
+    content = json.loads(weights.read_text())
+    content["model"], content["tasks"][0]["name"] = "price$a$", "$\\bad$"
+    content["deltas"] = content["flat_tasks"] = None
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(content), encoding="utf-8-sig")
+    assert run(capsys, "weights", "show", path, "--out", tmp_path / "odd.png")[0] == 0
+    status, _, err = run(capsys, "weights", "show", path, "--out", tmp_path)
+    assert (status, "expected a picture to write, got the folder" in err) == (1, True)
 
 
 def test_weights_list_names_what_is_shipped(capsys):

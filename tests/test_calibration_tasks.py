@@ -25,6 +25,16 @@ from hawk_kernels.checkpoint import TINY_MODEL, load_processor
         ("blue", ["red", "BLUE"], 1),
         ("", ["red"], 0),
         ("straße", ["STRASSE"], 1),
+        ("cafe\N{COMBINING ACUTE ACCENT}", ["café"], 1),
+        ("“Red!”", ["red"], 1),
+        ("-5.", ["-5"], 1),
+        ("-5", ["5"], 0),
+        (".5", ["5"], 0),
+        ("(.5)", [".5"], 1),
+        ("\N{MINUS SIGN}5", ["-5"], 1),
+        ("C++", ["C#"], 0),
+        ("", ["?"], 0),
+        ("+", ["-"], 0),
     ],
 )
 def test_exact_match(answer, answers, worth):
@@ -50,6 +60,17 @@ def test_exact_match(answer, answers, worth):
         ("nan", ["nan"], 1),
         ("inf", ["7"], 0),
         ("12.", ["12"], 1),
+        ("12 %", ["12"], 1),
+        ("-$5", ["-5"], 1),
+        ("\N{MINUS SIGN}5", ["-5"], 1),
+        ("1,234,567", ["1234567"], 1),
+        ("12,34,567", ["1234567"], 1),
+        ("3,14", ["314"], 0),
+        ("1,2", ["12"], 0),
+        (".5", ["0.5"], 1),
+        ("1e3", ["1000"], 1),
+        ("9e9999999", ["5"], 0),
+        ("5", ["9e9999999"], 0),
     ],
 )
 def test_relaxed_match(answer, answers, worth):
@@ -99,6 +120,10 @@ CHOICES = ["a red car", "blue", "green"]
         ("Blue.", 1),
         ("a red car", 0),
         ("A red car", 0),
+        ("**B**", 1),
+        ("'B'", 1),
+        ("The answer is b.", 1),
+        ("Answer: a red car", None),
         ("D", None),
         ("Cars are red", None),
         ("", None),
@@ -106,6 +131,11 @@ CHOICES = ["a red car", "blue", "green"]
 )
 def test_which_choice_an_answer_names(answer, index):
     assert choice_index(answer, CHOICES) == index
+
+
+def test_a_choice_of_numbers_is_known_by_its_sign_and_its_point():
+    numbers = ["1", "-1", ".5", "5"]
+    assert [choice_index(number, numbers) for number in numbers] == [0, 1, 2, 3]
 
 
 def test_multiple_choice_by_letter_or_text():
@@ -163,6 +193,26 @@ def test_a_file_of_choices(folder):
     )
     assert task.score(first, "B") == task.score(second, "(b)") == task.score(first, "red") == 1
     assert task.score(first, "A") == 0
+
+
+def test_a_file_as_editors_and_tables_leave_it(folder):
+    line = {"image": "red.png", "images": None, "question": "Größe?", "answers": None, "answer": "L", "id": None}
+    lines = "\r\n\r\n".join(json.dumps(line, ensure_ascii=False) for _ in range(2))
+    (folder / "windows.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    task = JsonlTask(folder / "windows.jsonl")
+    assert task.problems() == []
+    assert [(sample.key, sample.question, sample.answers) for sample in task.samples] == [
+        ("1", "Größe?", ("L",)),
+        ("3", "Größe?", ("L",)),
+    ]
+
+
+def test_lines_that_break_what_reads_them_are_named_as_well(folder):
+    good = {"image": "red.png", "question": "?", "answer": "red"}
+    path = written(folder, good, "[" * 100_000, {**good, "question": "\ud800"}, {**good, "image": "x" * 5000})
+    problems = JsonlTask(path).problems()
+    assert [problem.split(": ")[0] for problem in problems] == ["data.jsonl:2", "data.jsonl:3", "data.jsonl:4"]
+    assert "surrogates not allowed" in problems[1]
 
 
 def test_every_bad_line_is_named(folder):
@@ -229,6 +279,22 @@ def test_a_picture_that_breaks_off_is_found(folder):
     task = JsonlTask(written(folder, {**line, "image": "whole.jpg"}, {**line, "image": "broken.jpg"}))
     with pytest.raises(BadSamplesError, match=r"data: 1 problem, put right or leave out:\n  data.jsonl:2: .*truncated"):
         check_pictures(choose_samples([task], None, 0), progress=False)
+
+
+def test_a_picture_that_a_decoder_refuses_is_found(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    task = JsonlTask(written(folder, {"image": "red.png", "question": "?", "answer": "red"}))
+    with pytest.raises(BadSamplesError, match=r"data.jsonl:1: Image size \(64 pixels\) exceeds limit"):
+        check_pictures(choose_samples([task], None, 0), progress=False)
+
+
+def test_another_picture_of_the_same_name_and_size_is_another_question(folder):
+    task = JsonlTask(written(folder, {"image": "picture.bmp", "question": "?", "answer": "red"}))
+    digests = []
+    for colour in ("red", "blue", "red"):
+        Image.new("RGB", (8, 8), colour).save(folder / "picture.bmp")
+        digests += [part.digest for part in choose_samples([task], None, 0)]
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_data_by_name(folder, monkeypatch):
@@ -341,6 +407,14 @@ def test_tasks_of_lmms_eval_that_cannot_be_used(lmms, monkeypatch):
         ImportError, match=r"lmms:chartqa needs lmms-eval, which is not installed: pip install git\+https"
     ):
         load_tasks(["lmms:chartqa"])
+
+
+def test_a_photo_is_turned_as_its_camera_noted(folder):
+    photo = Image.new("RGB", (40, 20), "red")
+    orientation = photo.getexif()
+    orientation[0x0112] = 6
+    photo.save(folder / "photo.jpg", exif=orientation)
+    assert open_image(folder / "photo.jpg").size == (20, 40)
 
 
 def test_pictures_come_from_files_objects_and_functions(folder):

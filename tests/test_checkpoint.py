@@ -1,6 +1,7 @@
 """Checkpoints of several families load from a folder, take a picture and a question, and are pruned; all offline."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +15,13 @@ from tokenizers.models import WordLevel  # noqa: E402
 from tokenizers.pre_tokenizers import WhitespaceSplit  # noqa: E402
 
 from hawk_kernels import demo, prune  # noqa: E402
-from hawk_kernels.checkpoint import ask_about, load_checkpoint, load_processor  # noqa: E402
+from hawk_kernels.checkpoint import (  # noqa: E402
+    TINY_MODEL,
+    CheckpointError,
+    ask_about,
+    load_checkpoint,
+    load_processor,
+)
 from tests.tiny_families import tiny_model  # noqa: E402
 from tests.tiny_models import END_OF_TURN, IMAGE, PAD, VIDEO, VISION_END, VISION_START, VOCABULARY  # noqa: E402
 
@@ -142,3 +149,27 @@ def test_videos_without_torchvision_are_refused(checkpoint):
     assert isinstance(processor, transformers.Qwen3VLProcessor)
     with pytest.raises(ValueError, match="videos need torchvision, which is not installed: pip install torchvision"):
         processor(text=["w"], videos=[[PICTURE]])
+
+
+def _cut_short(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def _of_another_size(folder):
+    config = json.loads((folder / "config.json").read_text())
+    text = config.get("text_config", config)
+    text["intermediate_size"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _without_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("spoil", [_cut_short, _of_another_size, _without_weights])
+def test_a_broken_checkpoint_is_told_as_one(spoil, tmp_path):
+    folder = shutil.copytree(TINY_MODEL, tmp_path / "copy")
+    spoil(folder)
+    with pytest.raises(CheckpointError, match="does not hold a vision-language checkpoint that loads"):
+        load_checkpoint(str(folder), "float32", torch.device("cpu"))

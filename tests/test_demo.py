@@ -149,12 +149,31 @@ def test_a_file_that_is_no_picture_is_named(capsys, tmp_path):
     assert "is not a picture that Pillow can read" in run_failing(capsys, "--image", str(text))
 
 
+def test_a_photo_lies_as_its_camera_noted(capsys, overlay, tmp_path):
+    photo = Image.new("RGB", (112, 56), "red")
+    orientation = photo.getexif()
+    orientation[0x0112] = 6
+    photo.save(tmp_path / "photo.jpg", exif=orientation)
+    report = run_json(capsys, overlay, "--image", str(tmp_path / "photo.jpg"), "--max-new-tokens", "1")
+    assert (report["image_size"], report["grid"]) == ([56, 112], [4, 2])
+
+
+def test_what_the_processor_does_not_take_is_said_plainly(capsys, tmp_path, overlay):
+    strip = tmp_path / "strip.png"
+    Image.new("RGB", (4000, 10)).save(strip)
+    assert "does not take this picture" in run_failing(capsys, "--image", str(strip), "--output", str(overlay))
+    twice = ("--prompt", "<|image_pad|> and?", "--output", str(overlay))
+    assert "does not take this picture" in run_failing(capsys, *twice)
+
+
 def test_a_missing_output_folder_is_named_before_any_work(capsys, tmp_path):
     assert "does not exist" in run_failing(capsys, "--output", str(tmp_path / "none" / "x.png"))
 
 
 def test_an_output_that_is_no_picture_name_is_said_before_any_work(capsys, tmp_path):
-    assert "does not end like a picture file" in run_failing(capsys, "--output", str(tmp_path / "overlay.txt"))
+    # Pillow reads .psd and does not write it
+    for name in ("overlay.txt", "overlay.psd", "overlay"):
+        assert "does not end like a picture file" in run_failing(capsys, "--output", str(tmp_path / name))
 
 
 @pytest.mark.parametrize("ratio", ["0", "0.0", "-0.2", "1.5", "nan", "much", "-3"])
@@ -165,7 +184,7 @@ def test_a_keep_ratio_out_of_range_is_refused(capsys, ratio):
     assert "--keep-ratio" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("device", ["abacus", "cuda:63"])
+@pytest.mark.parametrize("device", ["abacus", "cuda:63", "meta"])
 def test_an_unusable_device_is_named_with_the_usable_ones(capsys, device):
     status = demo.main(["--device", device])
     error = capsys.readouterr().err

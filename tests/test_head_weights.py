@@ -82,6 +82,7 @@ def test_uniform_given_and_file(tmp_path):
     [
         ([0.5, float("nan")], "expected finite weights >= 0, got nan for head 1"),
         ([float("inf"), 0.5], "expected finite weights >= 0, got inf for head 0"),
+        ([10**400, 0.5], "expected finite weights >= 0, got inf for head 0"),
         ([0.5, -0.1], "expected finite weights >= 0, got -0.1"),
         ([0.5], "expected 2 weights, one for each attention head of the model, got 1"),
         ([0.5] * 3, "got 3"),
@@ -109,6 +110,12 @@ def test_bad_files_and_kinds_are_refused(tmp_path):
         resolve_head_weights(path, config, 2)
     path.write_text("[0.5, 0.5]")
     with pytest.raises(ValueError, match="expected a JSON object with a list 'weights'"):
+        resolve_head_weights(path, config, 2)
+    path.write_text('{"weights": [0.5, 0.5], "fingerprint": ["qwen"]}')
+    with pytest.raises(ValueError, match="expected 'fingerprint' to be an object"):
+        resolve_head_weights(path, config, 2)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="expected a JSON file of head weights, got maximum recursion depth"):
         resolve_head_weights(path, config, 2)
     with pytest.raises(ValueError, match=r"expected a tensor of shape \[2\], got \[2, 2\]"):
         resolve_head_weights(torch.ones(2, 2), config, 2)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hawk_kernels.calibration.processes import is_first_process, launched_alone, local_rank
+from hawk_kernels.calibration.result import check_target
 from hawk_kernels.calibration.sources import FORMS, load_tasks
-from hawk_kernels.checkpoint import CheckpointError, first_line, load_checkpoint
+from hawk_kernels.checkpoint import CheckpointError, find_device, load_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Calibrate; 0 on success, 1 with a message on stderr when something has to be put right first."""
     args = build_parser().parse_args(argv)
     try:
+        _check_out(args.out)
         with _modules_of_this_folder():
             report = _check(args) if args.dry_run else _calibrate(args)
     except (CheckpointError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -75,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from {args.out}.journal", file=sys.stderr)
+        going_on = "" if args.dry_run else f"; the same command goes on from {args.out}.journal"
+        print(f"stopped{going_on}", file=sys.stderr)
         return 130
     if is_first_process():
         print(json.dumps(report, indent=2) if args.json else _described(report))
@@ -111,12 +114,11 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
             "note: accelerate started one process; on CPUs it takes --multi_gpu to start more",
             file=sys.stderr,
         )
-    if not Path(args.out).resolve().parent.is_dir():
-        raise ValueError(f"--out: expected a file in a folder that exists, got {args.out}; make the folder first")
+    device = _device(args.device)
     chosen = choose_samples(load_tasks(args.data), args.limit, args.seed)
     # a broken picture is told before gigabytes are loaded
     check_pictures(chosen, progress=is_first_process())
-    model, processor = load_checkpoint(args.model, args.dtype, _device(args.device))
+    model, processor = load_checkpoint(args.model, args.dtype, device)
     calibration = calibrate_chosen(
         model,
         chosen,
@@ -130,17 +132,18 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     return {"out": args.out, **calibration.to_dict()}
 
 
+def _check_out(out: str) -> None:
+    if not Path(out).resolve().parent.is_dir():
+        raise ValueError(f"--out: expected a file in a folder that exists, got {out}; make the folder first")
+    check_target(out)
+
+
 def _device(name: str) -> torch.device:
     import torch
 
-    if name != "auto":
-        try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise ValueError(f"--device: expected cpu, cuda, cuda:1, ..., got {name!r}: {first_line(error)}") from error
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank() % torch.cuda.device_count())
+    if name == "auto" and torch.cuda.is_available():
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
+    return find_device(name)
 
 
 def _described(report: dict[str, Any]) -> str:
@@ -159,7 +162,7 @@ def weights_table(content: dict[str, Any]) -> list[str]:
     lines = [
         f"{content.get('model', 'unknown model')}, visual tokens hidden in layers: {content.get('layers', 'unknown')}"
     ]
-    flat = content.get("flat_tasks", [])
+    flat = content.get("flat_tasks") or []
     for task in content.get("tasks", []):
         error = "" if task["base_standard_error"] is None else f" +- {task['base_standard_error']:.3f}"
         note = "; all heads equal: counts as uniform" if task["name"] in flat else ""
@@ -174,7 +177,10 @@ def weights_table(content: dict[str, Any]) -> list[str]:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
     return value

@@ -12,18 +12,18 @@ from hawk_kernels.calibration.task import ImageSource, Sample, Task, VideoSource
 
 
 def open_image(source: ImageSource) -> Any:
-    """The picture of a source, RGB.
+    """The picture of a source, RGB, upright as its camera noted (EXIF orientation).
 
     Raises:
         OSError: no such file, or no picture in it.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if isinstance(source, (str, Path)):
         with Image.open(source) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     image = source() if callable(source) else source
-    return image.convert("RGB")
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def open_video(source: VideoSource) -> Any:

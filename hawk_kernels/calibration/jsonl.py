@@ -56,8 +56,10 @@ class JsonlTask:
                     continue
                 origin = f"{self.path.name}:{number}"
                 try:
-                    sample = self._sample(json.loads(line.decode("utf-8")), origin, str(number))
-                except (ValueError, TypeError) as error:
+                    # some editors begin a file with a byte order mark
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    sample = self._sample(json.loads(text), origin, str(number))
+                except (ValueError, TypeError, OSError, RecursionError) as error:
                     problems.append(f"{origin}: {error}")
                     continue
                 if sample.key in seen:
@@ -111,6 +113,9 @@ class JsonlTask:
     def _sample(self, line: Any, origin: str, number: str) -> Sample:
         if not isinstance(line, dict):
             raise ValueError(f"expected a JSON object, got {type(line).__name__}")
+        # a null is a field that is not there, as tables leave it; half a character nobody can tokenise
+        line = {name: value for name, value in line.items() if value is not None}
+        json.dumps(line, ensure_ascii=False).encode()
         images, videos = self._files(line, "image"), self._files(line, "video")
         if not images and not videos:
             raise ValueError(
@@ -124,7 +129,7 @@ class JsonlTask:
         if not entries or not all(isinstance(entry, (str, int, float)) for entry in entries):
             raise ValueError(f"expected 'answer' or 'answers' to be text or numbers, got {given!r}")
         answers = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
-        details = {name: line[name] for name in ("choices", "prompt") if line.get(name) is not None}
+        details = {name: line[name] for name in ("choices", "prompt") if name in line}
         self._check_choices(details.get("choices"), answers)
         return Sample(
             key=str(line.get("id", number)),

@@ -83,11 +83,18 @@ def choose_samples(tasks: Sequence[Task], limit: int | None, seed: int) -> list[
     A task's draw depends on the seed and the number of its samples alone, so other tasks in the run do not change it.
 
     Raises:
+        TypeError: something that is no task.
         ValueError: no tasks, tasks of one name, a limit below one, a seed below zero.
         BadSamplesError: what tasks say is wrong with their data, no samples, or two of one key.
     """
     if not tasks:
         raise ValueError("tasks: expected at least one, got none")
+    for task in tasks:
+        if not isinstance(task, Task):
+            raise TypeError(
+                f"tasks: expected tasks, got {task!r}; hawk_kernels.calibration.load_tasks(['chartqa.jsonl']) makes "
+                "them of names"
+            )
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least one sample of each task, or None for all, got {limit}")
     if seed < 0:
@@ -110,25 +117,42 @@ def _chosen(task: Task, limit: int | None, seed: int) -> Chosen:
     index = np.arange(total)
     if limit is not None and limit < total:
         index = np.sort(np.random.default_rng([seed, total]).permutation(total)[:limit])
-    questions = [_question(task, samples[int(i)]) for i in index]
+    questions = [_question(task, int(i), samples[int(i)]) for i in index]
     places: dict[str, str] = {}
-    for question in questions:
-        first = places.setdefault(question.sample.key, question.place)
-        if first != question.place:
-            raise BadSamplesError(
-                [f"{question.place}: expected a key of its own, got {question.sample.key!r}, that of {first}"]
-            )
+    for number, question in zip(index, questions, strict=True):
+        place = question.sample.origin or f"{task.name}[{number}]"
+        first = places.setdefault(question.sample.key, place)
+        if first != place:
+            raise BadSamplesError([f"{place}: expected a key of its own, got {question.sample.key!r}, that of {first}"])
     return Chosen(task, questions, total)
 
 
-def _question(task: Task, sample: Sample) -> Question:
-    pictures = [_identity(source) for source in (*sample.images, *sample.videos)]
+def _question(task: Task, number: int, sample: Sample) -> Question:
+    if not isinstance(sample, Sample):
+        raise BadSamplesError([f"{task.name}[{number}]: expected a Sample, got {type(sample).__name__}"])
+    try:
+        prompt = task.prompt(sample)
+    except Exception as error:  # whatever a task of one's own does
+        place = sample.origin or f"{task.name}[{number}]"
+        raise BadSamplesError([f"{place}: its prompt failed: {type(error).__name__}: {error}"]) from error
+    pictures = [*map(_picture_identity, sample.images), *map(_identity, sample.videos)]
     scorer = [task.max_new_tokens, getattr(task, "metric", None)]
-    return Question(task, sample, _digest([sample.key, task.prompt(sample), sample.answers, pictures, scorer]))
+    return Question(task, sample, _digest([sample.key, prompt, sample.answers, pictures, scorer]))
 
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _picture_identity(source: ImageSource) -> list[Any]:
+    if not isinstance(source, (str, Path)):
+        return _identity(source)
+    try:
+        content = Path(source).read_bytes()
+    except (OSError, ValueError):
+        # told, with all others, when the pictures are checked
+        return [Path(source).name, None]
+    return [Path(source).name, hashlib.sha256(content).hexdigest()]
 
 
 def _identity(source: Any) -> list[Any]:
@@ -175,6 +199,6 @@ def _files(chosen: Sequence[Chosen]) -> Iterator[tuple[str, ImageSource]]:
 def _problem(place: str, source: ImageSource) -> str | None:
     try:
         open_image(source)
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # decoders fail in many ways on bytes that are no picture
         return f"{place}: {error}"
     return None

@@ -41,9 +41,14 @@ def draw_weights(content: Mapping[str, Any], path: str | Path) -> None:
     axes = figure.subplots(len(results), columns, squeeze=False)
     for row, (layers, result) in zip(axes, results.items(), strict=True):
         _draw_bars(row[0], result, _TITLES.get(layers, ""))
-        if with_drops:
+        if not with_drops:
+            continue
+        if result.get("deltas"):
             _draw_drops(figure, row[1], result, names)
-    figure.suptitle(f"Head importance of {_short(content.get('model', 'an unknown model'))}")
+        else:
+            row[1].set_axis_off()
+    # names are text, also those with dollar signs
+    figure.suptitle(f"Head importance of {_short(content.get('model', 'an unknown model'))}", parse_math=False)
     figure.savefig(path)
 
 
@@ -65,8 +70,9 @@ def _draw_drops(figure: Any, axes: Any, result: Mapping[str, Any], names: list[s
     # one scale to both sides of zero, so that colour says whether the score fell or rose
     extent = max((abs(drop) for row in by_task for drop in row), default=0.0) or 1.0
     image = axes.imshow(by_task, cmap="RdBu_r", vmin=-extent, vmax=extent, aspect="auto")
-    flat = set(result["flat_tasks"] or [])
-    axes.set_yticks(range(len(names)), [f"{name} (flat)" if name in flat else name for name in names])
+    flat = set(result.get("flat_tasks") or [])
+    labels = [f"{name} (flat)" if name in flat else name for name in names]
+    axes.set_yticks(range(len(names)), labels, parse_math=False)
     axes.set_xticks(range(len(by_task[0])))
     axes.tick_params(axis="x", labelsize=7)
     axes.set(xlabel="head", title="dS: score lost without this head's view")

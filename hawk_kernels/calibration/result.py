@@ -153,6 +153,21 @@ class Calibration:
         os.replace(partial, path)
 
 
+def check_target(path: str | Path) -> None:
+    """Whether a weights file can be written there, which is better known before the hours than after them.
+
+    Raises:
+        ValueError: a folder stands there.
+        PermissionError: its folder is not this user's to write in.
+    """
+    path = Path(path)
+    if not path.name or path.is_dir():
+        raise ValueError(f"out: expected a file to write, got the folder {str(path)!r}; name a file in it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"out: expected a folder that can be written to, got {folder}; choose another one")
+
+
 def task_score(name: str, total: int, digest: str, base: np.ndarray) -> TaskScore:
     """A benchmark from the scores `[n]` of its samples with nothing hidden."""
     return TaskScore(name, len(base), total, digest, _mean(base), _standard_error(base))

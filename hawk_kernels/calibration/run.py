@@ -20,7 +20,7 @@ from hawk_kernels.calibration.hiding import LAYERS, attention_modules, hide_visu
 from hawk_kernels.calibration.journal import Journal, Key
 from hawk_kernels.calibration.plan import Chosen, Question, check_pictures, choose_samples
 from hawk_kernels.calibration.processes import Processes, is_first_process
-from hawk_kernels.calibration.result import Calibration, layer_result, now, task_score
+from hawk_kernels.calibration.result import Calibration, check_target, layer_result, now, task_score
 from hawk_kernels.calibration.task import Task
 from hawk_kernels.head_weights import fingerprint
 from hawk_kernels.hf.families import Anatomy, dissect
@@ -103,6 +103,8 @@ def calibrate_chosen(
         raise ValueError(f"layers: expected 'first', 'all' or 'both', got {layers!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least one answer at a time, got {batch_size}")
+    if out is not None:
+        check_target(out)
     modes = LAYERS if layers == BOTH else (layers,)
     anatomy = dissect(model)
     # a model that nothing can be hidden from is told before anything is measured
@@ -183,30 +185,49 @@ def _scores(
     """One sample: its score as it is, and with each head hidden in each mode."""
     task, sample, place = question.task, question.sample, question.place
     heads = list(range(anatomy.projections.num_heads))
-    inputs = encode(task, sample, processor, anatomy.head)
+    with _naming(place, "cannot be asked"):
+        inputs = encode(task, sample, processor, anatomy.head)
     record: dict[str, Any] = {}
     for mode in modes:
         asked = [*([] if "base" in record else [None]), *heads]
         try:
-            tokens = answers_with_hidden_heads(
-                anatomy, inputs, asked, layers=mode, max_new_tokens=task.max_new_tokens, batch_size=batch_size
-            )
+            with _naming(place, "cannot be answered"):
+                tokens = answers_with_hidden_heads(
+                    anatomy, inputs, asked, layers=mode, max_new_tokens=task.max_new_tokens, batch_size=batch_size
+                )
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
                 f"{place}: out of memory with batch_size={batch_size}; take a smaller one, what is finished is kept"
             ) from error
         answers = [decode(processor, row) for row in tokens]
-        scores = [_checked(task.score(sample, answer), place) for answer in answers]
+        with _naming(place, "cannot be scored"):
+            scores = [_checked(task.score(sample, answer)) for answer in answers]
         if "base" not in record:
             record |= {"answer": answers.pop(0), "base": scores.pop(0)}
         record[mode] = scores
     return record
 
 
-def _checked(score: Any, place: str) -> float:
-    value = float(score)
-    if not math.isfinite(value) or not 0 <= value <= 1:
-        raise ValueError(f"{place}: expected a score from 0 to 1, got {score!r}; look at the task's scorer")
+@contextmanager
+def _naming(place: str, trouble: str) -> Iterator[None]:
+    """An error that one sample causes, after hours perhaps, says which one."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        kind = ValueError if isinstance(error, ValueError) else RuntimeError
+        reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise kind(f"{place}: {trouble}: {reason}") from error
+
+
+def _checked(score: Any) -> float:
+    try:
+        value = float(score)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise ValueError(f"expected a score from 0 to 1, got {score!r}; look at the task's scorer")
     return value
 
 

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 _RELAXED_TOLERANCE = Decimal("0.05")
 _ANLS_THRESHOLD = 0.5
 
+# a comma separates thousands where three digits follow it: "1,050" is a number, "3,14" and "1,2,3" are not
+_NUMBER = re.compile(
+    r"[-+]?(?:[1-9]\d{0,2}(?:,\d{2,3})*,\d{3}(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,3})?", re.IGNORECASE
+)
+_CURRENCY = "$€£¥"
+
+# around an answer: quotation marks, brackets, ends of sentences; but "-5" and ".5" are not "5", nor is "C#" "C++"
+_QUOTES = "\"'`“”‘’«»„"  # noqa: RUF001
+_PUNCTUATION = string.punctuation + _QUOTES + "。、，！？"  # noqa: RUF001
+_BEFORE = re.compile(rf"\A(?:(?![-+]?\.?\d)[\s{re.escape(_PUNCTUATION)}])+")
+_AFTER = "".join(sorted({*_PUNCTUATION} - {*"+#"})) + " "
+
 
 def exact_match(answer: str, answers: Sequence[str]) -> float:
-    """1 where the answer is one of `answers`, regardless of case, spaces and punctuation around it."""
+    """1 where the answer is one of `answers`, regardless of case, spaces and punctuation around it.
+
+    The sign and the point of a number are no punctuation.
+    """
     return float(_plain(answer) in {_plain(right) for right in answers})
 
 
@@ -38,9 +54,9 @@ def anls(answer: str, answers: Sequence[str]) -> float:
     The best of `answers` counts.
     """
     best = 0.0
-    said = " ".join(answer.lower().split())
+    said = " ".join(_composed(answer).lower().split())
     for right in answers:
-        expected = " ".join(right.lower().split())
+        expected = " ".join(_composed(right).lower().split())
         longest = max(len(said), len(expected))
         distance = _edit_distance(said, expected) / longest if longest else 0.0
         if distance < _ANLS_THRESHOLD:
@@ -63,10 +79,13 @@ def multiple_choice(answer: str, answers: Sequence[str], choices: Sequence[str])
 def choice_index(answer: str, choices: Sequence[str]) -> int | None:
     """Which of `choices` an answer names, or None."""
     letters = string.ascii_uppercase[: len(choices)]
+    any_case = letters + letters.lower()
+    answer = answer.strip(f"{_QUOTES}* \t\n")
     patterns = (
-        rf"\s*[(\[]?([{letters}{letters.lower()}])[)\]]?[.:,]?\s*",
+        rf"\s*[(\[]?([{any_case}])[)\]]?[.:,]?\s*",
         rf"\s*[(\[]?([{letters}])[)\].:](?:\s.*)?",
-        rf".*\b(?i:answer|option|choice)\b(?:\s+is)?\s*:?\s*[(\[]?([{letters}])\b.*",
+        rf".*\b(?i:answer|option|choice)\b(?:\s+is)?\s*:?\s*[*(\[]*([{letters}])\b.*",
+        rf".*\b(?i:answer|option|choice)\b(?:\s+is)?\s*:?\s*[*(\[]*([{any_case}])[)\].*]*",
     )
     for pattern in patterns:
         found = re.fullmatch(pattern, answer, re.DOTALL)
@@ -84,18 +103,23 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
 """By name; "choice" (`multiple_choice`) takes the choices as well."""
 
 
+def _composed(text: str) -> str:
+    """One code point for a letter and its accent, however they were typed; the minus sign as a keyboard has it."""
+    return unicodedata.normalize("NFC", text).replace("\N{MINUS SIGN}", "-")
+
+
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).strip(string.punctuation + " ")
+    whole = " ".join(_composed(text).casefold().split())
+    # an answer that is nothing but punctuation is itself
+    return _BEFORE.sub("", whole.rstrip(_AFTER)) if any(map(str.isalnum, whole)) else whole
 
 
 def _number(text: str) -> Decimal | None:
     """A number as it is written: of 1, 1.05 is 5 % off and not a little more."""
-    cleaned = text.strip().rstrip(".").replace(",", "").strip("$€£ ").removesuffix("%").strip()
-    try:
-        value = Decimal(cleaned)
-    except InvalidOperation:
-        return None
-    return value if value.is_finite() else None
+    cleaned = _composed(text).strip().rstrip(".").removesuffix("%").strip(f"{_CURRENCY} ")
+    if cleaned[:1] in {*"+-"}:
+        cleaned = cleaned[0] + cleaned[1:].lstrip(f"{_CURRENCY} ")
+    return Decimal(cleaned.replace(",", "")) if _NUMBER.fullmatch(cleaned) else None
 
 
 def _edit_distance(first: str, second: str) -> int:

@@ -12,6 +12,7 @@ from hawk_kernels.calibration.jsonl import JsonlTask
 from hawk_kernels.calibration.task import Task
 
 _TINYVQA = "bench.tinyvqa.tasks:calibration_tasks"
+_WHERE = "with --traceback the command shows where"
 
 FORMS = """\
 FILE.jsonl           questions, one JSON object a line (image, question, answer); the metric is exact match, or
@@ -59,7 +60,12 @@ def _called(name: str, remedy: str) -> list[Task]:
         function: Any = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"data: could not get {name}: {error}; {remedy}") from error
-    made = function() if callable(function) and not _is_task(function) else function
+    except Exception as error:  # whatever a module does when it is imported
+        raise ValueError(f"data: could not get {name}: {type(error).__name__}: {error}; {_WHERE}") from error
+    try:
+        made = function() if callable(function) and not _is_task(function) else function
+    except Exception as error:
+        raise ValueError(f"data: {name} failed: {type(error).__name__}: {error}; {_WHERE}") from error
     tasks = list(made) if isinstance(made, (list, tuple)) else [made]
     for task in tasks:
         if not _is_task(task):

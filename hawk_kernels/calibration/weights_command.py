@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hawk_kernels.calibration.command import weights_table
+from hawk_kernels.calibration.content import check_content
 from hawk_kernels.head_weights import read_weights_file, shipped_weights
 
 
@@ -57,12 +58,15 @@ def _show(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             "`hawk-kernels calibrate` writes one"
         )
     content = read_weights_file(path)
+    check_content(content, str(path))
     lines = weights_table(content)
     picture = None
     if not args.no_picture:
         from hawk_kernels.calibration.plots import draw_weights
 
         picture = args.out or f"{path.stem}.png"
+        if Path(picture).is_dir():
+            raise ValueError(f"--out: expected a picture to write, got the folder {picture!r}; name a file in it")
         draw_weights(content, picture)
         lines += ["", f"drew {picture}"]
     return {**content, "picture": picture}, "\n".join(lines)

@@ -154,13 +154,19 @@ def read_weights_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        # some editors begin a file with a byte order mark
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected a JSON file of head weights, got {error}; `{_CALIBRATE}` writes one"
         ) from error
     if not isinstance(content, Mapping) or not isinstance(content.get("weights"), list):
         raise ValueError(f"{path}: expected a JSON object with a list 'weights'; `{_CALIBRATE}` writes one")
+    if not isinstance(content.get("fingerprint") or {}, Mapping):
+        raise ValueError(
+            f"{path}: expected 'fingerprint' to be an object with fields of the model's config, got "
+            f"{content['fingerprint']!r}; leave it out where they are not known"
+        )
     return dict(content)
 
 
@@ -168,7 +174,7 @@ def _checked(weights: list[Any], num_heads: int, origin: str) -> torch.Tensor:
     for head, weight in enumerate(weights):
         if isinstance(weight, bool) or not hasattr(weight, "__float__"):
             raise ValueError(f"{origin}: expected numbers, got {weight!r} for head {head}; pass one number a head")
-    tensor = torch.tensor([float(weight) for weight in weights], dtype=torch.float32)
+    tensor = torch.tensor([_as_float(weight) for weight in weights], dtype=torch.float32)
     values = tensor.tolist()
     remedy = f"measure them with `{_CALIBRATE}` or use head_weights='uniform'"
     if len(values) != num_heads:
@@ -182,6 +188,13 @@ def _checked(weights: list[Any], num_heads: int, origin: str) -> torch.Tensor:
     if not any(value > 0 for value in values):
         raise ValueError(f"{origin}: expected at least one weight above zero, got {num_heads} zeros; {remedy}")
     return tensor
+
+
+def _as_float(weight: Any) -> float:
+    try:
+        return float(weight)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf
 
 
 def _text_config(config: Any) -> Any:
