@@ -587,3 +587,21 @@ def test_the_processor_refuses_videos_it_cannot_read(shipped):
         pytest.skip("torchvision is installed, so the processor is the full one")
     with pytest.raises(ValueError, match="pip install torchvision"):
         processor(text=["<|video_pad|>"], videos=[np.zeros((4, 28, 28, 3))])
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        (evaluate, ["--model", "/nowhere"], "expected the folder of a checkpoint, got '/nowhere'"),
+        (evaluate, ["--seed", "-1"], "expected a whole number of at least 0, got '-1'"),
+        (evaluate, ["--prompts", "many"], "expected a whole number of at least 1, got 'many'"),
+        (table, ["--models", "/nowhere"], "expected the folder of a checkpoint, got '/nowhere'"),
+        (table, ["--out", __file__], "expected a folder, got the file"),
+        (train, ["--out", "somewhere", "--threads", "0"], "expected a whole number of at least 1, got '0'"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_told_before_any_work(command, words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(words)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

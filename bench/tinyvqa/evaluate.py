@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bench.tinyvqa.arguments import checkpoint_folder, whole_number
 from bench.tinyvqa.batches import Batch, draw_batch
 from bench.tinyvqa.encoder import Encoder, batched_vision_attention
 from bench.tinyvqa.painting import to_image
@@ -190,15 +191,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.tinyvqa.evaluate", description=__doc__)
     parser.add_argument(
-        "--model", type=Path, default=TINY_MODEL, help="folder of the checkpoint (default: the shipped one)"
+        "--model",
+        type=checkpoint_folder,
+        default=TINY_MODEL,
+        help="folder of the checkpoint (default: the shipped one)",
     )
     parser.add_argument(
-        "--prompts", type=int, default=160, help="about how many prompts, 14 questions each (default: 160)"
+        "--prompts", type=whole_number(1), default=160, help="about how many prompts, 14 questions each (default: 160)"
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the prompts")
+    parser.add_argument("--seed", type=whole_number(0), default=1, help="of the prompts")
     parser.add_argument("--split", choices=("held_out", "train"), default="held_out")
     parser.add_argument("--generate", action="store_true", help="ask through the processor and generate(); no videos")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=whole_number(1), default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from bench.tinyvqa.arguments import checkpoint_folder, output_folder, whole_number
 from bench.tinyvqa.batches import Batch, draw_batch
 from bench.tinyvqa.contenders import CONTENDERS, HAWK, KEEP_RATIOS, Contender, check_contenders
 from bench.tinyvqa.encoder import Encoder
@@ -288,11 +289,17 @@ def build(
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.tinyvqa.table", description=__doc__)
-    parser.add_argument("--models", type=Path, nargs="+", default=list(MODELS), help="folders of checkpoints")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"where everything goes (default: {RESULTS})")
-    parser.add_argument("--prompts", type=int, default=PROMPTS, help="about 14 questions each (default: 160)")
-    parser.add_argument("--seed", type=int, default=SEED, help="of the questions")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--models", type=checkpoint_folder, nargs="+", default=list(MODELS), help="folders of checkpoints"
+    )
+    parser.add_argument(
+        "--out", type=output_folder, default=RESULTS, help=f"where everything goes (default: {RESULTS})"
+    )
+    parser.add_argument(
+        "--prompts", type=whole_number(1), default=PROMPTS, help="about 14 questions each (default: 160)"
+    )
+    parser.add_argument("--seed", type=whole_number(0), default=SEED, help="of the questions")
+    parser.add_argument("--threads", type=whole_number(1), default=2)
     parser.add_argument("--no-times", action="store_true", help="leave out the time per prefill")
     parser.add_argument("--no-progress", action="store_true")
     args = parser.parse_args(argv)

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from bench.tinyvqa.arguments import output_folder, whole_number
 from bench.tinyvqa.batches import Batch, draw_batch
 from bench.tinyvqa.checkpoint import build_config, build_model, build_tokenizer, save_checkpoint
 from bench.tinyvqa.digits import load_digits
@@ -289,9 +290,9 @@ def versions() -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: train, save, evaluate on held-out digits, and write `training.json` beside the weights."""
     parser = argparse.ArgumentParser(prog="python -m bench.tinyvqa.train", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="one repeats the shipped weights")
+    parser.add_argument("--out", type=output_folder, required=True, help="folder of the checkpoint")
+    parser.add_argument("--seed", type=whole_number(0), default=0)
+    parser.add_argument("--threads", type=whole_number(1), default=1, help="one repeats the shipped weights")
     parser.add_argument("--half", action="store_true", help="store the parameters in float16, in half the space")
     parser.add_argument("--no-progress", action="store_true")
     args = parser.parse_args(argv)
