@@ -36,7 +36,7 @@ setup(
         "hawk_kernels": [
             "py.typed",
             "head_weights/*.json",
-            "backends/triton/tables/*.json",
+            "backends/kernels/tables/*.json",
             "assets/*",
             "assets/*/*",
             "assets/*/*/*",

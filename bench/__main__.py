@@ -1,6 +1,6 @@
 """The suite for this machine: micro-benchmarks, host cost, a whole prefill, the model figures, report and pictures.
 
-    python -m bench [--output FOLDER] [--only micro prefill]
+    python -m bench [--output FOLDER] [--only score_and_select prefill]
 
 Each part is a process of its own and writes as it goes; without a GPU everything runs on the CPU in a few minutes.
 """
@@ -20,7 +20,7 @@ from bench.environment import REPOSITORY, results_folder
 
 # Module and options; the file that each writes has its name.
 PARTS = {
-    "micro": ("bench.micro", "--seconds=240"),
+    "score_and_select": ("bench.score_and_select", "--seconds=240"),
     "host-cost": ("bench.host_cost",),
     "prefill": ("bench.prefill",),
     "model": ("bench.model",),

@@ -27,9 +27,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hawk_kernels.backends.triton import column_stats, compaction, finish, greedy, hidden, score_select, select_rows
-from hawk_kernels.backends.triton.configs import Shape, config_for
-from hawk_kernels.backends.triton.head_norms import MODES
+from hawk_kernels.backends.kernels import (
+    attention_column_mean,
+    compact,
+    finish,
+    greedy,
+    score_and_select,
+    score_hidden,
+    select_topk,
+)
+from hawk_kernels.backends.kernels.configs import Shape, config_for
+from hawk_kernels.backends.kernels.head_norms import MODES
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -104,13 +112,13 @@ def variants(quick: bool = False, target: str = "sm_90") -> Iterator[Variant]:
 
 
 def _compaction(dtype: str) -> Variant:
-    config = compaction.launch_config(1, 5120, 1024, 3584, int(dtype[-2:]) // 8)
+    config = compact.launch_config(1, 5120, 1024, 3584, int(dtype[-2:]) // 8)
     strides = {"embeds_stride_c": 1, "keep_stride_t": 1, "positions_stride_t": 1}
     constants = {"HAS_POSITIONS": True, **strides, **config["blocks"]}
     pointer = {**DTYPES, "fp64": "*fp64"}[dtype]
     integers = ("positions_ptr", "packed_positions_ptr", "attention_mask_ptr", "source_ptr")
     pointers = {"embeds_ptr": pointer, "packed_ptr": pointer, "keep_ptr": "*i1", **dict.fromkeys(integers, "*i64")}
-    return Variant(f"compact {dtype}", compaction._compact_kernel, pointers, constants, config["num_warps"])
+    return Variant(f"compact {dtype}", compact._compact_kernel, pointers, constants, config["num_warps"])
 
 
 def _greedy(num_tokens: int) -> Iterator[Variant]:
@@ -123,7 +131,7 @@ def _greedy(num_tokens: int) -> Iterator[Variant]:
 
 
 def _columns(dtype: str, head_dim: int, num_queries: int, num_keys: int, kind: str) -> Iterator[Variant]:
-    config = column_stats.launch_config(16, num_queries, num_keys, head_dim, 4 if dtype == "fp32" else 2)
+    config = attention_column_mean.launch_config(16, num_queries, num_keys, head_dim, 4 if dtype == "fp32" else 2)
     pass_constants = {
         "HEAD_DIM": head_dim,
         "CAUSAL": "causal" in kind,
@@ -139,11 +147,11 @@ def _columns(dtype: str, head_dim: int, num_queries: int, num_keys: int, kind: s
     pointers["q_rows_ptr"] = "*i1"
     name = f"{dtype} D={head_dim} N={num_queries} {kind}"
     warps = config["num_warps"]
-    yield Variant(f"row pass {name}", column_stats._row_pass, pointers, pass_constants, warps)
+    yield Variant(f"row pass {name}", attention_column_mean._row_pass, pointers, pass_constants, warps)
     constants = {**pass_constants, **maximum}
-    yield Variant(f"column pass {name}", column_stats._column_pass, pointers, constants, warps)
+    yield Variant(f"column pass {name}", attention_column_mean._column_pass, pointers, constants, warps)
     constants = {**maximum, "MEAN": counted, "HAS_COUNTS": counted, "HAS_WEIGHTS": counted, "BLOCK": 256}
-    yield Variant(f"finish {name}", column_stats._finish, {}, constants, 4)
+    yield Variant(f"finish {name}", attention_column_mean._finish, {}, constants, 4)
 
 
 def _fused(
@@ -156,8 +164,8 @@ def _fused(
     masked: bool,
     selects: bool = True,
 ) -> Variant:
-    config = config_for(target, "score_select", Shape("fp32" if dtype == "fp32" else "half", head_dim, 4, num_keys))
-    plan = score_select.make_plan(1, 28, 4, num_queries, num_keys, head_dim, mode, selects, config)
+    config = config_for(target, "score_and_select", Shape("fp32" if dtype == "fp32" else "half", head_dim, 4, num_keys))
+    plan = score_and_select.make_plan(1, 28, 4, num_queries, num_keys, head_dim, mode, selects, config)
     constants = {
         "HAS_Q_MASK": masked,
         "HAS_K_MASK": masked,
@@ -169,8 +177,8 @@ def _fused(
         **plan.constants,
     }
     pointers = {"q_ptr": DTYPES[dtype], "k_ptr": DTYPES[dtype], "q_mask_ptr": "*i1", "k_mask_ptr": "*i1", **SELECTING}
-    name = f"score_select {dtype} {mode} D={head_dim} N={num_queries} M={num_keys}{' masked' if masked else ''}"
-    return _planned(name, score_select._score_select_kernel, pointers, constants, plan)
+    name = f"score_and_select {dtype} {mode} D={head_dim} N={num_queries} M={num_keys}{' masked' if masked else ''}"
+    return _planned(name, score_and_select._score_and_select_kernel, pointers, constants, plan)
 
 
 def _hidden(
@@ -184,8 +192,8 @@ def _hidden(
     num_tokens: int,
 ) -> Variant:
     shape = (num_tokens, hidden_size, num_heads, num_key_value_heads, head_dim)
-    config = config_for(target, "hidden", Shape("fp32" if dtype == "fp32" else "half", 0, 1, num_tokens))
-    plan = hidden.make_plan(1, *shape, mode, True, config)
+    config = config_for(target, "score_hidden", Shape("fp32" if dtype == "fp32" else "half", 0, 1, num_tokens))
+    plan = score_hidden.make_plan(1, *shape, mode, True, config)
     constants = {
         "HAS_NORM_WEIGHT": True,
         "HAS_QUERY_BIAS": True,
@@ -197,12 +205,12 @@ def _hidden(
     }
     typed = ("x_ptr", "norm_weight_ptr", "wq_ptr", "bq_ptr", "wk_ptr", "bk_ptr", "terms_ptr")
     pointers = dict.fromkeys(typed, DTYPES[dtype]) | {"q_mask_ptr": "*i1", "k_mask_ptr": "*i1", **SELECTING}
-    name = f"hidden {dtype} {mode} C={hidden_size} H={num_heads} D={head_dim} T={num_tokens}"
-    return _planned(name, hidden._score_hidden_kernel, pointers, constants, plan)
+    name = f"score_hidden {dtype} {mode} C={hidden_size} H={num_heads} D={head_dim} T={num_tokens}"
+    return _planned(name, score_hidden._score_hidden_kernel, pointers, constants, plan)
 
 
 def _planned(
-    name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], plan: score_select.Plan
+    name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], plan: score_and_select.Plan
 ) -> Variant:
     return Variant(name, kernel, pointers, constants, plan.options["num_warps"], plan.options.get("maxnreg"))
 
@@ -216,7 +224,7 @@ def _select(num_keys: int) -> Variant:
         "NUM_BLOCKS": triton.next_power_of_2(finish.num_blocks(num_keys)),
     }
     pointers = {"candidates_ptr": "*i1", **SELECTING}
-    return Variant(f"select M={num_keys}", select_rows._select_kernel, pointers, constants, select_rows._NUM_WARPS)
+    return Variant(f"select M={num_keys}", select_topk._select_kernel, pointers, constants, select_topk._NUM_WARPS)
 
 
 def build(variant: Variant, target_name: str) -> Any:

@@ -1,7 +1,7 @@
 """Who takes part: ours, the release, the same compiled, a strong PyTorch baseline, and other libraries' kernels.
 
 flash-colreduce is not among them: it averages a softmax over the keys, HAWK the logits before one, so the two keep
-other tokens. `bench.attention_stats` holds it against ours on the statistic that both compute.
+other tokens. `bench.attention_column_mean` holds it against ours on the statistic that both compute.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ class Goal:
         bar, goal: what must and what should be reached.
         unit: behind every number.
         smaller_is_better: direction.
-        measured: from the rows of `micro.json` and `prefill.json` to named values, none where nothing was measured.
+        measured: from the rows of `score_and_select.json` and `prefill.json` to named values, none where nothing was
+            measured.
     """
 
     title: str

@@ -105,11 +105,11 @@ class Other:
 
 
 OTHERS = (
-    Other("bench.compaction", 45, "--output", ("--device=cpu", "--rounds=1", "--seconds=0.1")),
+    Other("bench.compact", 45, "--output", ("--device=cpu", "--rounds=1", "--seconds=0.1")),
     Other(
         "bench.decode_overhead", 60, "--json", ("--device=cpu", "--hidden=64", "--layers=2", "--side=4", "--rounds=2")
     ),
-    Other("bench.attention_stats", 45, "--json"),
+    Other("bench.attention_column_mean", 45, "--json"),
     Other("bench.greedy", 45, "--json"),
     Other("bench.encoder_cost", 60, "--output"),
 )
@@ -129,7 +129,7 @@ def stages(output: Path, tune: bool) -> list[list[Stage]]:
     )
     verify = _python("bench.verify", "repeatability", "graphs", "streams", "threads", f"--json={output}/verify.json")
     # leaves every kernel that is timed below in the compilers' caches
-    contenders = (_python("bench.micro", "--check", f"--shard={i}/{shards}") for i in range(shards))
+    contenders = (_python("bench.score_and_select", "--check", f"--shard={i}/{shards}") for i in range(shards))
     correctness = [
         Stage("parity", tuple(parity), 150, True, _SHARED),
         Stage("verify", (verify,), 150, True, _SHARED),
@@ -151,7 +151,11 @@ def stages(output: Path, tune: bool) -> list[list[Stage]]:
         f"--benchmark-json={output}/pytest-benchmark.json",
     )
     measured = [
-        Stage("micro", (_python("bench.micro", "--seconds=110", f"--json={output}/micro.json"),), 170),
+        Stage(
+            "score_and_select",
+            (_python("bench.score_and_select", "--seconds=110", f"--json={output}/score_and_select.json"),),
+            170,
+        ),
         Stage("prefill", (_python("bench.prefill", f"--json={output}/prefill.json"),), 120),
         Stage("host-cost", (_python("bench.host_cost", f"--json={output}/host-cost.json"),), 40),
         *(other.stage(output, "--device=cuda") for other in OTHERS if find_spec(other.module) is not None),
@@ -179,10 +183,14 @@ def rehearsal(output: Path) -> list[list[Stage]]:
     correctness = [
         Stage("parity", tuple(parity), 180, True),
         Stage("verify", (verify,), 180, True),
-        Stage("contenders", (_python("bench.micro", "--check", cpu, tiny),), 180, True),
+        Stage("contenders", (_python("bench.score_and_select", "--check", cpu, tiny),), 180, True),
     ]
     measured = [
-        Stage("micro", (_python("bench.micro", cpu, tiny, "--rounds=5", f"--json={output}/micro.json"),), 180),
+        Stage(
+            "score_and_select",
+            (_python("bench.score_and_select", cpu, tiny, "--rounds=5", f"--json={output}/score_and_select.json"),),
+            180,
+        ),
         Stage("prefill", (_python("bench.prefill", cpu, *prefill),), 180),
         Stage("host-cost", (host_cost,), 180, environment={"TRITON_INTERPRET": None}),
     ]

@@ -34,8 +34,8 @@ import torch
 from bench.environment import environment, write_json
 from bench.timing import eager_sampler, spread
 from hawk_kernels import greedy_dpp, greedy_max_min
-from hawk_kernels.backends import torch_greedy
-from hawk_kernels.backends.torch_greedy import Cosines, squared_quality, unit_vectors
+from hawk_kernels.backends.eager import greedy as eager_greedy
+from hawk_kernels.backends.eager.greedy import Cosines, squared_quality, unit_vectors
 
 METHODS = ("max_min", "dpp")
 
@@ -136,9 +136,9 @@ def cholesky_dpp(cosines: torch.Tensor, quality: torch.Tensor, kept: int) -> tor
 
 def our_picks(method: str, inputs: Inputs, kept: int) -> Callable[[], object]:
     """The picks of the backend that the device chooses, from cosines that are there."""
-    backend: Any = torch_greedy
+    backend: Any = eager_greedy
     if inputs.features.device.type == "cuda":
-        from hawk_kernels.backends.triton import greedy as backend
+        from hawk_kernels.backends.kernels import greedy as backend
     unit, candidates, finite = unit_vectors(inputs.features, None)
     if method == "max_min":
         apart = Cosines(unit, candidates & finite, itself=torch.inf)

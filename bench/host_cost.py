@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,8 +30,21 @@ from bench.cases import QWEN_7B, Case
 from bench.environment import environment, results_folder, write_json
 from bench.inputs import FirstLayer, make_inputs
 from bench.timing import rotate, spread, synchronize
-from hawk_kernels import ops
 from hawk_kernels.backends.choose import load_backend
+from hawk_kernels.ops import registration as ops
+
+# each operator, and the module of a backend that computes it
+OPERATORS = {
+    "attention_column_mean": "attention_column_mean",
+    "compact": "compact",
+    "greedy_dpp": "greedy",
+    "greedy_max_min": "greedy",
+    "score_and_select": "score_and_select",
+    "score_hidden": "score_hidden",
+    "score_hidden_and_select": "score_hidden",
+    "score_tokens": "score_and_select",
+    "select_topk": "select_topk",
+}
 
 # few, so that the median sees no sample in which somebody else had the processor
 _CALLS = 20
@@ -98,10 +111,8 @@ class Recorder:
 
 def layers(call: Callable[[], object], device: torch.device) -> dict[str, Callable[[], object]]:
     """The same call entered at each level: public function, operator, backend; and its allocations and launches."""
-    backend = load_backend("triton")
-    names = [name for name in backend.__all__ if hasattr(ops, name)]
-    operators = {name: Recorder(getattr(ops, name)) for name in names}
-    functions = {name: Recorder(getattr(backend, name)) for name in names}
+    operators = {name: Recorder(getattr(ops, name)) for name in OPERATORS}
+    functions = {name: Recorder(getattr(load_backend("triton", stem), name)) for name, stem in OPERATORS.items()}
     kernels: list[tuple[Any, tuple, dict]] = []
     allocations: list[tuple[tuple, dict]] = []
     empty = torch.empty
@@ -118,10 +129,12 @@ def layers(call: Callable[[], object], device: torch.device) -> dict[str, Callab
         call()
     with (
         mock.patch.multiple(ops, **operators),
-        mock.patch.multiple(backend, **functions),
+        ExitStack() as patches,
         mock.patch.object(torch, "empty", record_allocation),
         launches(record_launch),
     ):
+        for name, function in functions.items():
+            patches.enter_context(mock.patch.object(load_backend("triton", OPERATORS[name]), name, function))
         call()
     entered = {"call": call}
     for level, recorders in (("operator", operators), ("backend", functions)):
@@ -203,7 +216,8 @@ def run(device: torch.device, path: Path | None, rounds: int = 100) -> dict[str,
     results: dict[str, Any] = {"environment": environment(device), "unit": "microseconds of host time", "rows": {}}
     if device.type != "cuda":
         # lets CPU tensors through to the backend, whose kernels are compiled ones that are never launched
-        load_backend("triton")
+        for stem in OPERATORS.values():
+            load_backend("triton", stem)
         os.environ["TRITON_INTERPRET"] = "1"
     for name, call in public_calls(device).items():
         results["rows"][name] = row = measure(call, device, rounds)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.contenders import OURS, RELEASED, STRONG
-from bench.micro import EMPTY
 from bench.report import load
+from bench.score_and_select import EMPTY
 
 _STYLES = {
     OURS: ("#0b6e4f", "o", 2.2),
@@ -130,7 +130,7 @@ def draw_prefill(results: dict[str, Any], path: Path) -> bool:
 def draw(folder: Path) -> list[Path]:
     """Every picture that the files of the folder have numbers for."""
     drawn = []
-    micro, prefill = load(folder, "micro.json"), load(folder, "prefill.json")
+    micro, prefill = load(folder, "score_and_select.json"), load(folder, "prefill.json")
     for kind in ("queries", "hidden", "scores"):
         path = folder / f"growth-{kind}.png"
         if micro is not None and draw_growth(micro, kind, path):

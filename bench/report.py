@@ -173,7 +173,7 @@ def model_section(results: dict[str, Any]) -> str:
 
 SECTIONS = (
     ("verify.json", verify_section),
-    ("micro.json", micro_section),
+    ("score_and_select.json", micro_section),
     ("host-cost.json", host_section),
     ("prefill.json", prefill_section),
     ("model.json", model_section),
@@ -187,7 +187,7 @@ def render(folder: Path) -> str:
     environments = [results["environment"] for results, _ in loaded if "environment" in results]
     if environments:
         lines += [about(environments[0]), ""]
-    micro, prefill = ((load(folder, name) or {}).get("rows", []) for name in ("micro.json", "prefill.json"))
+    micro, prefill = ((load(folder, name) or {}).get("rows", []) for name in ("score_and_select.json", "prefill.json"))
     if environments and "capability" in environments[0]:
         lines += ["## Bars and goals", "", goals.table(micro, prefill), ""]
     lines += [f"![{picture.stem}]({picture.name})\n" for picture in sorted(folder.glob("*.png"))]

@@ -18,7 +18,7 @@ from csrc_ref.key_norm_scores import key_norm_scores
 from csrc_ref.random_scores import random_scores
 from csrc_ref.rotated import rotated
 from csrc_ref.score_and_select import score_and_select
-from csrc_ref.score_hidden_and_select import score_hidden_and_select
+from csrc_ref.score_hidden import score_hidden_and_select
 from csrc_ref.score_tokens import score_tokens
 from csrc_ref.select_topk import Selection, select_topk
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hawk_kernels.api import score_and_select, score_tokens, select_topk
-from hawk_kernels.attention import attention_column_mean
-from hawk_kernels.compaction import Compacted, compact
-from hawk_kernels.greedy import greedy_dpp, greedy_max_min
-from hawk_kernels.hidden import score_hidden, score_hidden_and_select
-from hawk_kernels.hiprune import hiprune_select
+from hawk_kernels.ops.attention_column_mean import attention_column_mean
+from hawk_kernels.ops.compact import Compacted, compact
+from hawk_kernels.ops.greedy import greedy_dpp, greedy_max_min
+from hawk_kernels.ops.hiprune_select import hiprune_select
+from hawk_kernels.ops.score_and_select import score_and_select, score_tokens
+from hawk_kernels.ops.score_hidden import score_hidden, score_hidden_and_select
+from hawk_kernels.ops.select_topk import select_topk
 from hawk_kernels.selection import Selection
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Measure launch configurations on this machine's GPU and write them as a table.
 
-    python -m hawk_kernels.tune [--out FILE] [--kernel score_select|hidden] [--quick] [--fresh]
+    python -m hawk_kernels.tune [--out FILE] [--kernel score_and_select|score_hidden] [--quick] [--fresh]
     python -m hawk_kernels.tune --dry-run [--json]
 
 Every candidate must first select what the PyTorch backend selects; one that fails, does not compile or spills registers
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from hawk_kernels.backends.triton.configs import Shape
+    from hawk_kernels.backends.kernels.configs import Shape
     from hawk_kernels.selection import Selection
 
 PER_MULTIPROCESSOR = "programs_per_multiprocessor"
@@ -46,7 +46,7 @@ _HIDDEN = {
     "sum_block": 256,
     "max_registers": 0,
 }
-_KERNELS = ("score_select", "hidden")
+_KERNELS = ("score_and_select", "score_hidden")
 _KEEP_RATIO = 0.2
 # Of the largest score: float32 sums in another order.
 _TOLERANCE = 2e-5
@@ -74,7 +74,7 @@ _TINY = Model(4, 2, 64, 3)
 def candidates(kernel: str, dtype: str, quick: bool = False) -> list[dict[str, int]]:
     """Configurations worth a try, as tables have them."""
     programs = (1, 2, 4) if quick else (1, 2, 3, 4, 6)
-    if kernel == "score_select":
+    if kernel == "score_and_select":
         return [
             {**_SCORE, "block_keys": keys, "num_warps": warps, PER_MULTIPROCESSOR: count}
             for keys in ((32, 64) if quick else (16, 32, 64, 128))
@@ -99,10 +99,10 @@ def candidates(kernel: str, dtype: str, quick: bool = False) -> list[dict[str, i
 
 def shapes(kernel: str, quick: bool = False) -> list[Shape]:
     """What a table is measured at."""
-    from hawk_kernels.backends.triton.configs import Shape
+    from hawk_kernels.backends.kernels.configs import Shape
 
-    head_dims = (0,) if kernel == "hidden" else (128,) if quick else (128, 256)
-    fewest = _QWEN_7B.num_key_value_heads if kernel == "score_select" else 1
+    head_dims = (0,) if kernel == "score_hidden" else (128,) if quick else (128, 256)
+    fewest = _QWEN_7B.num_key_value_heads if kernel == "score_and_select" else 1
     rows = (fewest,) if quick else (fewest, 8 * fewest)
     lengths = (1280, 16384, 131072) if quick else (512, 1280, 5120, 16384, 65536, 262144)
     every = product(("half",) if quick else ("half", "fp32"), head_dims, rows, lengths)
@@ -119,8 +119,7 @@ class Problem:
 
 def problem(kernel: str, shape: Shape, device: torch.device, model: Model) -> Problem:
     """Random inputs of a shape, and what the PyTorch backend makes of them."""
-    from hawk_kernels.backends import torch as reference
-    from hawk_kernels.backends import triton as backend
+    from hawk_kernels.backends.choose import load_backend
 
     generator = torch.Generator(device).manual_seed(0)
     dtype = torch.float32 if shape.dtype == "fp32" else torch.bfloat16
@@ -131,7 +130,7 @@ def problem(kernel: str, shape: Shape, device: torch.device, model: Model) -> Pr
     w = torch.rand(model.num_heads, generator=generator, device=device)
     head_dim = shape.head_dim or 128
     arguments: tuple
-    if kernel == "score_select":
+    if kernel == "score_and_select":
         batch = max(1, shape.rows // model.num_key_value_heads)
         q = normal(batch, model.num_heads, model.num_queries, head_dim)
         k = normal(batch, model.num_key_value_heads, shape.tokens, head_dim)
@@ -145,7 +144,8 @@ def problem(kernel: str, shape: Shape, device: torch.device, model: Model) -> Pr
         gamma = normal(model.hidden_size)
         layer = (x, gamma, 1e-6, wq, normal(outputs[0]), wk, normal(outputs[1]), w)
         arguments = (*layer, _KEEP_RATIO, model.num_key_value_heads, ~visual, visual, "l2", head_dim**-0.5, "floor")
-    name = "score_and_select" if kernel == "score_select" else "score_hidden_and_select"
+    name = "score_and_select" if kernel == "score_and_select" else "score_hidden_and_select"
+    reference, backend = load_backend("torch", kernel), load_backend("triton", kernel)
     expected = getattr(reference, name)(*arguments).scores
     finite = torch.isfinite(expected)
     largest = expected[finite].abs().max()
@@ -156,7 +156,7 @@ def problem(kernel: str, shape: Shape, device: torch.device, model: Model) -> Pr
         error = ((selection.scores - expected)[finite].abs().max() / largest).item()
         if not error <= _TOLERANCE:
             return f"scores are off by {error:.1e} of the largest"
-        exact = reference.select_topk(selection.scores, _KEEP_RATIO, finite, "floor")
+        exact = load_backend("torch", "select_topk").select_topk(selection.scores, _KEEP_RATIO, finite, "floor")
         if not (torch.equal(exact.mask, selection.mask) and torch.equal(exact.indices, selection.indices)):
             return "mask or indices are not those of the scores"
         return None
@@ -182,10 +182,10 @@ def refusal(kernel: str, config: dict[str, int], given: Problem, device: torch.d
 @contextmanager
 def launched(kernel: str) -> Iterator[list[Any]]:
     """What Triton has compiled for the launches of a kernel inside; nothing in the interpreter."""
-    from hawk_kernels.backends.triton import hidden, score_select
+    from hawk_kernels.backends.kernels import score_and_select, score_hidden
 
-    module: Any = score_select if kernel == "score_select" else hidden
-    name = "_score_select_kernel" if kernel == "score_select" else "_score_hidden_kernel"
+    module: Any = score_and_select if kernel == "score_and_select" else score_hidden
+    name = "_score_and_select_kernel" if kernel == "score_and_select" else "_score_hidden_kernel"
     jitted = getattr(module, name)
     codes: list[Any] = []
 
@@ -201,7 +201,7 @@ def launched(kernel: str) -> Iterator[list[Any]]:
 
 
 def _resolved(kernel: str, config: dict[str, int], device: torch.device) -> Any:
-    from hawk_kernels.backends.triton.configs import Entry, Shape, resolve
+    from hawk_kernels.backends.kernels.configs import Entry, Shape, resolve
 
     count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     return resolve(kernel, Entry(Shape("", 0, 0, 0), config), count)
@@ -319,7 +319,7 @@ def measure(kernel: str, shape: Shape, device: torch.device, tried: list[dict[st
 
 def in_use(kernel: str, shape: Shape, architecture: str) -> dict[str, int] | None:
     """The entry that a launch of this shape takes now, from the package's tables."""
-    from hawk_kernels.backends.triton.configs import committed_table, find_entry, nearest_architecture
+    from hawk_kernels.backends.kernels.configs import committed_table, find_entry, nearest_architecture
 
     entry, _ = find_entry(committed_table(nearest_architecture(architecture)), kernel, shape)
     return None if entry is None else entry.config
@@ -328,7 +328,7 @@ def in_use(kernel: str, shape: Shape, architecture: str) -> dict[str, int] | Non
 def bytes_of(kernel: str, shape: Shape) -> int:
     """About what the inputs of a shape and their reference take."""
     wide = 4 if shape.dtype == "fp32" else 2
-    if kernel == "score_select":
+    if kernel == "score_and_select":
         return shape.rows * shape.tokens * shape.head_dim * (wide + 4)
     return shape.rows * shape.tokens * _QWEN_7B.hidden_size * (wide + 8)
 
@@ -337,7 +337,7 @@ def tune(kernels: Sequence[str], out: Path, quick: bool, fresh: bool, say: Calla
     """Measure all shapes on the current GPU, write the table to `out` and return it."""
     import triton
 
-    from hawk_kernels.backends.triton import configs
+    from hawk_kernels.backends.kernels import configs
 
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
@@ -402,16 +402,16 @@ def _summary(line: dict[str, Any]) -> str:
 
 def _digest() -> str:
     """Of the kernels' code, as times of other code say nothing."""
-    sources = sorted((Path(__file__).parent / "backends" / "triton").glob("*.py"))
+    sources = sorted((Path(__file__).parent / "backends" / "kernels").glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
 def rehearse(kernels: Sequence[str], device: torch.device) -> Iterator[dict[str, Any]]:
     """Check a few candidates of each kernel at tiny sizes: `{"kernel", "config", "refused"}`."""
-    from hawk_kernels.backends.triton.configs import Shape
+    from hawk_kernels.backends.kernels.configs import Shape
 
     for kernel in kernels:
-        rows = _TINY.num_key_value_heads if kernel == "score_select" else 1
+        rows = _TINY.num_key_value_heads if kernel == "score_and_select" else 1
         given = problem(kernel, Shape("half", 16, rows, 40), device, _TINY)
         tried = candidates(kernel, "half", quick=True)
         for config in (tried[0], tried[-1]):
@@ -449,7 +449,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    from hawk_kernels.backends.triton.configs import TABLE_VARIABLE, architecture_of
+    from hawk_kernels.backends.kernels.configs import TABLE_VARIABLE, architecture_of
 
     architecture = architecture_of(torch.device("cuda", torch.cuda.current_device()))
     out = options.out or Path.home() / ".cache" / "hawk_kernels" / f"{architecture}.json"

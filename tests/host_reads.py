@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hawk_kernels
-from hawk_kernels import ops
 from hawk_kernels.hf import watched_method
+from hawk_kernels.ops import registration as ops
 
 _PACKAGE = str(Path(hawk_kernels.__file__).parent)
 # What a watched method of a model reads is the model's.

@@ -11,7 +11,20 @@ import time
 import pytest
 import torch
 
-from bench import cases, contenders, environment, goals, gpu, inputs, micro, model, parity, plots, report, timing
+from bench import (
+    cases,
+    contenders,
+    environment,
+    goals,
+    gpu,
+    inputs,
+    model,
+    parity,
+    plots,
+    report,
+    score_and_select,
+    timing,
+)
 from hawk_kernels import Selection, select_topk
 
 CPU = torch.device("cpu")
@@ -93,8 +106,8 @@ class TestContenders:
             ]
 
         contenders_of = contenders.contenders
-        monkeypatch.setattr(micro, "contenders", two)
-        row = micro.measure(QUERIES, CPU, 1e10, None, rounds=5)
+        monkeypatch.setattr(score_and_select, "contenders", two)
+        row = score_and_select.measure(QUERIES, CPU, 1e10, None, rounds=5)
         entries = {entry["name"]: entry for entry in row["contenders"]}
         assert "ParityError" in entries["wrong"]["failed"]
         assert entries["broken"]["failed"] == "RuntimeError: no such kernel"
@@ -104,10 +117,10 @@ class TestContenders:
 
     def test_ours_failing_fails_the_run(self):
         row = {"title": "a case", "contenders": [{"name": "ours", "failed": "ParityError: off"}]}
-        assert micro.failures({"rows": [row]}) == ["a case: ParityError: off"]
+        assert score_and_select.failures({"rows": [row]}) == ["a case: ParityError: off"]
 
     def test_parity_alone_times_nothing(self):
-        results = micro.run_checks(CPU, (QUERIES,))
+        results = score_and_select.run_checks(CPU, (QUERIES,))
         (row,) = results["rows"]
         assert {entry["name"] for entry in row["contenders"]} >= {contenders.OURS, contenders.RELEASED}
         assert not any("eager" in entry or "failed" in entry for entry in row["contenders"])
@@ -120,16 +133,16 @@ class TestResults:
                 raise KeyboardInterrupt
             return {"title": str(case), "case": case.to_dict(), "contenders": [], "floor": {"microseconds": 1.0}}
 
-        monkeypatch.setattr(micro, "measure", measure)
-        monkeypatch.setattr(micro, "copy_bandwidth", lambda device: 1e10)
+        monkeypatch.setattr(score_and_select, "measure", measure)
+        monkeypatch.setattr(score_and_select, "copy_bandwidth", lambda device: 1e10)
         with pytest.raises(KeyboardInterrupt):
-            micro.run(CPU, cases.TINY, tmp_path / "micro.json")
-        rows = json.loads((tmp_path / "micro.json").read_text())["rows"]
+            score_and_select.run(CPU, cases.TINY, tmp_path / "score_and_select.json")
+        rows = json.loads((tmp_path / "score_and_select.json").read_text())["rows"]
         assert [row["case"]["kind"] for row in rows] == ["queries"]
 
     def test_cases_that_do_not_fit_the_time_are_named(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(micro, "copy_bandwidth", lambda device: 1e10)
-        results = micro.run(CPU, cases.TINY, tmp_path / "micro.json", seconds=-1.0)
+        monkeypatch.setattr(score_and_select, "copy_bandwidth", lambda device: 1e10)
+        results = score_and_select.run(CPU, cases.TINY, tmp_path / "score_and_select.json", seconds=-1.0)
         assert results["left_out"] == [str(case) for case in cases.TINY]
 
     def test_a_file_is_replaced_in_one_step(self, tmp_path):
@@ -217,8 +230,8 @@ class TestTiming:
             clock["now"] += 5.0
             return torch.arange(48).topk(9).indices[None]
 
-        monkeypatch.setattr(micro, "contenders", lambda *_: [contenders.Contender("ours", run, 1e6)])
-        row = micro.measure(QUERIES, CPU, 1e10, Flush(), rounds=6)
+        monkeypatch.setattr(score_and_select, "contenders", lambda *_: [contenders.Contender("ours", run, 1e6)])
+        row = score_and_select.measure(QUERIES, CPU, 1e10, Flush(), rounds=6)
         graph = row["contenders"][0]["graph"]
         assert graph["warm"]["median"] == pytest.approx(5.0)
         assert graph["cold"]["median"] == pytest.approx(5.0)
@@ -232,9 +245,9 @@ class TestTiming:
             def __call__(self):
                 return 1.0
 
-        monkeypatch.setattr(micro, "Replay", Uncapturable)
+        monkeypatch.setattr(score_and_select, "Replay", Uncapturable)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-        row = micro.measure(QUERIES, CPU, 1e10, lambda: None, rounds=5)
+        row = score_and_select.measure(QUERIES, CPU, 1e10, lambda: None, rounds=5)
         for entry in row["contenders"]:
             assert entry["no_graph"] == "RuntimeError: operation not permitted when stream is capturing"
             assert set(entry["eager"]) == {"warm", "cold"}
@@ -448,7 +461,7 @@ class TestGpuCommand:
         """Without the stages that are other modules' and pytest itself."""
         archive = tmp_path / "results.tar.gz"
         command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--output", str(tmp_path / "out")]
-        command += ["--archive", str(archive), "--only", "parity", "verify", "micro", "prefill", "host-cost"]
+        command += ["--archive", str(archive), "--only", "parity", "verify", "score_and_select", "prefill", "host-cost"]
         result = subprocess.run(command, capture_output=True, text=True, cwd=environment.REPOSITORY)
         assert result.returncode == 0, result.stdout + result.stderr
         stages = json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]
@@ -459,4 +472,4 @@ class TestGpuCommand:
         # times of a CPU say nothing about what is asked of a GPU
         assert "Bars and goals" not in text
         with tarfile.open(archive) as packed:
-            assert "out/micro.json" in packed.getnames()
+            assert "out/score_and_select.json" in packed.getnames()

@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import csrc_ref
-from hawk_kernels import compact, ops, prune
-from hawk_kernels.backends import torch_compaction
+from hawk_kernels import compact, prune
+from hawk_kernels.backends.eager import compact as torch_compaction
+from hawk_kernels.ops import registration
 from tests.compact_cases import DTYPES, assert_same, prompt
 from tests.host_reads import HostReads
 from tests.tiny_families import batch, tiny_model
 from tests.tiny_models import Picture, question
 
-triton_compaction = import_module("hawk_kernels.backends.triton.compaction")
+triton_compaction = import_module("hawk_kernels.backends.kernels.compact")
 BACKENDS = ("torch", "triton")
 KERNELS = {"torch": torch_compaction.compact, "triton": triton_compaction.compact}
 POSITIONS = {
@@ -334,7 +335,9 @@ def test_opcheck(positions, grad, device):
     embeds, keep_mask = (tensor.to(device) for tensor in prompt())
     positions = None if positions is None else positions.to(device)
     for backend in BACKENDS:
-        torch.library.opcheck(ops.compact, (embeds.requires_grad_(grad), keep_mask, positions, 30, backend))
+        torch.library.opcheck(
+            torch.ops.hawk_kernels.compact.default, (embeds.requires_grad_(grad), keep_mask, positions, 30, backend)
+        )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -465,7 +468,7 @@ def test_every_grid_covers_its_outputs(batch, num_tokens, length, hidden_size, e
 def as_on_a_gpu(monkeypatch, device):
     """On a CPU the code paths of a GPU, whose kernels Triton's interpreter runs, and no reading that is free there."""
     if device.type == "cpu":
-        monkeypatch.setattr(ops, "check_fits", lambda keep_mask, length: None)
+        monkeypatch.setattr(registration, "check_fits", lambda keep_mask, length: None)
         for name, module in list(sys.modules.items()):
             if name.startswith("hawk_kernels.") and hasattr(module, "choose_backend"):
                 monkeypatch.setattr(module, "choose_backend", lambda *_: "triton")
@@ -474,14 +477,14 @@ def as_on_a_gpu(monkeypatch, device):
 def test_a_read_inside_an_operator_is_counted():
     with HostReads() as reads:
         compact(*prompt(), length=37, backend="torch")
-    assert "torch_compaction.py: item" in reads.places
+    assert "compact.py: item" in reads.places
 
 
 def test_one_host_read_without_a_length_and_none_with_it(as_on_a_gpu, device):
     embeds, keep_mask = (tensor.to(device) for tensor in prompt())
     with HostReads() as reads:
         compact(embeds, keep_mask)
-    assert reads.places == ["compaction.py: _local_scalar_dense"]
+    assert reads.places == ["compact.py: _local_scalar_dense"]
     with HostReads() as reads:
         compact(embeds, keep_mask, length=30)
     assert reads.places == []

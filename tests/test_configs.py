@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hawk_kernels.backends.triton import configs
-from hawk_kernels.backends.triton.configs import HiddenConfig, ScoreConfig, Shape
+from hawk_kernels.backends.kernels import configs
+from hawk_kernels.backends.kernels.configs import HiddenConfig, ScoreConfig, Shape
 
 ARCHITECTURES = ["gfx942", "sm_100", "sm_80", "sm_90"]
 SCORE = {
@@ -40,11 +40,11 @@ def _as_in_a_fresh_process(monkeypatch):
 
 @pytest.fixture
 def own_table(tmp_path, monkeypatch):
-    """Makes a user's table of one score_select entry and names it in the environment."""
+    """Makes a user's table of one score_and_select entry and names it in the environment."""
 
     def make(shape, architecture="sm_90", config=SCORE):
-        content = {"architecture": architecture, "source": "a test", "multiprocessors": 10, "hidden": []}
-        content["score_select"] = [{"shape": shape._asdict(), "config": config}]
+        content = {"architecture": architecture, "source": "a test", "multiprocessors": 10, "score_hidden": []}
+        content["score_and_select"] = [{"shape": shape._asdict(), "config": config}]
         path = tmp_path / "own.json"
         path.write_text(json.dumps(content))
         monkeypatch.setenv(configs.TABLE_VARIABLE, str(path))
@@ -53,7 +53,7 @@ def own_table(tmp_path, monkeypatch):
     return make
 
 
-def looked_up(architecture, *shapes, kernel="score_select"):
+def looked_up(architecture, *shapes, kernel="score_and_select"):
     return [configs.config_for(architecture, kernel, shape) for shape in shapes]
 
 
@@ -88,16 +88,16 @@ def test_committed_tables_cover_what_is_promised(architecture):
         for dtype in ("half", "fp32"):
             for tokens in (1, 70, 256, 1296, 2048, 2049, 5120, 16384, 70000, 262144):
                 for batch in (1, 8, 64):
-                    configs.config_for(architecture, "hidden", Shape(dtype, 0, batch, tokens))
+                    configs.config_for(architecture, "score_hidden", Shape(dtype, 0, batch, tokens))
                     for head_dim in (16, 64, 72, 80, 96, 128, 256):
-                        configs.config_for(architecture, "score_select", Shape(dtype, head_dim, 8 * batch, tokens))
+                        configs.config_for(architecture, "score_and_select", Shape(dtype, head_dim, 8 * batch, tokens))
 
 
 def table_of(*shapes):
     entries = tuple(
         configs.Entry(Shape(*shape), {**SCORE, "block_keys": 16 + index}) for index, shape in enumerate(shapes)
     )
-    return configs.Table("sm_90", "a test", 10, {"score_select": entries, "hidden": ()})
+    return configs.Table("sm_90", "a test", 10, {"score_and_select": entries, "score_hidden": ()})
 
 
 TABLE = table_of(
@@ -109,14 +109,14 @@ TABLE = table_of(
 )
 
 
-@given(st.sampled_from(TABLE.entries["score_select"][:4]))
+@given(st.sampled_from(TABLE.entries["score_and_select"][:4]))
 def test_a_shape_that_an_entry_was_made_for_gets_it(entry):
-    assert configs.find_entry(TABLE, "score_select", entry.shape) == (entry, True)
+    assert configs.find_entry(TABLE, "score_and_select", entry.shape) == (entry, True)
 
 
 @given(st.sampled_from(["half", "fp32"]), st.integers(1, 300), st.integers(1, 1000), st.integers(1, 10**6))
 def test_the_nearest_entry_is_never_for_another_dtype_or_smaller_heads(dtype, head_dim, rows, tokens):
-    entry, covered = configs.find_entry(TABLE, "score_select", Shape(dtype, head_dim, rows, tokens))
+    entry, covered = configs.find_entry(TABLE, "score_and_select", Shape(dtype, head_dim, rows, tokens))
     assert entry.shape.dtype == dtype
     largest = 256 if dtype == "half" else 128
     assert entry.shape.head_dim == largest if head_dim > largest else entry.shape.head_dim >= head_dim
@@ -138,13 +138,13 @@ def test_the_nearest_entry_is_never_for_another_dtype_or_smaller_heads(dtype, he
     ],
 )
 def test_distance_is_a_ratio_and_an_entry_reaches_four_times_as_far(rows, tokens, made_for, covered):
-    entry, is_covered = configs.find_entry(TABLE, "score_select", Shape("half", 128, rows, tokens))
+    entry, is_covered = configs.find_entry(TABLE, "score_and_select", Shape("half", 128, rows, tokens))
     assert ((entry.shape.rows, entry.shape.tokens), is_covered) == (made_for, covered)
 
 
 def test_an_entry_without_a_length_is_for_every_length():
     for shape in (Shape("fp32", 64, 1, 1), Shape("fp32", 128, 10**4, 10**7)):
-        entry, covered = configs.find_entry(TABLE, "score_select", shape)
+        entry, covered = configs.find_entry(TABLE, "score_and_select", shape)
         assert entry.shape.dtype == "fp32"
         assert covered
 
@@ -152,7 +152,9 @@ def test_an_entry_without_a_length_is_for_every_length():
 def test_a_shape_that_no_table_covers_gets_the_nearest_entry_and_one_warning(monkeypatch):
     monkeypatch.setattr(configs, "committed_table", lambda architecture: TABLE)
     far = [Shape("half", 128, 4, tokens) for tokens in (10**6, 10**7)]
-    with pytest.warns(RuntimeWarning, match="no launch configuration of score_select .*hawk_kernels.tune") as caught:
+    with pytest.warns(
+        RuntimeWarning, match="no launch configuration of score_and_select .*hawk_kernels.tune"
+    ) as caught:
         found = looked_up("sm_90", *far)
     assert [config.block_keys for config in found] == [17, 17]
     assert len(caught) == 1
@@ -186,7 +188,7 @@ def test_an_architecture_without_a_table_is_said_once():
 
 def test_programs_follow_the_multiprocessors():
     shape = Shape("half", 128, 4, 131072)
-    whole, part = (configs.config_for("sm_90", "score_select", shape, count) for count in (132, 66))
+    whole, part = (configs.config_for("sm_90", "score_and_select", shape, count) for count in (132, 66))
     assert whole.num_programs == 2 * part.num_programs
     assert whole._replace(num_programs=0) == part._replace(num_programs=0)
 
@@ -194,18 +196,18 @@ def test_programs_follow_the_multiprocessors():
 class TestOwnTable:
     def test_is_used_where_it_is_named(self, own_table):
         own_table(Shape("half", 128, 4, 1296))
-        config = configs.config_for("sm_90", "score_select", Shape("half", 128, 4, 1300), 100)
+        config = configs.config_for("sm_90", "score_and_select", Shape("half", 128, 4, 1300), 100)
         assert config == ScoreConfig(16, 300, 4096, 128, 2, 128)
 
     def test_leaves_other_shapes_and_kernels_to_the_committed_one(self, own_table, recwarn):
         committed = [
-            configs.config_for("sm_90", "score_select", Shape("half", 128, 4, 131072)),
-            configs.config_for("sm_90", "hidden", Shape("half", 0, 1, 1296)),
+            configs.config_for("sm_90", "score_and_select", Shape("half", 128, 4, 131072)),
+            configs.config_for("sm_90", "score_hidden", Shape("half", 0, 1, 1296)),
         ]
         own_table(Shape("half", 128, 4, 1296))
         configs._own_table.cache_clear()
-        assert committed[0] == configs.config_for("sm_90", "score_select", Shape("half", 128, 4, 131072))
-        assert committed[1] == configs.config_for("sm_90", "hidden", Shape("half", 0, 1, 1296))
+        assert committed[0] == configs.config_for("sm_90", "score_and_select", Shape("half", 128, 4, 131072))
+        assert committed[1] == configs.config_for("sm_90", "score_hidden", Shape("half", 0, 1, 1296))
         assert not recwarn
 
     def test_of_another_architecture_is_left_aside_with_one_warning(self, own_table):
@@ -217,18 +219,18 @@ class TestOwnTable:
 
     def test_on_an_architecture_that_has_none_there_is_nothing_to_warn_of(self, own_table, recwarn):
         own_table(Shape("half", 128, 4, 1296), architecture="sm_120")
-        assert configs.config_for("sm_120", "score_select", Shape("half", 128, 4, 1296)).block_keys == 16
+        assert configs.config_for("sm_120", "score_and_select", Shape("half", 128, 4, 1296)).block_keys == 16
         assert not recwarn
 
     def test_elsewhere_than_named_it_is_not_found(self, own_table, monkeypatch):
         own_table(Shape("half", 128, 4, 1296))
         monkeypatch.delenv(configs.TABLE_VARIABLE)
-        assert configs.config_for("sm_90", "score_select", Shape("half", 128, 4, 1296)).query_elements == 8192
+        assert configs.config_for("sm_90", "score_and_select", Shape("half", 128, 4, 1296)).query_elements == 8192
 
     def test_that_is_missing_is_an_error(self, monkeypatch, tmp_path):
         monkeypatch.setenv(configs.TABLE_VARIABLE, str(tmp_path / "nothing.json"))
         with pytest.raises(ValueError, match=r"nothing.json: expected a table of launch configurations.*or unset"):
-            configs.config_for("sm_90", "score_select", Shape("half", 128, 4, 1296))
+            configs.config_for("sm_90", "score_and_select", Shape("half", 128, 4, 1296))
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -242,7 +244,7 @@ class TestOwnTable:
     def test_with_a_bad_entry_is_an_error(self, own_table, change, message):
         own_table(Shape("half", 128, 4, 1296), config={**SCORE, **change})
         with pytest.raises(ValueError, match=message):
-            configs.config_for("sm_90", "score_select", Shape("half", 128, 4, 1296))
+            configs.config_for("sm_90", "score_and_select", Shape("half", 128, 4, 1296))
 
 
 class TestDevice:
@@ -261,7 +263,7 @@ class TestDevice:
     def test_a_repeated_shape_is_one_cached_lookup(self, gpu, monkeypatch):
         monkeypatch.setattr(torch.version, "hip", None)
         shape = (gpu, torch.bfloat16, 1, 28, 4, 1296, 128)
-        expected = configs.config_for("sm_90", "score_select", Shape("half", 128, 4, 1296), 132)
+        expected = configs.config_for("sm_90", "score_and_select", Shape("half", 128, 4, 1296), 132)
         assert [configs.score_config(*shape) for _ in range(3)] == [expected] * 3
         assert configs.score_config.cache_info().hits == 2
         assert configs.hidden_config(gpu, torch.float32, 1, 1296, 3584).block_channels == 64

@@ -16,10 +16,13 @@ from hawk_kernels import (
     score_tokens,
     select_topk,
 )
-from hawk_kernels.backends.triton import finish, hidden, launch, score_select, select_rows
-from hawk_kernels.backends.triton.configs import HiddenConfig, ScoreConfig
+from hawk_kernels.backends.kernels import finish, launch
+from hawk_kernels.backends.kernels import score_and_select as score_and_select_kernel
+from hawk_kernels.backends.kernels import score_hidden as score_hidden_kernel
+from hawk_kernels.backends.kernels import select_topk as select_topk_kernel
+from hawk_kernels.backends.kernels.configs import HiddenConfig, ScoreConfig
 from tests.cases import NORMALIZATIONS, assert_matches_reference, make_case
-from tests.test_hidden import Layer
+from tests.test_score_hidden import Layer
 
 BACKENDS = ("torch", "triton")
 GPU = torch.device("cuda", 0)
@@ -36,7 +39,7 @@ def hidden_states(num_tokens=70, **options):
 
 
 def given_scores(num_keys=70):
-    return select_rows.select_topk(torch.linspace(1, 2, 2 * num_keys).view(2, -1), 0.3, None, "floor")
+    return select_topk_kernel.select_topk(torch.linspace(1, 2, 2 * num_keys).view(2, -1), 0.3, None, "floor")
 
 
 CALLS = [queries_and_keys, hidden_states, given_scores]
@@ -87,7 +90,7 @@ class TestHostFailures:
                 raise error("before the launch")
 
         with monkeypatch.context() as patched:
-            for module in (score_select, hidden, select_rows):
+            for module in (score_and_select_kernel, score_hidden_kernel, select_topk_kernel):
                 names = [name for name in vars(module) if name.startswith("_") and name.endswith("_kernel")]
                 for name in names:
                     patched.setattr(module, name, Failing())
@@ -253,25 +256,25 @@ class TestOtherDevice:
 class TestLimits:
     def test_more_programs_than_a_grid_has(self):
         with pytest.raises(ValueError, match=r"at most 2147483647 programs in a launch, got \d+; split the batch"):
-            score_select.make_plan(2**27, 28, 4, 1, 64, 16, None, True, ScoreConfig())
+            score_and_select_kernel.make_plan(2**27, 28, 4, 1, 64, 16, None, True, ScoreConfig())
         with pytest.raises(ValueError, match=r"programs in a launch, got \d+; split the batch"):
-            hidden.make_plan(2**26, 64, 64, 4, 4, 16, None, True, HiddenConfig())
+            score_hidden_kernel.make_plan(2**26, 64, 64, 4, 4, 16, None, True, HiddenConfig())
 
     def test_offsets_that_int32_does_not_hold(self):
         with pytest.raises(ValueError, match=r"numbers of queries in the workspace in a launch, got \d+; split the"):
-            score_select.make_plan(2**19, 32, 4, 64, 64, 128, "l2", True, ScoreConfig())
+            score_and_select_kernel.make_plan(2**19, 32, 4, 64, 64, 128, "l2", True, ScoreConfig())
         with pytest.raises(ValueError, match="numbers of queries in the workspace"):
-            hidden.make_plan(2**14, 64, 4096, 32, 8, 128, "l2", True, HiddenConfig())
+            score_hidden_kernel.make_plan(2**14, 64, 4096, 32, 8, 128, "l2", True, HiddenConfig())
 
     def test_rows_longer_than_a_selection_takes(self):
         with pytest.raises(ValueError, match="at most 1073741824 tokens in a row in a launch, got 1073741825"):
-            score_select.make_plan(1, 4, 4, 1, 2**30 + 1, 16, None, True, ScoreConfig())
+            score_and_select_kernel.make_plan(1, 4, 4, 1, 2**30 + 1, 16, None, True, ScoreConfig())
 
     @pytest.mark.parametrize(("batch", "num_keys"), [(64, 262144), (1, 4 * 10**6), (4096, 1296)])
     def test_what_people_have_is_far_below(self, batch, num_keys):
-        plan = score_select.make_plan(batch, 28, 4, 64, num_keys, 128, "l2", True, ScoreConfig())
+        plan = score_and_select_kernel.make_plan(batch, 28, 4, 64, num_keys, 128, "l2", True, ScoreConfig())
         assert plan.grid[0] < 2**31
-        hidden.make_plan(min(batch, 512), num_keys, 3584, 28, 4, 128, "l2", True, HiddenConfig())
+        score_hidden_kernel.make_plan(min(batch, 512), num_keys, 3584, 28, 4, 128, "l2", True, HiddenConfig())
 
 
 def far_apart(values, strides):
@@ -414,7 +417,7 @@ class TestStrides:
 
     def test_given_scores(self, backend):
         scores = strided(torch.randn(3, 50))
-        run = select_rows.select_topk if backend == "triton" else None
+        run = select_topk_kernel.select_topk if backend == "triton" else None
         selection = run(scores, 0.3, None, "floor") if run else select_topk(scores, 0.3)
         assert_same(selection, select_topk(scores.contiguous(), 0.3))
 
@@ -458,7 +461,9 @@ class TestNothingThere:
     @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
     def test_given_scores(self, backend, shape):
         run = (
-            select_rows.select_topk if backend == "triton" else lambda scores, r, mask, rounding: select_topk(scores, r)
+            select_topk_kernel.select_topk
+            if backend == "triton"
+            else lambda scores, r, mask, rounding: select_topk(scores, r)
         )
         mask, indices, scores = run(torch.empty(shape), 0.5, None, "floor")
         assert mask.shape == scores.shape == shape
@@ -516,7 +521,7 @@ class TestGuardZones:
     @pytest.mark.parametrize("num_keys", [1, 61, 255, 257, ROW - 1, ROW + 1, 3 * ROW + 7])
     @pytest.mark.parametrize("r", [1, 0.3, 1.0])
     def test_given_scores(self, guarded, num_keys, r, device):
-        select_rows.select_topk(torch.randn(3, num_keys, device=device), r, None, "ceil")
+        select_topk_kernel.select_topk(torch.randn(3, num_keys, device=device), r, None, "ceil")
         guarded(4)
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from bench import greedy as greedy_bench
 from csrc_ref import greedy_dpp as reference_dpp
 from csrc_ref import greedy_max_min as reference_max_min
-from hawk_kernels import greedy_dpp, greedy_max_min, ops, select_topk
-from hawk_kernels.backends import torch_greedy
+from hawk_kernels import greedy_dpp, greedy_max_min, select_topk
+from hawk_kernels.backends.eager import greedy as eager_greedy
 
 FUNCTIONS = ("max_min", "dpp")
 
@@ -119,8 +119,8 @@ def test_cosines_that_do_not_fit_in_memory_are_made_a_pick_at_a_time(function, m
     features, quality = torch.randn(2, 70, 24), torch.rand(2, 70)
     mask = torch.arange(70) < torch.tensor([[70], [41]])
     held = select(function, features, quality, 0.3, mask=mask)
-    monkeypatch.setattr(torch_greedy, "_MATRIX", 0)
-    monkeypatch.setattr(torch_greedy, "_TILE", 1000)
+    monkeypatch.setattr(eager_greedy, "_MATRIX", 0)
+    monkeypatch.setattr(eager_greedy, "_TILE", 1000)
     made = select(function, features, quality, 0.3, mask=mask)
     assert torch.equal(held.indices, made.indices)
     assert torch.allclose(held.scores, made.scores, atol=1e-5)
@@ -257,9 +257,9 @@ def test_opcheck(function, backend, device):
     mask = torch.rand(12, 2, device=device).T < 0.8
     options = (mask, 0.4, 0, "floor", backend)
     if function == "max_min":
-        torch.library.opcheck(ops.greedy_max_min, (features, *options))
+        torch.library.opcheck(torch.ops.hawk_kernels.greedy_max_min.default, (features, *options))
     else:
-        torch.library.opcheck(ops.greedy_dpp, (features, quality, *options))
+        torch.library.opcheck(torch.ops.hawk_kernels.greedy_dpp.default, (features, quality, *options))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import csrc_ref
 from hawk_kernels import hiprune_select
-from hawk_kernels.hiprune import ANCHOR, BUFFER, REGISTER, choose, grid_neighbours
+from hawk_kernels.ops.hiprune_select import ANCHOR, BUFFER, REGISTER, choose, grid_neighbours
 
 
 def picture(*rows):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import csrc_ref
 from hawk_kernels import score_and_select, score_tokens, select_topk
-from hawk_kernels.backends.triton import select_topk as triton_select_topk
+from hawk_kernels.backends.kernels.select_topk import select_topk as triton_select_topk
 from tests.cases import DTYPES, NORMALIZATIONS, assert_matches_reference, make_case
 
 BACKENDS = ("torch", "triton")

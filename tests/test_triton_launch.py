@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from hawk_kernels.backends.triton import launch, score_select, select_rows
+from hawk_kernels.backends.kernels import launch, score_and_select
+from hawk_kernels.backends.kernels import select_topk as select_topk_kernel
 from tests.cases import NORMALIZATIONS, make_case
 
 
@@ -25,32 +26,32 @@ def launches(monkeypatch):
 
         return Counting()
 
-    for module, name in ((score_select, "_score_select_kernel"), (select_rows, "_select_kernel")):
+    for module, name in ((score_and_select, "_score_and_select_kernel"), (select_topk_kernel, "_select_kernel")):
         monkeypatch.setattr(module, name, counting(getattr(module, name)))
     return names
 
 
 def run(case, normalize):
     q_mask, k_mask = case.options.get("q_mask"), case.options.get("k_mask")
-    return score_select.score_and_select(case.q, case.k, case.w, 0.3, q_mask, k_mask, normalize, 0.25, "floor")
+    return score_and_select.score_and_select(case.q, case.k, case.w, 0.3, q_mask, k_mask, normalize, 0.25, "floor")
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("num_keys", [1, 100, 2049, 20000])
 def test_one_launch_whatever_the_size(launches, normalize, num_keys, device):
     run(make_case(2, 2, 1, 3, num_keys, 16, masked=True).to(device), normalize)
-    assert launches == ["_score_select_kernel"]
+    assert launches == ["_score_and_select_kernel"]
 
 
 @pytest.mark.parametrize("num_queries", [1, 64, 3000])
 def test_one_launch_whatever_the_text(launches, num_queries, device):
     run(make_case(2, 2, 1, num_queries, 40, 16, masked=True).to(device), "l2")
-    assert launches == ["_score_select_kernel"]
+    assert launches == ["_score_and_select_kernel"]
 
 
 @pytest.mark.parametrize("num_keys", [1, 2049, 20000])
 def test_given_scores_are_selected_in_one_launch(launches, num_keys, device):
-    select_rows.select_topk(torch.randn(2, num_keys, device=device), 0.3, None, "floor")
+    select_topk_kernel.select_topk(torch.randn(2, num_keys, device=device), 0.3, None, "floor")
     assert launches == ["_select_kernel"]
 
 
@@ -95,14 +96,14 @@ def test_nothing_is_written_outside_the_outputs(monkeypatch, device):
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(3, 200), (3000, 200), (3, 5000)])
 def test_a_launch_leaves_its_counters_at_zero(monkeypatch, num_queries, num_keys, device):
     counters = torch.zeros(64, dtype=torch.int32, device=device)
-    for module in (score_select, select_rows):
+    for module in (score_and_select, select_topk_kernel):
         monkeypatch.setattr(module, "launch_counters", lambda count, device: counters)
     case = make_case(3, 4, 2, num_queries, num_keys, 16).to(device)
     first = run(case, "l2")
     assert counters.eq(0).all()
     for got, expected in zip(run(case, "l2"), first, strict=True):
         assert torch.equal(got, expected)
-    select_rows.select_topk(first.scores, 0.3, None, "floor")
+    select_topk_kernel.select_topk(first.scores, 0.3, None, "floor")
     assert counters.eq(0).all()
 
 
@@ -163,6 +164,6 @@ def test_compiles_without_a_device(repository, tmp_path, capsys):
     rows = json.loads(report.read_text())["rows"]
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert all(row["spills"] == 0 for row in rows), [row for row in rows if row["spills"]]
-    fused = [row for row in rows if row["variant"].startswith("score_select") and row["target"].startswith("sm")]
+    fused = [row for row in rows if row["variant"].startswith("score_and_select") and row["target"].startswith("sm")]
     assert fused
     assert all(row["barrier_before_arrival"] for row in fused)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hawk_kernels import tune
-from hawk_kernels.backends.triton import configs, hidden, score_select
-from hawk_kernels.backends.triton.configs import Shape
+from hawk_kernels.backends.kernels import configs, score_and_select, score_hidden
+from hawk_kernels.backends.kernels.configs import Shape
 
 CPU = torch.device("cpu")
 
@@ -25,9 +25,9 @@ def test_dry_run_lists_candidates_and_checks_some(repository):
     result = command(repository, "--dry-run", "--quick", "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
-    assert set(report["listed"]) == {"score_select", "hidden"}
-    assert report["listed"]["hidden"]["candidates"]["half"] == tune.candidates("hidden", "half", quick=True)
-    assert {check["kernel"] for check in report["checked"]} == {"score_select", "hidden"}
+    assert set(report["listed"]) == {"score_and_select", "score_hidden"}
+    assert report["listed"]["score_hidden"]["candidates"]["half"] == tune.candidates("score_hidden", "half", quick=True)
+    assert {check["kernel"] for check in report["checked"]} == {"score_and_select", "score_hidden"}
     assert not [check for check in report["checked"] if check["refused"]]
     assert "selects the same as PyTorch" in result.stderr
 
@@ -47,7 +47,7 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("quick", [True, False])
-@pytest.mark.parametrize("kernel", ["score_select", "hidden"])
+@pytest.mark.parametrize("kernel", ["score_and_select", "score_hidden"])
 class TestWhatIsTried:
     def test_candidates_are_what_tables_have(self, kernel, quick):
         for dtype in ("half", "fp32"):
@@ -62,10 +62,10 @@ class TestWhatIsTried:
         assert min(shape.tokens for shape in shapes) <= 1296 < 65536 < max(shape.tokens for shape in shapes)
 
 
-TINY_SHAPES = {"score_select": Shape("half", 16, 2, 40), "hidden": Shape("fp32", 16, 1, 40)}
+TINY_SHAPES = {"score_and_select": Shape("half", 16, 2, 40), "score_hidden": Shape("fp32", 16, 1, 40)}
 
 
-@pytest.mark.parametrize("kernel", ["score_select", "hidden"])
+@pytest.mark.parametrize("kernel", ["score_and_select", "score_hidden"])
 class TestRefusal:
     def problem(self, kernel):
         return tune.problem(kernel, TINY_SHAPES[kernel], CPU, tune._TINY)
@@ -105,8 +105,8 @@ class TestRefusal:
     def test_nor_is_what_spills(self, kernel, spills, why, monkeypatch):
         given = self.problem(kernel)
         module, name = {
-            "score_select": (score_select, "_score_select_kernel"),
-            "hidden": (hidden, "_score_hidden_kernel"),
+            "score_and_select": (score_and_select, "_score_and_select_kernel"),
+            "score_hidden": (score_hidden, "_score_hidden_kernel"),
         }[kernel]
         jitted = getattr(module, name)
 
@@ -175,7 +175,7 @@ class TestWholeRun:
         microseconds = {"median": 5.0, "p20": 4.5, "p80": 6.0}
         return {"config": tried[-1], "microseconds": microseconds, "in_use": None, "refused": []}
 
-    def run(self, out, fresh=False, kernels=("score_select", "hidden")):
+    def run(self, out, fresh=False, kernels=("score_and_select", "score_hidden")):
         lines = []
         return tune.tune(kernels, out, True, fresh, lines.append), lines
 
@@ -185,14 +185,14 @@ class TestWholeRun:
         assert json.loads(out.read_text()) == table
         assert table["source"].startswith("measured by python -m hawk_kernels.tune")
         assert table["device"] == "a test"
-        assert lines[0].startswith("[1/6] score_select dtype=half head_dim=128 rows=4 tokens=1280: 5.0 us")
+        assert lines[0].startswith("[1/6] score_and_select dtype=half head_dim=128 rows=4 tokens=1280: 5.0 us")
         monkeypatch.setenv(configs.TABLE_VARIABLE, str(out))
         configs._own_table.cache_clear()
         try:
-            found = configs.config_for("sm_90", "score_select", Shape("half", 128, 4, 1280), 132)
+            found = configs.config_for("sm_90", "score_and_select", Shape("half", 128, 4, 1280), 132)
         finally:
             configs._own_table.cache_clear()
-        expected = tune.candidates("score_select", "half", quick=True)[-1]
+        expected = tune.candidates("score_and_select", "half", quick=True)[-1]
         assert found.num_programs == expected[tune.PER_MULTIPROCESSOR] * 132
         assert found.block_keys == expected["block_keys"]
 
@@ -203,9 +203,11 @@ class TestWholeRun:
             "measure",
             lambda kernel, shape, device, tried: first.append(tried[0]) or {"refused": [{"why": "a test"}]},
         )
-        table, lines = self.run(tmp_path / "t.json", kernels=["score_select"])
-        assert first == [tune.in_use("score_select", shape, "sm_90") for shape in tune.shapes("score_select", True)]
-        assert table["score_select"] == []
+        table, lines = self.run(tmp_path / "t.json", kernels=["score_and_select"])
+        assert first == [
+            tune.in_use("score_and_select", shape, "sm_90") for shape in tune.shapes("score_and_select", True)
+        ]
+        assert table["score_and_select"] == []
         assert "no candidate may be used, 1 refused: a test" in lines[0]
 
     def test_goes_on_where_it_was_killed(self, tmp_path):
@@ -224,7 +226,7 @@ class TestWholeRun:
         table, lines = self.run(out)
         assert len(self.measured) == len(set(self.measured)) == 6
         assert [line.endswith("measured before") for line in lines] == [True] * 4 + [False] * 2
-        assert len(table["score_select"]) == len(table["hidden"]) == 3
+        assert len(table["score_and_select"]) == len(table["score_hidden"]) == 3
         assert list(tmp_path.iterdir()) == [out]
 
     @pytest.mark.parametrize("change", ["fresh", "other code"])
@@ -242,14 +244,14 @@ class TestWholeRun:
         self.properties.total_memory = 2**29
         table, lines = self.run(tmp_path / "t.json")
         assert "left out, does not fit this GPU's memory" in lines[2]
-        assert [entry["shape"]["tokens"] for entry in table["score_select"]] == [1280, 16384]
+        assert [entry["shape"]["tokens"] for entry in table["score_and_select"]] == [1280, 16384]
 
         def out_of_memory(*arguments):
             raise torch.OutOfMemoryError
 
         monkeypatch.setattr(tune, "measure", out_of_memory)
         table, lines = self.run(tmp_path / "u.json")
-        assert table["score_select"] == table["hidden"] == []
+        assert table["score_and_select"] == table["score_hidden"] == []
         assert all("left out" in line for line in lines)
 
 
@@ -257,7 +259,7 @@ class TestWholeRun:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_measures_a_shape(device):
     device = torch.device("cuda", torch.cuda.current_device())
-    tried = tune.candidates("score_select", "half", quick=True)
-    line = tune.measure("score_select", Shape("half", 128, 4, 1280), device, tried)
+    tried = tune.candidates("score_and_select", "half", quick=True)
+    line = tune.measure("score_and_select", Shape("half", 128, 4, 1280), device, tried)
     assert line["config"] in tried
     assert 0 < line["microseconds"]["median"] < 1000

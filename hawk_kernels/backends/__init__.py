@@ -1,4 +1,1 @@
-"""Backends: how scores and selections are computed. `api` validates, `ops` registers, these compute.
-
-Empty on purpose: the submodules are called `torch` and `triton`, and would hide the packages of those names here.
-"""
+"""How scores and selections are computed: `eager` in PyTorch on any device, `kernels` in Triton on a GPU."""

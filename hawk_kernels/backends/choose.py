@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = ("triton", "torch")
+BACKENDS = {"triton": "hawk_kernels.backends.kernels", "torch": "hawk_kernels.backends.eager"}
 MAX_TRITON_HEAD_DIM = 256
 
 
@@ -56,6 +56,6 @@ def choose_backend(requested: str | None, device: torch.device, head_dim: int | 
 
 
 @cache
-def load_backend(name: str) -> ModuleType:
-    """The module of a backend; imported when it is first used, so that importing the package needs torch only."""
-    return import_module(f"hawk_kernels.backends.{name}")
+def load_backend(name: str, operator: str) -> ModuleType:
+    """Return the module that computes `operator` on a backend, importing it and nothing else on first use."""
+    return import_module(f"{BACKENDS[name]}.{operator}")

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from hawk_kernels.backends.torch_compaction import restore
-from hawk_kernels.compaction import compact
+from hawk_kernels.backends.eager.compact import restore
+from hawk_kernels.ops.compact import compact
 
 
 def splits_at_gaps(text: Any, batch: int, position_ids: torch.Tensor | None, axes: int) -> bool:

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from hawk_kernels.api import select_topk
 from hawk_kernels.methods.view import PrefillView, Segments
+from hawk_kernels.ops.select_topk import select_topk
 from hawk_kernels.selection import ROUNDINGS, Selection, kept_count
 
 

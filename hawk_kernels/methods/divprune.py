@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hawk_kernels.greedy import greedy_max_min
 from hawk_kernels.methods.base import JointMethod, candidates_of_units, check_rounding, of_rows, of_units
 from hawk_kernels.methods.view import PrefillView
+from hawk_kernels.ops.greedy import greedy_max_min
 from hawk_kernels.selection import Selection
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.api import score_tokens
 from hawk_kernels.methods.base import Method
 from hawk_kernels.methods.hawk import Hawk
 from hawk_kernels.methods.view import PrefillView
+from hawk_kernels.ops.score_and_select import score_tokens
 
 
 class HawkRope(Hawk):

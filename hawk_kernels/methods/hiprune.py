@@ -7,9 +7,9 @@ import numbers
 
 import torch
 
-from hawk_kernels.hiprune import HiPruneChoice, checked_alpha, choose, grid_neighbours, num_anchors
 from hawk_kernels.methods.base import Method, check_rounding, merged_segments
 from hawk_kernels.methods.view import PrefillView
+from hawk_kernels.ops.hiprune_select import HiPruneChoice, checked_alpha, choose, grid_neighbours, num_anchors
 from hawk_kernels.selection import Selection
 
 

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from hawk_kernels.attention import attention_column_mean
 from hawk_kernels.hf.encoders.base import VisionEncoder
 from hawk_kernels.hf.encoders.pieces import Grid, Piece
 from hawk_kernels.hf.upload import upload
+from hawk_kernels.ops.attention_column_mean import attention_column_mean
 
 
 class PackedEncoder(VisionEncoder):

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from hawk_kernels.attention import attention_column_mean
 from hawk_kernels.hf.encoders.base import VisionEncoder
 from hawk_kernels.hf.encoders.layouts import Layout, Tiles, merged_tiles
 from hawk_kernels.hf.encoders.pieces import Piece
+from hawk_kernels.ops.attention_column_mean import attention_column_mean
 
 # transformers 5.5 passes videos as pixel_values too
 _PIXELS = ("pixel_values_videos", "pixel_values")

@@ -1,0 +1,245 @@
+"""To kept tokens from scores, from queries and keys, or from hidden states: everybody side by side, after parity.
+
+    python -m bench.score_and_select [--device cuda] [--slice gpu] [--seconds 180] [--json FILE]
+
+Every round runs each contender once in each way: eager, and on a GPU as a replayed CUDA graph, with a warm and a cold
+last-level cache (bench/timing.py says how). A contender is first compared with float64; one that fails or raises is
+reported as such and never timed. Beside them stand an empty launch and the time that reading the keys (or the visual
+hidden states) once takes at the copy bandwidth measured in the same run. The results are written case by case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.cases import SLICES, Case, shard
+from bench.contenders import OURS, Contender, contenders
+from bench.environment import environment, results_folder, write_json
+from bench.inputs import Inputs, QueriesAndKeys, Scores, make_inputs
+from bench.timing import (
+    Flush,
+    Replay,
+    Sampler,
+    calls_in_a_graph,
+    copy_bandwidth,
+    eager_sampler,
+    peak_bytes,
+    rotate,
+    spread,
+)
+
+EMPTY = "empty launch"
+_FLUSH = "flush"
+# A case may take this long, parity and compiling aside.
+_CASE_SECONDS = {"cpu": 6.0, "cuda": 1.0}
+
+Way = tuple[str, str, str]
+
+
+def bytes_to_read(inputs: Inputs) -> int:
+    """What nobody can do without: the keys, the visual hidden states, or the scores, once."""
+    if isinstance(inputs, Scores):
+        tensor = inputs.scores
+    elif isinstance(inputs, QueriesAndKeys):
+        tensor = inputs.k
+    else:
+        tensor = inputs.x[:, inputs.visual]
+    return tensor.numel() * tensor.element_size()
+
+
+def check(case: Case, inputs: Inputs, device: torch.device) -> tuple[dict[str, Any], dict[str, Callable[[], object]]]:
+    """A row with the parity of each contender and, of those who have it, the memory; and how these are run."""
+    row: dict[str, Any] = {"case": case.to_dict(), "title": str(case), "contenders": []}
+    runs: dict[str, Callable[[], object]] = {}
+    expected = inputs.expected(case)
+    for contender in contenders(case, inputs):
+        entry = _checked(contender, expected)
+        row["contenders"].append(entry)
+        if "failed" not in entry:
+            entry["peak_bytes"] = peak_bytes(contender.run, device)
+            runs[contender.name] = contender.run
+    return row, runs
+
+
+def measure(case: Case, device: torch.device, bandwidth: float, flush: Flush | None, rounds: int) -> dict[str, Any]:
+    """One row: parity of each contender, then their times and memory."""
+    inputs = make_inputs(case, device)
+    row, runs = check(case, inputs, device)
+    read = bytes_to_read(inputs)
+    row["floor"] = {"bytes": read, "microseconds": read / bandwidth * 1e6}
+    entries = {entry["name"]: entry for entry in row["contenders"]}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        from bench.empty_launch import empty_launch
+
+        nothing = torch.zeros(1, device=device)
+        entries[EMPTY] = {"name": EMPTY}
+        row["contenders"].append(entries[EMPTY])
+        runs[EMPTY] = lambda: empty_launch(nothing)
+    samples = rotate(_samplers(runs, entries, device, flush), rounds, _CASE_SECONDS[device.type])
+    flushed = statistics.median(samples.pop((_FLUSH, "graph", "cold"), [0.0]))
+    for (name, how, cache), values in samples.items():
+        if (how, cache) == ("graph", "cold"):
+            values = [value - flushed for value in values]
+        entries[name].setdefault(how, {})[cache] = spread(values)
+    return row
+
+
+def _checked(contender: Contender, expected: torch.Tensor) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": contender.name, "tolerance": contender.tolerance}
+    try:
+        parity = contender.check(expected)
+    except Exception as error:
+        return entry | {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+    return entry | {"error": parity.error, "differing": parity.differing}
+
+
+def _samplers(
+    runs: dict[str, Callable[[], object]], entries: dict[str, dict], device: torch.device, flush: Flush | None
+) -> dict[Way, Sampler]:
+    """Every way of running everybody; what cannot be captured says so in its entry."""
+    samplers: dict[Way, Sampler] = {}
+    for name, run in runs.items():
+        samplers[name, "eager", "warm"] = eager = eager_sampler(run, device)
+        if flush is None:
+            continue
+        samplers[name, "eager", "cold"] = eager_sampler(run, device, flush)
+        eager()
+        calls = calls_in_a_graph(eager())
+        try:
+            warm, cold = Replay(run, calls), Replay(run, calls, flush)
+        except Exception as error:
+            entries[name]["no_graph"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            torch.cuda.synchronize(device)
+            continue
+        samplers[name, "graph", "warm"], samplers[name, "graph", "cold"] = warm, cold
+    if flush is not None:
+        samplers[_FLUSH, "graph", "cold"] = Replay(None, calls_in_a_graph(1.0), flush)
+    return samplers
+
+
+def run(
+    device: torch.device,
+    cases: tuple[Case, ...],
+    path: Path | None,
+    seconds: float | None = None,
+    rounds: int = 50,
+) -> dict[str, Any]:
+    """Measure the cases in order, write what there is after each, and leave out what does not fit in `seconds`."""
+    begin = time.perf_counter()
+    bandwidth = copy_bandwidth(device)
+    flush = Flush(device) if device.type == "cuda" else None
+    results: dict[str, Any] = {
+        "environment": environment(device),
+        "copy_bytes_per_second": bandwidth,
+        "unit": "microseconds",
+        "rows": [],
+        "left_out": [],
+    }
+    for number, case in enumerate(cases, 1):
+        if seconds is not None and time.perf_counter() - begin > seconds:
+            results["left_out"] = [str(left_out) for left_out in cases[number - 1 :]]
+            print(f"out of time: {len(results['left_out'])} cases left out", file=sys.stderr, flush=True)
+            break
+        start = time.perf_counter()
+        row = _one(case, device, lambda case=case: measure(case, device, bandwidth, flush, rounds))
+        results["rows"].append(row)
+        if path is not None:
+            write_json(path, results)
+        print(f"[{number}/{len(cases)}] {summary(row)} ({time.perf_counter() - start:.0f} s)", flush=True)
+    if path is not None:
+        write_json(path, results)
+    return results
+
+
+def run_checks(device: torch.device, cases: tuple[Case, ...]) -> dict[str, Any]:
+    """Parity alone, which also leaves every kernel in the compilers' caches."""
+    rows = []
+    for number, case in enumerate(cases, 1):
+        row = _one(case, device, lambda case=case: check(case, make_inputs(case, device), device)[0])
+        rows.append(row)
+        print(f"[{number}/{len(cases)}] {summary(row)}", flush=True)
+    return {"rows": rows}
+
+
+def _one(case: Case, device: torch.device, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    if case.compiled:
+        torch._dynamo.reset()
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        return {"case": case.to_dict(), "title": str(case), "failed": str(error).splitlines()[0]}
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def summary(row: dict[str, Any]) -> str:
+    """A row in one line: each contender's most telling median in microseconds."""
+    if "failed" in row:
+        return f"{row['title']}: {row['failed']}"
+    parts = []
+    for entry in row["contenders"]:
+        if "failed" in entry:
+            parts.append(f"{entry['name']} FAILED ({entry['failed']})")
+            continue
+        timed = entry.get("graph", entry.get("eager"))
+        if timed is not None:
+            parts.append(f"{entry['name']} {timed.get('cold', timed['warm'])['median']:.1f}")
+        else:
+            parts.append(f"{entry['name']} error {entry['error']:.0e}")
+    if "floor" in row:
+        parts.append(f"floor {row['floor']['microseconds']:.1f}")
+    return f"{row['title']}: {', '.join(parts)}"
+
+
+def failures(results: dict[str, Any]) -> list[str]:
+    """Where ours did not reach parity."""
+    return [
+        f"{row['title']}: {entry['failed']}"
+        for row in results["rows"]
+        for entry in row.get("contenders", [])
+        if entry["name"].startswith(OURS) and "failed" in entry
+    ]
+
+
+def main() -> None:
+    """Measure, print a line a case, write JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.score_and_select",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--slice", choices=SLICES, help="which cases; default: that of the device")
+    parser.add_argument("--rounds", type=int, default=50, help="at most; fewer where a case would take long")
+    parser.add_argument("--seconds", type=float, help="leave out the cases that do not fit")
+    parser.add_argument("--json", type=Path, help="default: bench/results/<device>/score_and_select.json")
+    parser.add_argument("--check", action="store_true", help="parity alone, nothing is timed or written")
+    parser.add_argument("--shard", type=shard, default=(0, 1), help="I/N: the I-th of N parts of the cases")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    position, count = arguments.shard
+    cases = SLICES[arguments.slice or ("gpu" if device.type == "cuda" else "cpu")][position::count]
+    if arguments.check:
+        results = run_checks(device, cases)
+    else:
+        path = arguments.json or results_folder(device) / "score_and_select.json"
+        results = run(device, cases, path, arguments.seconds, arguments.rounds)
+        print(f"written: {path}", file=sys.stderr)
+    if failures(results):
+        sys.exit("bench.score_and_select: parity failed: " + "; ".join(failures(results)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Scores from hidden states in PyTorch: one query a head meets the hidden states, which are never projected."""
+
+from __future__ import annotations
+
+import torch
+
+from hawk_kernels.backends.eager.score_and_select import COLUMNS, weighted_sum
+from hawk_kernels.backends.eager.select_topk import select
+from hawk_kernels.selection import Selection
+
+# Tokens that are in float32 at once.
+_TOKENS = 2048
+
+
+def score_hidden(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_eps: float,
+    wq: torch.Tensor,
+    bq: torch.Tensor | None,
+    wk: torch.Tensor,
+    bk: torch.Tensor | None,
+    w: torch.Tensor,
+    num_key_value_heads: int,
+    q_mask: torch.Tensor,
+    k_mask: torch.Tensor,
+    normalize: str | None,
+    scale: float,
+) -> torch.Tensor:
+    """Importance `[B, T]` float32 by validated hidden states `[B, T, C]`."""
+    num_heads = w.shape[0]
+    gamma = None if norm_weight is None else norm_weight.float()
+    mean = _mean_text(x, q_mask, norm_eps)
+    if gamma is not None:
+        mean = mean * gamma
+    query = _matrix_product(mean, wq)
+    if bq is not None:
+        query = query + bq.float()
+    group_size = num_heads // num_key_value_heads
+    query = (query * scale).unflatten(-1, (num_key_value_heads, group_size, -1))
+    key_weight = wk.float().unflatten(0, (num_key_value_heads, -1))
+    folded = torch.einsum("bgid,gdc->bgic", query, key_weight).flatten(1, 2)
+    if gamma is not None:
+        folded = folded * gamma
+    c = _logits(x, k_mask, folded, norm_eps)
+    if bk is not None:
+        key_bias = bk.float().unflatten(0, (num_key_value_heads, -1))
+        c += torch.einsum("bgid,gd->bgi", query, key_bias).flatten(1).unsqueeze(-1)
+    c.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    return weighted_sum(c, w.float(), k_mask, normalize).masked_fill_(~k_mask, -torch.inf)
+
+
+def score_hidden_and_select(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_eps: float,
+    wq: torch.Tensor,
+    bq: torch.Tensor | None,
+    wk: torch.Tensor,
+    bk: torch.Tensor | None,
+    w: torch.Tensor,
+    r: float | int,
+    num_key_value_heads: int,
+    q_mask: torch.Tensor,
+    k_mask: torch.Tensor,
+    normalize: str | None,
+    scale: float,
+    rounding: str,
+) -> Selection:
+    """Selection over T by validated hidden states `[B, T, C]`."""
+    scores = score_hidden(
+        x, norm_weight, norm_eps, wq, bq, wk, bk, w, num_key_value_heads, q_mask, k_mask, normalize, scale
+    )
+    return select(scores, r, k_mask, rounding)
+
+
+def _matrix_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`rows [B, C] @ weight [O, C]^T` in float32, the weight converted a piece at a time."""
+    return torch.cat([rows @ piece.float().T for piece in weight.split(_TOKENS)], dim=1)
+
+
+def _mean_text(x: torch.Tensor, q_mask: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Mean of the normalised text of each row, `[B, C]` float32, NaN where there is none."""
+    batch, num_tokens, hidden_size = x.shape
+    total = x.new_zeros((batch, hidden_size), dtype=torch.float32)
+    if x.device.type == "cpu":
+        # No host sync: these are CPU tensors.
+        rows, tokens = q_mask.nonzero(as_tuple=True)
+        text = x[rows, tokens].float()
+        total.index_add_(0, rows, text * _inverse_rms(text, epsilon))
+    else:
+        for start in range(0, num_tokens, _TOKENS):
+            # Zeroed, not multiplied by the mask: what is no text may hold NaN.
+            text = x[:, start : start + _TOKENS].float().masked_fill(~q_mask[:, start : start + _TOKENS, None], 0.0)
+            total += (text * _inverse_rms(text, epsilon)).sum(dim=1)
+    return total / q_mask.sum(dim=1, keepdim=True)
+
+
+def _inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + epsilon)
+
+
+def _logits(x: torch.Tensor, k_mask: torch.Tensor, folded: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """`c [B, H, T]` without the bias; anything where there is no candidate."""
+    batch, num_tokens, _ = x.shape
+    c = x.new_zeros((batch, folded.shape[1], num_tokens), dtype=torch.float32)
+    for row in range(batch):
+        places = k_mask[row].nonzero().squeeze(1) if x.device.type == "cpu" else None
+        count = num_tokens if places is None else places.numel()
+        for start in range(0, count, _TOKENS):
+            some = slice(start, min(start + _TOKENS, count))
+            states = x[row, some] if places is None else x[row].index_select(0, places[some])
+            # A product adds in another order in its last columns, where equal tokens would no longer tie.
+            padded = states.new_zeros((-(-states.shape[0] // COLUMNS) * COLUMNS, states.shape[1]), dtype=torch.float32)
+            padded[: states.shape[0]] = states
+            products = (folded[row] @ padded.T) * _inverse_rms(padded, epsilon).T
+            c[row, :, some if places is None else places[some]] = products[:, : states.shape[0]]
+    return c

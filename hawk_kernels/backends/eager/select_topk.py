@@ -1,0 +1,77 @@
+"""Top-k of given scores in PyTorch, with a defined order of ties and NaN."""
+
+from __future__ import annotations
+
+import torch
+
+from hawk_kernels.selection import Selection, kept_counts, max_kept
+
+_INT32_MIN = -(2**31)
+
+
+def select_topk(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str) -> Selection:
+    """Selection of validated float32 scores `[B, M]`; without a mask every token is a candidate."""
+    own_scores = scores.clone(memory_format=torch.contiguous_format)
+    if mask is not None:
+        own_scores.masked_fill_(~mask, -torch.inf)
+    return select(own_scores, r, mask, rounding)
+
+
+def select(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str) -> Selection:
+    """As `select_topk`, for scores that are `-inf` outside the mask and may be returned as they are."""
+    width = max_kept(r, scores.shape[1], rounding)
+    if width == 0 or scores.shape[0] == 0:
+        return Selection(
+            torch.zeros_like(scores, dtype=torch.bool),
+            scores.new_empty(scores.shape[0], width, dtype=torch.int64),
+            scores,
+        )
+    if mask is None and scores.device.type == "cpu":
+        untied = _untied_top(scores, width)
+        if untied is not None:
+            return untied
+    return _ranked_top(scores, r, mask, rounding, width)
+
+
+def _untied_top(scores: torch.Tensor, width: int) -> Selection | None:
+    """The best `width` of each row by `torch.topk`, or None where a tie or a NaN would leave the order to it.
+
+    The number of scores that reach a row's threshold tells. Reading it is no host sync: this is for CPU tensors.
+    """
+    keep = scores >= scores.topk(width).values[:, -1:]
+    positions = keep.nonzero()
+    if positions.shape[0] != scores.shape[0] * width:
+        return None
+    # A row with a NaN falls as far below its budget as a row with a tie may rise above it.
+    if scores.shape[0] > 1 and bool((keep.sum(dim=1) != width).any()):
+        return None
+    return Selection(keep, positions[:, 1].clone(memory_format=torch.contiguous_format).view(-1, width), scores)
+
+
+def _ranked_top(
+    scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str, width: int
+) -> Selection:
+    """The best by an order-preserving integer key; ties by a running count, so lower indices win. Static shapes."""
+    bits = (scores + 0.0).view(torch.int32)  # -0 + 0 is +0
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key.masked_fill_(scores.isnan(), _INT32_MIN + 1)
+    if mask is None:
+        num_candidates = torch.full((scores.shape[0],), scores.shape[1], dtype=torch.int64, device=scores.device)
+    else:
+        key.masked_fill_(~mask, _INT32_MIN)
+        num_candidates = mask.sum(dim=1)
+    budget = kept_counts(r, num_candidates, rounding)[:, None]
+
+    best = key.topk(width, dim=1).values
+    threshold = best.gather(1, (budget - 1).clamp_(min=0))
+    above = key > threshold
+    tied = key == threshold
+    tie_rank = tied.cumsum(dim=1)
+    keep = above | (tied & (tie_rank <= budget - above.sum(dim=1, keepdim=True)))
+    keep &= budget > 0
+
+    position = torch.where(keep, keep.cumsum(dim=1) - 1, width)
+    indices = torch.full((scores.shape[0], width + 1), -1, dtype=torch.int64, device=scores.device)
+    columns = torch.arange(scores.shape[1], device=scores.device).expand_as(position)
+    indices.scatter_(1, position, columns)
+    return Selection(keep, indices[:, :width].contiguous(), scores)

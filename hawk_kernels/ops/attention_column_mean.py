@@ -1,0 +1,123 @@
+"""What attention each token receives, without the attention matrix: the public function and its checks."""
+
+from __future__ import annotations
+
+import torch
+
+from hawk_kernels.backends.choose import choose_backend
+from hawk_kernels.ops import registration as ops
+from hawk_kernels.validation import (
+    check_device,
+    check_head_vector,
+    check_mask,
+    check_queries_and_keys,
+    check_tensor,
+    checked_scale,
+    shape_of,
+)
+
+REDUCTIONS = ("mean", "sum", "max")
+
+
+def attention_column_mean(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    causal: bool = False,
+    q_rows: torch.Tensor | None = None,
+    head_weights: torch.Tensor | None = None,
+    reduce_heads: bool = True,
+    reduction: str = "mean",
+    scale: float | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Attention that each key receives: a statistic of the columns of `P[i] = softmax(q[i] k[i]^T * scale)`.
+
+    `a[i, m]` is the mean over the query rows that can see key `m` of `P[i, n, m]`, or their sum or maximum; 0 where no
+    row sees the key. The matrix is never stored: memory grows with N + M. With the encoder's queries and keys this
+    is the statistic of HiPrune (arXiv 2508.00553), with the last row only that of FastV, with the text rows that of
+    SparseVLM. A non-finite logit of a row that counts makes the keys of that row NaN, as in the softmax; rows and keys
+    that nothing looks at may hold anything.
+
+    Args:
+        q: queries, `[B, H, N, D]` or `[H, N, D]`, float32, float16 or bfloat16, any strides.
+        k: keys, `[B, Hkv, M, D]` or `[Hkv, M, D]`, same dtype, `H % Hkv == 0`.
+        cu_seqlens: int32 `[S + 1]`, ascending from 0 to T: `q` and `k` pack S sequences (B = 1, N = M = T) and
+            attention stays within each, as in `flash_attn_varlen_func`. Other numbers are an error on a CPU; a GPU is
+            not waited for, so that there `"triton"` makes something of them.
+        causal: row `n` sees keys up to `n + M - N` (right-aligned, as with a cache; with N > M the first rows see
+            nothing), or up to itself in its segment.
+        q_rows: bool `[B, N]` (`[N]` unbatched), True = this row counts.
+        head_weights: floating point `[H]`; heads are summed by these weights instead of averaged.
+        reduce_heads: False keeps the heads apart.
+        reduction: `"mean"`, `"sum"` or `"max"` over the query rows.
+        scale: default `D ** -0.5`.
+        backend: `None` chooses; `"triton"` or `"torch"` is used or refused, never replaced. `"torch"` reads `q_rows`
+            and `cu_seqlens` on the host.
+
+    Returns:
+        float32 `[B, M]`, or `[B, H, M]` with `reduce_heads=False`; without the leading B for unbatched input. It
+        does not require grad.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, device, range or name does not fit.
+        ImportError: `backend="triton"` without Triton.
+    """
+    check_queries_and_keys(q, k)
+    batched = q.dim() == 4
+    if cu_seqlens is not None:
+        _check_segments(cu_seqlens, q, k)
+    _check_flag("causal", causal)
+    _check_flag("reduce_heads", reduce_heads)
+    if q_rows is not None:
+        rows_shape = (q.shape[0], q.shape[2]) if batched else (q.shape[1],)
+        check_mask("q_rows", q_rows, rows_shape, "one entry a query", q.device)
+    if head_weights is not None:
+        check_head_vector("head_weights", head_weights, q)
+        if not reduce_heads:
+            raise ValueError(
+                "head_weights: expected None with reduce_heads=False, where heads are not summed, got a tensor; leave "
+                "one of the two out"
+            )
+        head_weights = head_weights.detach()
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'max', got {reduction!r}")
+    scale = checked_scale(scale, q.shape[-1])
+    backend = choose_backend(backend, q.device, q.shape[-1])
+
+    q, k = q.detach(), k.detach()
+    if not batched:
+        q, k, q_rows = q.unsqueeze(0), k.unsqueeze(0), None if q_rows is None else q_rows.unsqueeze(0)
+    columns = ops.attention_column_mean(
+        q, k, cu_seqlens, causal, q_rows, head_weights, reduce_heads, reduction, scale, backend
+    )
+    return columns if batched else columns[0]
+
+
+def _check_flag(name: str, flag: object) -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}; use True or False")
+
+
+def _check_segments(cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> None:
+    """What can be told of `cu_seqlens` without reading it."""
+    check_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens: expected dtype torch.int32, got {cu_seqlens.dtype}; use cu_seqlens.int()")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens: expected shape [S + 1] for S >= 1 segments, got {shape_of(cu_seqlens)}; the first entry is 0 "
+            "and the last the length of the packed sequence"
+        )
+    check_device("cu_seqlens", cu_seqlens, q.device)
+    if q.dim() == 4 and q.shape[0] != 1:
+        raise ValueError(
+            f"q: expected batch size 1 beside cu_seqlens, got {q.shape[0]}; pack the rows into one, [1, H, T, D]"
+        )
+    if q.shape[-2] != k.shape[-2]:
+        raise ValueError(
+            f"k: expected the {q.shape[-2]} tokens of q beside cu_seqlens, got {k.shape[-2]} (shape {shape_of(k)}); a "
+            "query looks at its own segment"
+        )

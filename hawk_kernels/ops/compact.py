@@ -1,0 +1,139 @@
+"""The pruned prompt: tokens that stay, moved together, ready for the language model."""
+
+from __future__ import annotations
+
+import numbers
+from typing import NamedTuple
+
+import torch
+
+from hawk_kernels.backends.choose import choose_backend
+from hawk_kernels.ops import registration as ops
+from hawk_kernels.validation import check_mask, check_tensor, shape_of
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Compacted(NamedTuple):
+    """A pruned prompt, left-padded: the tokens of a row in their order at its end, zeros in front of them.
+
+    Attributes:
+        inputs_embeds: `[B, T', C]`, the dtype of the input; padding is zero.
+        position_ids: those the tokens had, `[B, T']` or `[A, B, T']`, the dtype of the input; 0 at padding.
+        attention_mask: int64 `[B, T']`, 1 at tokens and 0 at padding.
+        source: int64 `[B, T']`, where in its row a token stood, 0 at padding: an index into whatever else has one
+            entry a token, `torch.take_along_dim(other, source, dim=1)`.
+    """
+
+    inputs_embeds: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    source: torch.Tensor
+
+
+def compact(
+    inputs_embeds: torch.Tensor,
+    keep_mask: torch.Tensor,
+    *,
+    position_ids: torch.Tensor | None = None,
+    length: int | None = None,
+    backend: str | None = None,
+) -> Compacted:
+    """Build the pruned prompt from the tokens that stay: embeddings, positions and mask in one launch.
+
+    Gradients flow back to `inputs_embeds`, zero to dropped tokens.
+
+    Args:
+        inputs_embeds: `[B, T, C]` or `[T, C]`, float32, float16, bfloat16 or float64, any strides.
+        keep_mask: bool `[B, T]` (`[T]` unbatched), True = stays, text as well as visual tokens; False = is dropped, or
+            is padding already.
+        position_ids: int32 or int64 `[B, T]`, or `[A, B, T]` where RoPE has several axes, 1 in place of B for positions
+            that all rows share (`[T]`, `[A, T]` unbatched). None: `0 .. T - 1`.
+        length: tokens of a packed row, `T'`, at least as many as the fullest row keeps. None asks the device for that
+            number: the one host sync, which a CUDA graph cannot hold. A larger one adds padding. A smaller one is an
+            error on a CPU; a GPU is not waited for, so that there a row keeps its last `length` tokens.
+        backend: `None` chooses; `"triton"` or `"torch"` is used or refused, never replaced.
+
+    Returns:
+        `Compacted(inputs_embeds, position_ids, attention_mask, source)`, without the B for unbatched input.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, device, range or name does not fit.
+        ImportError: `backend="triton"` without Triton.
+    """
+    _check_embeds(inputs_embeds)
+    check_tensor("keep_mask", keep_mask)
+    device, batched = inputs_embeds.device, inputs_embeds.dim() == 3
+    check_mask("keep_mask", keep_mask, tuple(inputs_embeds.shape[:-1]), "one entry a token", device)
+    if position_ids is not None:
+        _check_positions(position_ids, inputs_embeds)
+    backend = choose_backend(backend, device)
+    if not batched:
+        inputs_embeds, keep_mask = inputs_embeds.unsqueeze(0), keep_mask.unsqueeze(0)
+        position_ids = None if position_ids is None else position_ids.unsqueeze(-2)
+    if length is None:
+        length = _fullest_row(keep_mask)
+    else:
+        _check_length(length)
+
+    axes = None
+    if position_ids is not None:
+        axes = position_ids if position_ids.dim() == 3 else position_ids.unsqueeze(0)
+        axes = axes.expand(-1, *keep_mask.shape)
+    embeds, positions, attention_mask, source = ops.compact(inputs_embeds, keep_mask, axes, length, backend)
+    if position_ids is None or position_ids.dim() == 2:
+        positions = positions[0]
+    if batched:
+        return Compacted(embeds, positions, attention_mask, source)
+    return Compacted(embeds[0], positions.squeeze(-2), attention_mask[0], source[0])
+
+
+def _fullest_row(keep_mask: torch.Tensor) -> int:
+    return int(keep_mask.sum(dim=1).max()) if keep_mask.shape[0] else 0
+
+
+def _check_embeds(inputs_embeds: torch.Tensor) -> None:
+    check_tensor("inputs_embeds", inputs_embeds)
+    if inputs_embeds.dtype not in _FLOATS:
+        raise TypeError(
+            f"inputs_embeds: expected dtype float32, float16, bfloat16 or float64, got {inputs_embeds.dtype}; token "
+            "ids are embedded first"
+        )
+    if inputs_embeds.dim() not in (2, 3):
+        raise ValueError(
+            f"inputs_embeds: expected [B, T, C] or [T, C], got shape {shape_of(inputs_embeds)}; one vector a token"
+        )
+
+
+def _check_positions(position_ids: torch.Tensor, inputs_embeds: torch.Tensor) -> None:
+    check_tensor("position_ids", position_ids)
+    if position_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"position_ids: expected dtype int32 or int64, got {position_ids.dtype}; use position_ids.long()"
+        )
+    rows = tuple(inputs_embeds.shape[:-1])
+    came = tuple(position_ids.shape)
+    has_axes = len(came) == len(rows) + 1
+    own = came[1:] if has_axes else came
+    shared = (1, *rows[1:]) if len(rows) == 2 else rows
+    if own not in (rows, shared) or (has_axes and came[0] == 0):
+        axes = f"[A, {', '.join(map(str, rows))}]"
+        raise ValueError(
+            f"position_ids: expected shape {list(rows)}, or {axes} where RoPE has several axes, got "
+            f"{shape_of(position_ids)}; one position a token"
+        )
+    if position_ids.device != inputs_embeds.device:
+        device = str(inputs_embeds.device)
+        raise ValueError(
+            f"position_ids: expected device {device}, got {position_ids.device}; use position_ids.to({device!r})"
+        )
+
+
+def _check_length(length: object) -> None:
+    expected = "length: expected an int >= 0, tokens of a packed row, or None"
+    if isinstance(length, bool) or not isinstance(length, (numbers.Integral, torch.SymInt)):
+        remedy = "read it first, or pass None" if isinstance(length, torch.Tensor) else "None counts"
+        raise TypeError(f"{expected}, got {type(length).__name__}; {remedy}")
+    if length < 0:
+        raise ValueError(f"{expected}, got {length}; None counts")

@@ -1,0 +1,127 @@
+"""From queries and keys to the kept tokens: the public functions and their checks."""
+
+from __future__ import annotations
+
+import torch
+
+from hawk_kernels.backends.choose import choose_backend
+from hawk_kernels.ops import registration as ops
+from hawk_kernels.ops.select_topk import as_selection
+from hawk_kernels.selection import Selection
+from hawk_kernels.validation import (
+    check_head_vector,
+    check_mask,
+    check_normalize,
+    check_queries_and_keys,
+    check_rounding,
+    checked_keep,
+    checked_scale,
+)
+
+
+def score_and_select(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    w: torch.Tensor,
+    r: float | int,
+    *,
+    q_mask: torch.Tensor | None = None,
+    k_mask: torch.Tensor | None = None,
+    normalize: str | None = None,
+    scale: float | None = None,
+    rounding: str = "floor",
+    backend: str | None = None,
+) -> Selection:
+    """Score visual tokens by text queries and keep the best: HAWK (arXiv 2604.07812) in one launch.
+
+    `c[i, k]` is the mean over text of `q[i] . k[k] * scale` (non-finite counts as 0), normalised per head over the
+    candidates, and `I[k] = sum_i w[i] c[i, k]`. A row with `M_b` candidates keeps `max(1, floor(r * M_b))`: higher
+    scores first, equal scores by lower index, NaN last. A row without candidates keeps nothing.
+
+    Args:
+        q: text queries before RoPE, `[B, H, N, D]` or `[H, N, D]`, float32, float16 or bfloat16, any strides.
+        k: visual keys before RoPE, `[B, Hkv, M, D]` or `[Hkv, M, D]`, same dtype, `H % Hkv == 0`.
+        w: head importance, `[H]`, floating point.
+        r: float in (0, 1] is the fraction of candidates **kept**; int >= 1 is a budget, clamped to the
+            candidates of a row under `k_mask` and an error above M without one.
+        q_mask: bool `[B, N]` (`[N]` unbatched), True = this query is averaged.
+        k_mask: bool `[B, M]` (`[M]` unbatched), True = this key is a candidate.
+        normalize: `None`, `"l2"` (the authors' release), `"softmax"` or `"minmax"`.
+        scale: default `D ** -0.5`.
+        rounding: `"floor"` (paper) or `"ceil"` (release).
+        backend: `None` chooses; `"triton"` or `"torch"` is used or refused, never replaced.
+
+    Returns:
+        `Selection(mask, indices, scores)`: bool `[B, M]`, int64 `[B, Kmax]` ascending and padded with -1, and float32
+        `[B, M]` with `-inf` at non-candidates; without the leading B for unbatched input. None requires grad.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, device, range or name does not fit.
+        ImportError: `backend="triton"` without Triton.
+    """
+    batched, q, k, w, q_mask, k_mask, scale, backend = _checked_scoring(
+        q, k, w, q_mask, k_mask, normalize, scale, backend
+    )
+    ratio, budget = checked_keep(r, k.shape[2], k_mask is not None)
+    check_rounding(rounding)
+    selected = ops.score_and_select(q, k, w, q_mask, k_mask, ratio, budget, normalize, scale, rounding, backend)
+    return as_selection(selected, batched)
+
+
+def score_tokens(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    w: torch.Tensor,
+    *,
+    q_mask: torch.Tensor | None = None,
+    k_mask: torch.Tensor | None = None,
+    normalize: str | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Importance of visual tokens, the first half of `score_and_select`.
+
+    Arguments and errors as there.
+
+    Returns:
+        float32 `[B, M]` (`[M]` unbatched), `-inf` at non-candidates, without grad.
+    """
+    batched, q, k, w, q_mask, k_mask, scale, backend = _checked_scoring(
+        q, k, w, q_mask, k_mask, normalize, scale, backend
+    )
+    scores = ops.score_tokens(q, k, w, q_mask, k_mask, normalize, scale, backend)
+    return scores if batched else scores[0]
+
+
+def _checked_scoring(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    w: torch.Tensor,
+    q_mask: torch.Tensor | None,
+    k_mask: torch.Tensor | None,
+    normalize: str | None,
+    scale: float | None,
+    backend: str | None,
+) -> tuple[bool, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, float, str]:
+    """The arguments, batched, without grad, with defaults filled in; first item: whether they came batched."""
+    check_queries_and_keys(q, k)
+    check_head_vector("w", w, q)
+    batched = q.dim() == 4
+    num_queries, head_dim, num_keys = q.shape[-2], q.shape[-1], k.shape[-2]
+    batch = (q.shape[0],) if batched else ()
+    if q_mask is not None:
+        check_mask("q_mask", q_mask, (*batch, num_queries), "one entry a query", q.device)
+    if k_mask is not None:
+        check_mask("k_mask", k_mask, (*batch, num_keys), "one entry a key", q.device)
+
+    check_normalize(normalize)
+    scale = checked_scale(scale, head_dim)
+    backend = choose_backend(backend, q.device, head_dim)
+
+    q, k, w = q.detach(), k.detach(), w.detach()
+    if not batched:
+        q, k = q.unsqueeze(0), k.unsqueeze(0)
+        q_mask = None if q_mask is None else q_mask.unsqueeze(0)
+        k_mask = None if k_mask is None else k_mask.unsqueeze(0)
+    return batched, q, k, w, q_mask, k_mask, scale, backend
