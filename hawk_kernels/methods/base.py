@@ -75,7 +75,7 @@ class JointMethod(Method):
 
     def score(self, view: PrefillView) -> torch.Tensor:
         raise NotImplementedError(
-            f"method {self.name!r} has no scores before it has chosen; use select(view, r).scores"
+            f"method {self.name!r} cannot score tokens before it has chosen; use select(view, r).scores"
         )
 
     @abstractmethod

@@ -47,7 +47,7 @@ class Downsample(JointMethod):
         indices = torch.full((len(images), max_kept(r, candidates.shape[1], self.rounding)), -1)
         for row, frames in enumerate(images):
             count = self.kept_count(r, sum(math.prod(frame) for frame in frames))
-            places = torch.tensor(evenly_spread(frames, count), dtype=torch.int64)
+            places = torch.tensor(downsample_places(frames, count), dtype=torch.int64)
             kept[row, places] = True
             indices[row, : len(places)] = places
         kept, indices = (x.to(candidates.device, non_blocking=True) for x in (kept, indices))
@@ -55,7 +55,7 @@ class Downsample(JointMethod):
         return of_rows(Selection(kept, indices, scores), view)
 
 
-def evenly_spread(frames: list[Frame], count: int) -> list[int]:
+def downsample_places(frames: list[Frame], count: int) -> list[int]:
     """Return the places of `count` tokens spread over successive frames, ascending."""
     places, start = [], 0
     for (height, width), share in zip(frames, _shares([h * w for h, w in frames], count), strict=True):
