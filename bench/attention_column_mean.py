@@ -11,7 +11,6 @@ named as failed and not timed.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import statistics
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from bench import cli
 from bench.environment import environment, write_json
 from bench.timing import interleaved
 from hawk_kernels import attention_column_mean
@@ -175,12 +175,11 @@ def measure(shape: Shape, rounds: int, device: torch.device) -> dict:
 
 def main() -> None:
     """Measure, print the rows, and write them as JSON if asked, anew after each."""
-    parser = argparse.ArgumentParser(prog="python -m bench.attention_column_mean", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser = cli.parser(
+        "bench.attention_column_mean", __doc__, device=cli.default_device(), rounds=10, json="none is written"
+    )
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device = arguments.device
 
     about = environment(device)
     print(", ".join(f"{name} {value}" for name, value in about.items()), file=sys.stderr)

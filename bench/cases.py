@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict, dataclass
 from itertools import product
 
@@ -142,11 +141,3 @@ FULL = tuple(
 ) + tuple(_scores(m) for m in NUM_KEYS)
 
 SLICES = {"cpu": CPU, "gpu": GPU, "tiny": TINY, "full": FULL}
-
-
-def shard(text: str) -> tuple[int, int]:
-    """`I/N` of a command line: the I-th of N parts, counted from 0."""
-    position, count = (int(number) for number in text.split("/"))
-    if not 0 <= position < count:
-        raise argparse.ArgumentTypeError(f"expected I/N with 0 <= I < N, got {text}")
-    return position, count

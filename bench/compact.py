@@ -11,18 +11,16 @@ the bytes that must be read and written.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import csrc_ref
-from bench import model
-from bench.environment import environment, results_folder, write_json
+from bench import cli, model
+from bench.environment import environment, write_json
 from bench.timing import Flush, Replay, calls_in_a_graph, copy_bandwidth, eager_sampler, peak_bytes, rotate, spread
 from hawk_kernels import Compacted, compact
 
@@ -188,16 +186,17 @@ def print_row(row: dict[str, Any], shape: Shape) -> None:
 
 def main() -> None:
     """Measure, print a line a contender, write JSON anew after each shape."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.compact", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(
+        "bench.compact",
+        __doc__,
+        device=cli.default_device(),
+        rounds=20,
+        seconds=(4.0, "at most, for each shape (default: %(default)s)"),
+        output="bench/results/<device>",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=4.0, help="at most, for each shape")
-    parser.add_argument("--output", type=Path, help="folder of compact.json; default: bench/results/<device>")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    path = (arguments.output or results_folder(device)) / "compact.json"
+    device = arguments.device
+    path = cli.results_file(arguments, "compact.json")
 
     bandwidth = copy_bandwidth(device)
     found: dict[str, Any] = {

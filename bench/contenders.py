@@ -139,24 +139,10 @@ def _from_queries(case: Case, inputs: QueriesAndKeys) -> list[Contender]:
 
 def _from_hidden(case: Case, inputs: HiddenStates) -> list[Contender]:
     x, layer, w, mode, rounding = inputs.x, inputs.layer, inputs.w, case.normalize, _ROUNDING[case.dtype]
-    q_mask, k_mask = inputs.q_mask, inputs.k_mask
+    arguments, options = inputs.arguments, inputs.options
 
     def ours() -> Selection:
-        return hawk_kernels.score_hidden_and_select(
-            x,
-            layer.norm_weight,
-            layer.norm_eps,
-            layer.wq,
-            layer.bq,
-            layer.wk,
-            layer.bk,
-            w,
-            KEEP_RATIO,
-            num_key_value_heads=case.decoder.num_key_value_heads,
-            q_mask=q_mask,
-            k_mask=k_mask,
-            normalize=mode,
-        )
+        return hawk_kernels.score_hidden_and_select(*arguments, KEEP_RATIO, **options, normalize=mode)
 
     def from_projections() -> torch.Tensor:
         return hawk_kernels.score_and_select(*strong_projections(inputs), w, KEEP_RATIO, normalize=mode).indices

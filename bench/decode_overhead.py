@@ -9,18 +9,17 @@ copy goes on without the block. Steps of the two take turns, in changing order, 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import cli
 from bench.environment import environment, write_json
 from bench.timing import spread, synchronize
 from hawk_kernels import prune
@@ -133,15 +132,14 @@ def measure(model: Any, case: str, side: int, rounds: int, device: torch.device)
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print a line a case, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = cli.parser(
+        "bench.decode_overhead", __doc__, device=cli.default_device(), rounds=200, json="none is written"
+    )
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--side", type=int, default=32, help="the image has the square of this many tokens")
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = options.device
     model = small_model(options.hidden, options.layers, device)
     results: dict[str, Any] = {
         "environment": environment(device),

@@ -12,7 +12,6 @@ pixels a side: more do not fit everywhere. A way that runs out of memory says so
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.environment import environment, results_folder, write_json
+from bench import cli
+from bench.environment import environment, write_json
 from bench.timing import eager_sampler, peak_bytes, rotate, spread
 from hawk_kernels.hf.encoders import ENCODERS, VisionEncoder
 from hawk_kernels.hf.vision_attention import VisionRecorder
@@ -313,15 +313,11 @@ def run(out_dir: Path, device: torch.device | None = None, rounds: int = 15) -> 
 
 def main() -> None:
     """Measure, print the table, write it and the JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.encoder_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(
+        "bench.encoder_cost", __doc__, device=cli.default_device(), rounds=15, output="bench/results/<device>"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, help="default: bench/results/<device>")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    print(table(run(arguments.output or results_folder(device), device, arguments.rounds)), end="")
+    print(table(run(cli.results_directory(arguments), arguments.device, arguments.rounds)), end="")
 
 
 if __name__ == "__main__":

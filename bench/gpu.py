@@ -10,7 +10,6 @@ CPU: every stage at tiny sizes, kernels in Triton's interpreter, nothing measure
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import signal
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 
-from bench import plots, report
+from bench import cli, plots, report
 from bench.environment import REPOSITORY, environment, results_folder, write_json
 
 # Folder of the results for what is of no interest once all went well.
@@ -147,7 +146,7 @@ def stages(output: Path, tune: bool) -> list[list[Stage]]:
             variables = {**_SHARED, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             correctness.append(Stage(tool, (command,), 150, True, variables))
     benchmark = _python(
-        *("pytest", "bench/test_score_select.py", "--benchmark-enable", "--benchmark-max-time=0.3"),
+        *("pytest", "bench/test_operators.py", "--benchmark-enable", "--benchmark-max-time=0.3"),
         f"--benchmark-json={output}/pytest-benchmark.json",
     )
     measured = [
@@ -202,7 +201,7 @@ def rehearsal(output: Path) -> list[list[Stage]]:
         ),
         Stage("model", (_python("bench.model", f"--json={output}/model.json"),), 180),
         Stage("tests", (_python("pytest", "-m", "gpu", *tests_for_a_gpu()),), 180, True),
-        Stage("benchmark", (_python("pytest", "bench/test_score_select.py", "--benchmark-disable"),), 180),
+        Stage("benchmark", (_python("pytest", "bench/test_operators.py", "--benchmark-disable"),), 180),
     ]
     return [correctness, *([stage] for stage in measured), others]
 
@@ -341,10 +340,7 @@ def run(todo: list[list[Stage]], output: Path, budget: float, archive: Path | No
 
 def main(arguments: list[str] | None = None) -> int:
     """Run all stages, or those asked for, and say which passed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, help="default: bench/results/<device name>; a dry run: a new folder")
+    parser = cli.parser("bench.gpu", __doc__, output="bench/results/<device name>; a dry run: a new folder")
     parser.add_argument("--budget", type=float, default=570.0, help="seconds for everything (default: 570)")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="only these stages")
     parser.add_argument("--archive", type=Path, help="also pack the results into this .tar.gz after each stage")

@@ -22,15 +22,14 @@ a literal loop in float64.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import cli
 from bench.environment import environment, write_json
 from bench.timing import eager_sampler, spread
 from hawk_kernels import greedy_dpp, greedy_max_min
@@ -197,16 +196,11 @@ def interleaved(
 
 def main() -> None:
     """Measure, print the rows, and write them as JSON if asked."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.greedy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=5, help="samples of each contestant (default: 5)")
+    parser = cli.parser("bench.greedy", __doc__, device=torch.device("cpu"), rounds=5, json="none is written")
     parser.add_argument("--method", choices=METHODS, action="append", help="default: both")
     parser.add_argument("--kept", type=int, action="append", help="only shapes that keep so many tokens")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file, after each of them")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device = arguments.device
 
     about = environment(device)
     print(", ".join(f"{name} {value}" for name, value in about.items()), file=sys.stderr)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
 import csrc_ref
 from bench.cases import Case
 
-# Text in front of the image and behind the question, which nobody scores.
+# Tokens of text before the image and after the question, which are not scored.
 _BEFORE, _AFTER = 15, 5
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores `[B, M]` of somebody's own."""
+    """Scores `[B, M]` that came from elsewhere."""
 
     scores: torch.Tensor
 
@@ -32,7 +33,8 @@ class QueriesAndKeys:
     w: torch.Tensor
 
     def expected(self, case: Case) -> torch.Tensor:
-        return csrc_ref.score_tokens(self.q.double(), self.k.double(), self.w.double(), normalize=case.normalize)
+        q, k, w = (tensor.double() for tensor in (self.q, self.k, self.w))
+        return cast(torch.Tensor, csrc_ref.score_tokens(q, k, w, normalize=case.normalize))
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,19 @@ class FirstLayer:
     head_dim: int
 
     def projected(self, normalized: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """`[B, T, C]` to `[B, heads, T, D]`."""
+        """Project `[B, T, C]` to `[B, heads, T, D]`."""
         heads = torch.nn.functional.linear(normalized, weight, bias).unflatten(-1, (-1, self.head_dim))
         return heads.transpose(1, 2)
 
     def to(self, target: torch.device | torch.dtype) -> FirstLayer:
-        """The same elsewhere or in another dtype."""
+        """Copy the weights to another device or dtype."""
         weights = (weight.to(target) for weight in (self.wq, self.bq, self.wk, self.bk))
         return FirstLayer(self.norm_weight.to(target), self.norm_eps, *weights, self.head_dim)
 
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """What enters the first decoder layer, `x [B, T, C]`: text, image, question, text."""
+    """The input of the first decoder layer, `x [B, T, C]`: text, image, question, text."""
 
     x: torch.Tensor
     layer: FirstLayer
@@ -69,7 +71,7 @@ class HiddenStates:
     visual: slice
 
     def to(self, device: torch.device) -> HiddenStates:
-        """The same numbers elsewhere."""
+        """Copy the numbers to another device."""
         return HiddenStates(self.x.to(device), self.layer.to(device), self.w.to(device), self.queries, self.visual)
 
     @property
@@ -81,6 +83,18 @@ class HiddenStates:
     def k_mask(self) -> torch.Tensor:
         """bool `[B, T]`."""
         return self._mask(self.visual)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The positional arguments of `score_hidden`; those of `score_hidden_and_select` begin with them."""
+        layer = self.layer
+        return self.x, layer.norm_weight, layer.norm_eps, layer.wq, layer.bq, layer.wk, layer.bk, self.w
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that go with them."""
+        num_key_value_heads = len(self.layer.wk) // self.layer.head_dim
+        return {"num_key_value_heads": num_key_value_heads, "q_mask": self.q_mask, "k_mask": self.k_mask}
 
     def _mask(self, positions: slice) -> torch.Tensor:
         mask = torch.zeros(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
@@ -107,7 +121,7 @@ Inputs = Scores | QueriesAndKeys | HiddenStates
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """The same numbers for the same case and kind of device, run after run."""
+    """Draw the inputs of a case; a kind of device always gets the same numbers."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:

@@ -9,12 +9,11 @@ rate, by the vendors' datasheets or by what `--bandwidth` and `--flops` say; lau
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from bench import cli
 from bench.cases import GPU, KEEP_RATIO, Case
 from bench.environment import RESULTS, write_json
 
@@ -184,15 +183,12 @@ def markdown(found: list[dict[str, Any]], machines: list[Machine]) -> str:
 
 def main() -> None:
     """Print the table and write it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("bench.model", __doc__, json="bench/results/model.json")
     parser.add_argument("--gpu", choices=MACHINES, action="append", help="default: all of them, by datasheet")
     parser.add_argument("--bandwidth", type=float, help="bytes a second of a machine of your own")
     parser.add_argument(
         "--flops", type=float, help="half-precision operations a second of that machine (float32: a fifteenth)"
     )
-    parser.add_argument("--json", type=Path, default=RESULTS / "model.json")
     arguments = parser.parse_args()
     if (arguments.bandwidth is None) != (arguments.flops is None):
         parser.error("--bandwidth and --flops: expected both or neither")
@@ -200,13 +196,12 @@ def main() -> None:
         machines = [MACHINES[name] for name in arguments.gpu or MACHINES]
     else:
         machines = [Machine("given", arguments.bandwidth, arguments.flops, arguments.flops / 15, 50e6)]
+    path = arguments.json or RESULTS / "model.json"
     found = rows(GPU, machines)
     print(CAPTION + "\n")
     print(markdown(found, machines))
-    write_json(
-        arguments.json, {"kind": "model, not measured", "machines": [asdict(m) for m in machines], "rows": found}
-    )
-    print(f"written: {arguments.json}", file=sys.stderr)
+    write_json(path, {"kind": "model, not measured", "machines": [asdict(m) for m in machines], "rows": found})
+    print(f"written: {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

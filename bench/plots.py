@@ -5,13 +5,13 @@ python -m bench.plots bench/results/<device>
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bench import cli
 from bench.contenders import OURS, RELEASED, STRONG
 from bench.report import load
 from bench.score_and_select import EMPTY
@@ -142,9 +142,7 @@ def draw(folder: Path) -> list[Path]:
 
 def main() -> None:
     """Draw what a folder holds."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("bench.plots", __doc__)
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     if not available():

@@ -14,7 +14,6 @@ the decoder's prefill. On a CPU a miniature stands in, and says so.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 import time
@@ -26,7 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.environment import environment, results_folder, write_json
+from bench import cli
+from bench.environment import environment, write_json
 from bench.model import prefill_flops
 from bench.released import released_pruning
 from bench.timing import rotate, spread, synchronize
@@ -362,22 +362,22 @@ def summary(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print a line a row, write JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.prefill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(
+        "bench.prefill",
+        __doc__,
+        device=cli.default_device(),
+        rounds=10,
+        seconds=(10.0, "for each number of tokens (default: %(default)s)"),
+        json="bench/results/<device>/prefill.json",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, nargs="+", choices=sorted(GRIDS), help="visual tokens")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each number of tokens")
     parser.add_argument("--new-tokens", type=int, default=_NEW_TOKENS, help="to measure decoding by")
     parser.add_argument("--shape", choices=SHAPES, help="default: 7b on a GPU, miniature elsewhere")
-    parser.add_argument("--json", type=Path, help="default: bench/results/<device>/prefill.json")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    path = arguments.json or results_folder(device) / "prefill.json"
+    path = cli.results_file(arguments, "prefill.json")
     tokens = None if arguments.tokens is None else tuple(arguments.tokens)
     run(
-        device,
+        arguments.device,
         path,
         tokens,
         shape=arguments.shape,

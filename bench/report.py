@@ -5,12 +5,11 @@ python -m bench.report bench/results/<device>
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from bench import goals, model
+from bench import cli, goals, model
 from bench.contenders import OURS
 
 _WAYS = (("graph", "cold"), ("graph", "warm"), ("eager", "cold"), ("eager", "warm"))
@@ -209,9 +208,7 @@ def write(folder: Path) -> Path:
 
 def main() -> None:
     """Write the report of a folder."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("bench.report", __doc__)
     parser.add_argument("folder", type=Path)
     print(f"written: {write(parser.parse_args().folder)}")
 

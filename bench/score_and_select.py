@@ -10,7 +10,6 @@ hidden states) once takes at the copy bandwidth measured in the same run. The re
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
 import sys
@@ -21,9 +20,10 @@ from typing import Any
 
 import torch
 
-from bench.cases import SLICES, Case, shard
+from bench import cli
+from bench.cases import SLICES, Case
 from bench.contenders import OURS, Contender, contenders
-from bench.environment import environment, results_folder, write_json
+from bench.environment import environment, write_json
 from bench.inputs import Inputs, QueriesAndKeys, Scores, make_inputs
 from bench.timing import (
     Flush,
@@ -215,26 +215,25 @@ def failures(results: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Measure, print a line a case, write JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.score_and_select",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = cli.parser(
+        "bench.score_and_select",
+        __doc__,
+        device=cli.default_device(),
+        rounds=50,
+        seconds=(None, "leave out the cases that do not fit"),
+        json="bench/results/<device>/score_and_select.json",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--slice", choices=SLICES, help="which cases; default: that of the device")
-    parser.add_argument("--rounds", type=int, default=50, help="at most; fewer where a case would take long")
-    parser.add_argument("--seconds", type=float, help="leave out the cases that do not fit")
-    parser.add_argument("--json", type=Path, help="default: bench/results/<device>/score_and_select.json")
     parser.add_argument("--check", action="store_true", help="parity alone, nothing is timed or written")
-    parser.add_argument("--shard", type=shard, default=(0, 1), help="I/N: the I-th of N parts of the cases")
+    parser.add_argument("--shard", type=cli.shard, default=(0, 1), help="I/N: the I-th of N parts of the cases")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device = arguments.device
     position, count = arguments.shard
     cases = SLICES[arguments.slice or ("gpu" if device.type == "cuda" else "cpu")][position::count]
     if arguments.check:
         results = run_checks(device, cases)
     else:
-        path = arguments.json or results_folder(device) / "score_and_select.json"
+        path = cli.results_file(arguments, "score_and_select.json")
         results = run(device, cases, path, arguments.seconds, arguments.rounds)
         print(f"written: {path}", file=sys.stderr)
     if failures(results):

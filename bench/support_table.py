@@ -6,10 +6,10 @@ python -m bench.support_table --check   # fail where the README says something e
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from bench import cli
 from hawk_kernels.hf.families import FAMILIES, MODES, OUT_OF_REACH
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -80,7 +80,7 @@ def updated(text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the section, or check it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser("bench.support_table", __doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the README differs")
     options = parser.parse_args(arguments)
     text = README.read_text(encoding="utf-8")

@@ -9,7 +9,6 @@ once. On a CPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1), whi
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import threading
@@ -24,8 +23,9 @@ import torch
 
 import csrc_ref
 import hawk_kernels
-from bench.cases import DTYPES, QWEN_7B, Case, Decoder, shard
-from bench.environment import environment, results_folder, write_json
+from bench import cli
+from bench.cases import DTYPES, QWEN_7B, Case, Decoder
+from bench.environment import environment, write_json
 from bench.inputs import HiddenStates, make_inputs
 from bench.parity import FLOAT32_ERROR, ParityError, check_selection
 from hawk_kernels import Selection
@@ -196,19 +196,8 @@ def _check_hidden(case: Case, device: torch.device, home: torch.device) -> str:
 
 
 def _hidden_selection(inputs: HiddenStates, case: Case) -> Selection:
-    layer = inputs.layer
-    weights = (layer.norm_weight, layer.norm_eps, layer.wq, layer.bq, layer.wk, layer.bk)
-    return hawk_kernels.score_hidden_and_select(
-        inputs.x,
-        *weights,
-        inputs.w,
-        0.2,
-        num_key_value_heads=case.decoder.num_key_value_heads,
-        q_mask=inputs.q_mask,
-        k_mask=inputs.k_mask,
-        normalize=case.normalize,
-        backend="triton",
-    )
+    options = {**inputs.options, "normalize": case.normalize, "backend": "triton"}
+    return hawk_kernels.score_hidden_and_select(*inputs.arguments, 0.2, **options)
 
 
 @dataclass(frozen=True)
@@ -428,17 +417,13 @@ def run(
 
 def main() -> None:
     """Check, print a line each, exit with an error where one failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("bench.verify", __doc__, device=cli.default_device(), json="bench/results/<device>/verify.json")
     parser.add_argument("stages", nargs="*", choices=[[], *STAGES], help="default: all of them")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--slice", choices=SLICES, help="default: gpu on a GPU, tiny elsewhere")
-    parser.add_argument("--shard", type=shard, default=(0, 1), help="I/N: the I-th of N parts of the parity checks")
-    parser.add_argument("--json", type=Path, help="default: bench/results/<device>/verify.json")
+    parser.add_argument("--shard", type=cli.shard, default=(0, 1), help="I/N: the I-th of N parts of the parity checks")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    path = arguments.json or results_folder(device) / "verify.json"
+    device = arguments.device
+    path = cli.results_file(arguments, "verify.json")
     which = arguments.slice or ("gpu" if device.type == "cuda" else "tiny")
     start = time.perf_counter()
     results = run(device, arguments.stages or list(STAGES), which, path, arguments.shard)

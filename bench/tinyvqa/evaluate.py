@@ -6,7 +6,6 @@ questions about it. `--generate` asks as a user would instead: pictures and chat
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.tinyvqa.arguments import checkpoint_folder, whole_number
+from bench import cli
 from bench.tinyvqa.batches import Batch, draw_batch
 from bench.tinyvqa.encoder import Encoder, batched_vision_attention
 from bench.tinyvqa.painting import to_image
@@ -189,20 +188,21 @@ def print_report(report: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tinyvqa.evaluate", description=__doc__)
+    parser = cli.parser("bench.tinyvqa.evaluate", __doc__, seed=(1, "the prompts"), threads=1)
     parser.add_argument(
         "--model",
-        type=checkpoint_folder,
+        type=cli.checkpoint_folder,
         default=TINY_MODEL,
         help="folder of the checkpoint (default: the shipped one)",
     )
     parser.add_argument(
-        "--prompts", type=whole_number(1), default=160, help="about how many prompts, 14 questions each (default: 160)"
+        "--prompts",
+        type=cli.whole_number(1),
+        default=160,
+        help="about how many, 14 questions each (default: 160)",
     )
-    parser.add_argument("--seed", type=whole_number(0), default=1, help="of the prompts")
     parser.add_argument("--split", choices=("held_out", "train"), default="held_out")
     parser.add_argument("--generate", action="store_true", help="ask through the processor and generate(); no videos")
-    parser.add_argument("--threads", type=whole_number(1), default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bench import cli
 from bench.tinyvqa.digits import load_digits
 from bench.tinyvqa.painting import render, to_image
 from bench.tinyvqa.scenes import COLOUR_NAMES, NUM_DIGITS, SHAPE_NAMES, Layout, Scene, draw_scene
 from hawk_kernels import demo
+from hawk_kernels.checkpoint import TINY_MODEL
 
 LAYOUTS = (Layout(8, 8), Layout(6, 6), Layout(6, 9))
 SEED = 7
@@ -67,9 +68,8 @@ def draw_readme_overlay(path: Path, method: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tinyvqa.samples", description=__doc__)
-    parser.add_argument("--out", type=Path, default=demo.TINY_MODEL, help="folder of the shipped model")
-    parser.add_argument("--seed", type=int, default=SEED)
+    parser = cli.parser("bench.tinyvqa.samples", __doc__, seed=(SEED, "the pictures"))
+    parser.add_argument("--out", type=Path, default=TINY_MODEL, help="folder of the shipped model")
     args = parser.parse_args(argv)
     draw_samples(args.out / "samples", args.seed)
     draw_readme_overlay(args.out / "overlay.png", "hawk")

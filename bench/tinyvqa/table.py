@@ -9,7 +9,6 @@ one that is asked. From them come `table.json`, `table.md` and `table.png`.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import platform
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bench.tinyvqa.arguments import checkpoint_folder, output_folder, whole_number
+from bench import cli
 from bench.tinyvqa.batches import Batch, draw_batch
 from bench.tinyvqa.contenders import CONTENDERS, HAWK, KEEP_RATIOS, Contender, check_contenders
 from bench.tinyvqa.encoder import Encoder
@@ -288,18 +287,16 @@ def build(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tinyvqa.table", description=__doc__)
+    parser = cli.parser("bench.tinyvqa.table", __doc__, seed=(SEED, "the questions"), threads=2)
     parser.add_argument(
-        "--models", type=checkpoint_folder, nargs="+", default=list(MODELS), help="folders of checkpoints"
+        "--models", type=cli.checkpoint_folder, nargs="+", default=list(MODELS), help="folders of checkpoints"
     )
     parser.add_argument(
-        "--out", type=output_folder, default=RESULTS, help=f"where everything goes (default: {RESULTS})"
+        "--out", type=cli.output_folder, default=RESULTS, help=f"where everything goes (default: {RESULTS})"
     )
     parser.add_argument(
-        "--prompts", type=whole_number(1), default=PROMPTS, help="about 14 questions each (default: 160)"
+        "--prompts", type=cli.whole_number(1), default=PROMPTS, help="about 14 questions each (default: 160)"
     )
-    parser.add_argument("--seed", type=whole_number(0), default=SEED, help="of the questions")
-    parser.add_argument("--threads", type=whole_number(1), default=2)
     parser.add_argument("--no-times", action="store_true", help="leave out the time per prefill")
     parser.add_argument("--no-progress", action="store_true")
     args = parser.parse_args(argv)

@@ -11,7 +11,6 @@ beside the checkpoint, so a run that was killed goes on where it was and ends wi
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from bench.tinyvqa.arguments import output_folder, whole_number
+from bench import cli
 from bench.tinyvqa.batches import Batch, draw_batch
 from bench.tinyvqa.checkpoint import build_config, build_model, build_tokenizer, save_checkpoint
 from bench.tinyvqa.digits import load_digits
@@ -289,10 +288,8 @@ def versions() -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: train, save, evaluate on held-out digits, and write `training.json` beside the weights."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tinyvqa.train", description=__doc__)
-    parser.add_argument("--out", type=output_folder, required=True, help="folder of the checkpoint")
-    parser.add_argument("--seed", type=whole_number(0), default=0)
-    parser.add_argument("--threads", type=whole_number(1), default=1, help="one repeats the shipped weights")
+    parser = cli.parser("bench.tinyvqa.train", __doc__, seed=(0, "weights and batches"), threads=1)
+    parser.add_argument("--out", type=cli.output_folder, required=True, help="folder of the checkpoint")
     parser.add_argument("--half", action="store_true", help="store the parameters in float16, in half the space")
     parser.add_argument("--no-progress", action="store_true")
     args = parser.parse_args(argv)
