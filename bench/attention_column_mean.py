@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,8 +68,8 @@ GPU_SHAPES = (*SHAPES, Shape(16384, 16384))
 
 def literal(q: torch.Tensor, k: torch.Tensor, shape: Shape) -> torch.Tensor:
     """The whole matrix, as eager attention makes it, segment by segment."""
-    parts = zip(*(x.split(length, dim=2) for x, length in ((q, shape.num_queries), (k, shape.num_keys))), strict=True)
-    return torch.cat([_literal(*part, shape.causal) for part in parts], dim=1)
+    segments = zip(q.split(shape.num_queries, dim=2), k.split(shape.num_keys, dim=2), strict=True)
+    return torch.cat([_literal(queries, keys, shape.causal) for queries, keys in segments], dim=1)
 
 
 def _literal(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -103,7 +104,7 @@ def _literal_bytes(shape: Shape) -> int:
     return 4 * _HEADS * shape.num_queries * shape.num_keys
 
 
-def check_parity(shape: Shape, device: torch.device) -> dict[str, dict]:
+def check_parity(shape: Shape, device: torch.device) -> dict[str, dict[str, Any]]:
     """By contestant its largest error against float64 relative to the largest value, or why it is not timed.
 
     Raises:
@@ -112,7 +113,7 @@ def check_parity(shape: Shape, device: torch.device) -> dict[str, dict]:
     q, k, _ = shape.inputs(device)
     heads = [literal(q[:, i : i + 1].double(), k[:, i : i + 1].double(), shape) for i in range(_HEADS)]
     expected = torch.stack(heads).mean(dim=0)
-    found: dict[str, dict] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, run in contestants(shape, device).items():
         try:
             error = ((run().double() - expected).abs().max() / expected.max()).item()
@@ -162,7 +163,7 @@ def _peak_resident() -> int:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
-def measure(shape: Shape, rounds: int, device: torch.device) -> dict:
+def measure(shape: Shape, rounds: int, device: torch.device) -> dict[str, Any]:
     """One row: parity, then times, then memory."""
     parity = check_parity(shape, device)
     timed = {name: run for name, run in contestants(shape, device).items() if "failed" not in parity[name]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -59,7 +60,7 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """For JSON, and for a reader who wants to select rows."""
         return asdict(self)
 
@@ -73,11 +74,11 @@ class Case:
         return " ".join(parts + ([f"B={self.batch}"] if self.batch > 1 else []))
 
 
-def _queries(decoder: Decoder, num_queries: int, num_keys: int, dtype: str = "bf16", **options) -> Case:
+def _queries(decoder: Decoder, num_queries: int, num_keys: int, dtype: str = "bf16", **options: Any) -> Case:
     return Case("queries", decoder, num_queries, num_keys, dtype, **options)
 
 
-def _hidden(decoder: Decoder, num_queries: int, num_keys: int, dtype: str = "bf16", **options) -> Case:
+def _hidden(decoder: Decoder, num_queries: int, num_keys: int, dtype: str = "bf16", **options: Any) -> Case:
     return Case("hidden", decoder, num_queries, num_keys, dtype, **options)
 
 

@@ -95,8 +95,13 @@ def contenders(prompt: Prompt) -> dict[str, Contender]:
     """All of them; on a CPU ours is cumsum and index_select itself."""
 
     def ours(length: int | None, backend: str | None = None) -> Contender:
-        options = {"position_ids": prompt.positions, "length": length, "backend": backend}
-        return lambda: compact(prompt.embeds, prompt.keep_mask, **options)[:3]
+        def run() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            found = compact(
+                prompt.embeds, prompt.keep_mask, position_ids=prompt.positions, length=length, backend=backend
+            )
+            return found[:3]
+
+        return run
 
     found = {OURS: ours(prompt.length), ASKING: ours(None)}
     if prompt.embeds.device.type == "cuda":

@@ -139,10 +139,10 @@ def _from_queries(case: Case, inputs: QueriesAndKeys) -> list[Contender]:
 
 def _from_hidden(case: Case, inputs: HiddenStates) -> list[Contender]:
     x, layer, w, mode, rounding = inputs.x, inputs.layer, inputs.w, case.normalize, _ROUNDING[case.dtype]
-    arguments, options = inputs.arguments, inputs.options
+    arguments = inputs.arguments
 
     def ours() -> Selection:
-        return hawk_kernels.score_hidden_and_select(*arguments, KEEP_RATIO, **options, normalize=mode)
+        return hawk_kernels.score_hidden_and_select(**arguments, r=KEEP_RATIO, normalize=mode)
 
     def from_projections() -> torch.Tensor:
         return hawk_kernels.score_and_select(*strong_projections(inputs), w, KEEP_RATIO, normalize=mode).indices

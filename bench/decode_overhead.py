@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,9 +46,9 @@ def small_model(hidden: int, layers: int, device: torch.device) -> Any:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    vision = {"depth": 1, "num_heads": 2, "hidden_size": 32, "intermediate_size": 48, "patch_size": 4}
+    vision: dict[str, Any] = {"depth": 1, "num_heads": 2, "hidden_size": 32, "intermediate_size": 48, "patch_size": 4}
     vision |= {"out_hidden_size": hidden, "window_size": 16, "fullatt_block_indexes": [0]}
-    ids = {"image_token_id": _IMAGE, "video_token_id": _VIDEO}
+    ids: dict[str, Any] = {"image_token_id": _IMAGE, "video_token_id": _VIDEO}
     ids |= {"vision_start_token_id": _START, "vision_end_token_id": _END}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
     torch.manual_seed(0)
@@ -83,7 +84,9 @@ def measure(model: Any, case: str, side: int, rounds: int, device: torch.device)
     pruning = prune(model, 0.2, head_weights="uniform")
     with pruning:
         cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
-    packed, following = cached_prompt(cache).mask, cached_prompt(cache).next_position
+    cached = cached_prompt(cache)
+    assert cached is not None
+    packed, following = cached.mask, cached.next_position
     outside = copy.deepcopy(cache)
     forget(outside)
     token = torch.full((len(inputs["input_ids"]), 1), _FIRST_WORD, device=device)
@@ -110,8 +113,8 @@ def measure(model: Any, case: str, side: int, rounds: int, device: torch.device)
         position = following + number
         given = position if case != "without position ids" else None
         ways: dict[str, Callable[[], tuple[Any, float]]] = {
-            "inside": lambda g=grown[0], p=given: step(cache, g if padded else None, p, pruning),
-            "outside": lambda g=grown[1], p=position: step(outside, g if padded else None, p, contextlib.nullcontext()),
+            "inside": partial(step, cache, grown[0] if padded else None, given, pruning),
+            "outside": partial(step, outside, grown[1] if padded else None, position, contextlib.nullcontext()),
         }
         order = ("inside", "outside") if number % 2 else ("outside", "inside")
         results = {way: ways[way]() for way in order}

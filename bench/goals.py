@@ -43,7 +43,7 @@ class Goal:
 def _median(row: dict[str, Any], name: str, how: str, cache: str) -> float | None:
     for entry in row.get("contenders", []):
         if entry["name"] == name and cache in entry.get(how, {}):
-            return entry[how][cache]["median"]
+            return float(entry[how][cache]["median"])
     return None
 
 

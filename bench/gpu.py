@@ -277,18 +277,19 @@ def run_group(group: list[Stage], output: Path, left: float) -> list[dict[str, A
             time.sleep(0.05)
         entries += [stage.result() for stage in running]
     finally:
-        for stage in running:
-            stage.kill()
+        for started in running:
+            started.kill()
     return entries
 
 
 def merge_checks(output: Path) -> None:
     """The parts of the parity checks go in front of the other checks."""
     parts = [report.load(path.parent, path.name) for path in sorted((output / LOGS).glob("parity-*.json"))]
-    checks = [check for part in parts if part for check in part["checks"]]
+    found = [part for part in parts if part]
+    checks = [check for part in found for check in part["checks"]]
     if not checks:
         return
-    others = report.load(output, "verify.json") or {"environment": parts[0]["environment"], "checks": []}
+    others = report.load(output, "verify.json") or {"environment": found[0]["environment"], "checks": []}
     names = {check["name"] for check in checks}
     checks += [check for check in others["checks"] if check["name"] not in names]
     write_json(output / "verify.json", {**others, "checks": checks})

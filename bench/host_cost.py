@@ -70,8 +70,8 @@ def public_calls(device: torch.device) -> dict[str, Callable[[], object]]:
     if device.type == "cuda":
         of_scores = scores.scores
         calls["select_topk"] = lambda: hawk_kernels.select_topk(of_scores, 0.2)
-    arguments, options = hidden.arguments, {**hidden.options, "normalize": "l2", **backend}
-    calls["score_hidden_and_select"] = lambda: hawk_kernels.score_hidden_and_select(*arguments, 0.2, **options)
+    arguments = {**hidden.arguments, "r": 0.2, "normalize": "l2", **backend}
+    calls["score_hidden_and_select"] = lambda: hawk_kernels.score_hidden_and_select(**arguments)
     return calls
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -34,7 +34,8 @@ class QueriesAndKeys:
 
     def expected(self, case: Case) -> torch.Tensor:
         q, k, w = (tensor.double() for tensor in (self.q, self.k, self.w))
-        return cast(torch.Tensor, csrc_ref.score_tokens(q, k, w, normalize=case.normalize))
+        scores: torch.Tensor = csrc_ref.score_tokens(q, k, w, normalize=case.normalize)
+        return scores
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,13 @@ class FirstLayer:
 
     def projected(self, normalized: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """Project `[B, T, C]` to `[B, heads, T, D]`."""
-        heads = torch.nn.functional.linear(normalized, weight, bias).unflatten(-1, (-1, self.head_dim))
-        return heads.transpose(1, 2)
+        projected = torch.nn.functional.linear(normalized, weight, bias)
+        return projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def to(self, target: torch.device | torch.dtype) -> FirstLayer:
         """Copy the weights to another device or dtype."""
-        weights = (weight.to(target) for weight in (self.wq, self.bq, self.wk, self.bk))
-        return FirstLayer(self.norm_weight.to(target), self.norm_eps, *weights, self.head_dim)
+        norm_weight, wq, bq, wk, bk = (x.to(target) for x in (self.norm_weight, self.wq, self.bq, self.wk, self.bk))
+        return FirstLayer(norm_weight, self.norm_eps, wq, bq, wk, bk, self.head_dim)
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,14 @@ class HiddenStates:
         return self._mask(self.visual)
 
     @property
-    def arguments(self) -> tuple[Any, ...]:
-        """The positional arguments of `score_hidden`; those of `score_hidden_and_select` begin with them."""
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `score_hidden` and `score_hidden_and_select` that these inputs determine."""
         layer = self.layer
-        return self.x, layer.norm_weight, layer.norm_eps, layer.wq, layer.bq, layer.wk, layer.bk, self.w
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments that go with them."""
-        num_key_value_heads = len(self.layer.wk) // self.layer.head_dim
-        return {"num_key_value_heads": num_key_value_heads, "q_mask": self.q_mask, "k_mask": self.k_mask}
+        weights = {"norm_weight": layer.norm_weight, "norm_eps": layer.norm_eps}
+        weights |= {"wq": layer.wq, "bq": layer.bq, "wk": layer.wk, "bk": layer.bk}
+        num_key_value_heads = len(layer.wk) // layer.head_dim
+        masks = {"q_mask": self.q_mask, "k_mask": self.k_mask}
+        return {"x": self.x, **weights, "w": self.w, "num_key_value_heads": num_key_value_heads, **masks}
 
     def _mask(self, positions: slice) -> torch.Tensor:
         mask = torch.zeros(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
@@ -107,7 +106,7 @@ class HiddenStates:
             layer.projected(_rms_norm(self.x[:, positions].double(), layer), weight, bias)
             for positions, weight, bias in ((self.queries, layer.wq, layer.bq), (self.visual, layer.wk, layer.bk))
         )
-        scores = csrc_ref.score_tokens(q, k, self.w.double(), normalize=case.normalize)
+        scores: torch.Tensor = csrc_ref.score_tokens(q, k, self.w.double(), normalize=case.normalize)
         everywhere = scores.new_full(self.x.shape[:2], -torch.inf)
         everywhere[:, self.visual] = scores
         return everywhere

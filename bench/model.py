@@ -151,9 +151,8 @@ def prefill_flops(config: Any, tokens: int) -> float:
     attention = config.hidden_size * head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     layer = attention + 3 * config.hidden_size * config.intermediate_size
     pairs = tokens * (tokens + 1) / 2
-    return config.num_hidden_layers * (2 * layer * tokens + 4 * pairs * config.hidden_size) + (
-        2 * config.hidden_size * config.vocab_size
-    )
+    layers = config.num_hidden_layers * (2 * layer * tokens + 4 * pairs * config.hidden_size)
+    return float(layers + 2 * config.hidden_size * config.vocab_size)
 
 
 def rows(cases: tuple[Case, ...], machines: list[Machine]) -> list[dict[str, Any]]:

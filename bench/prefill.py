@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class EncodedImages(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=pixel_values, pooler_output=pixel_values)
 
 
-def make_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
+def make_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
     """A Qwen2.5-VL with random weights, made on the device, without its vision encoder."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -103,7 +104,7 @@ def make_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) 
     torch.manual_seed(0)
     try:
         with torch.device(device):
-            model = Qwen2_5_VLForConditionalGeneration(config)
+            model: Any = Qwen2_5_VLForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(default)
     model.model.visual = EncodedImages(dtype)
@@ -113,7 +114,7 @@ def make_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) 
     return model.eval()
 
 
-def make_prompt(model: nn.Module, num_visual: int) -> dict[str, torch.Tensor]:
+def make_prompt(model: Any, num_visual: int) -> dict[str, torch.Tensor]:
     """Text, an image of so many tokens, a question, the end of the turn, the reply's header."""
     embeddings = model.get_input_embeddings().weight
     device = embeddings.device
@@ -139,7 +140,7 @@ class Watch:
     Enter `outside` before and `inside` after the block: hooks run in the order of their registration.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device) -> None:
         self._modules = (model, model.model, model.model.language_model)
         self._device = device
         self._marks: dict[tuple[int, str, str], Any] = {}
@@ -190,7 +191,7 @@ class Watch:
 
 
 @torch.no_grad()
-def first_token(model: nn.Module, prompt: dict[str, torch.Tensor]) -> tuple[int, Any]:
+def first_token(model: Any, prompt: dict[str, torch.Tensor]) -> tuple[int, Any]:
     """The first token, on the host, and the cache."""
     output = model(**prompt, use_cache=True, logits_to_keep=1)
     return int(output.logits[0, -1].argmax()), output.past_key_values
@@ -209,7 +210,7 @@ class Stopwatch:
         """Nothing to flush."""
 
 
-def decode_rate(model: nn.Module, prompt: dict[str, torch.Tensor], new_tokens: int) -> float:
+def decode_rate(model: Any, prompt: dict[str, torch.Tensor], new_tokens: int) -> float:
     """Tokens a second after the first one, greedily, by `generate`."""
     stopwatch = Stopwatch()
     model.generate(**prompt, max_new_tokens=new_tokens, do_sample=False, streamer=stopwatch)
@@ -225,7 +226,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 def measure(
-    model: nn.Module,
+    model: Any,
     num_visual: int,
     device: torch.device,
     pruned: tuple[float, ...],
@@ -252,8 +253,8 @@ def measure(
     for dropped in pruned:
         if dropped > 0:
             keep = round(1 - dropped, 10)
-            ways["ours", dropped] = lambda keep=keep: ours(keep)
-            ways["released", dropped] = lambda keep=keep: release(keep)
+            ways["ours", dropped] = partial(ours, keep)
+            ways["released", dropped] = partial(release, keep)
 
     # libraries take their workspaces at the first call
     first_token(model, prompt)

@@ -54,7 +54,7 @@ def released_steps_from_hidden(
 
 @contextmanager
 def released_pruning(
-    model: nn.Module, keep_ratio: float, w: torch.Tensor, queries: torch.Tensor, visual: torch.Tensor
+    model: Any, keep_ratio: float, w: torch.Tensor, queries: torch.Tensor, visual: torch.Tensor
 ) -> Iterator[None]:
     """Prune the prefill of a Qwen2.5-VL as the release does: one sample, every token projected, the prompt shortened.
 

@@ -81,7 +81,7 @@ def _case_table(row: dict[str, Any]) -> list[str]:
     ways = [way for way in _WAYS if any(way[1] in entry.get(way[0], {}) for entry in entries)]
     head = [f"{how}, {cache}" for how, cache in ways]
     lines = [f"| contender | {' | '.join(head)} | x | error | peak MiB |", "|---|" + "---:|" * (len(ways) + 3)]
-    ours = next((entry for entry in entries if entry["name"] == OURS), {})
+    ours: dict[str, Any] = next((entry for entry in entries if entry["name"] == OURS), {})
     for entry in entries:
         if "failed" in entry:
             lines.append(f"| {entry['name']} | {' | ' * (len(ways) - 1)} | | not timed: {entry['failed']} | |")

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def _checked(contender: Contender, expected: torch.Tensor) -> dict[str, Any]:
 
 
 def _samplers(
-    runs: dict[str, Callable[[], object]], entries: dict[str, dict], device: torch.device, flush: Flush | None
+    runs: dict[str, Callable[[], object]], entries: dict[str, dict[str, Any]], device: torch.device, flush: Flush | None
 ) -> dict[Way, Sampler]:
     """Every way of running everybody; what cannot be captured says so in its entry."""
     samplers: dict[Way, Sampler] = {}
@@ -151,7 +152,7 @@ def run(
             print(f"out of time: {len(results['left_out'])} cases left out", file=sys.stderr, flush=True)
             break
         start = time.perf_counter()
-        row = _one(case, device, lambda case=case: measure(case, device, bandwidth, flush, rounds))
+        row = _one(case, device, partial(measure, case, device, bandwidth, flush, rounds))
         results["rows"].append(row)
         if path is not None:
             write_json(path, results)
@@ -165,10 +166,14 @@ def run_checks(device: torch.device, cases: tuple[Case, ...]) -> dict[str, Any]:
     """Parity alone, which also leaves every kernel in the compilers' caches."""
     rows = []
     for number, case in enumerate(cases, 1):
-        row = _one(case, device, lambda case=case: check(case, make_inputs(case, device), device)[0])
+        row = _one(case, device, partial(_parity, case, device))
         rows.append(row)
         print(f"[{number}/{len(cases)}] {summary(row)}", flush=True)
     return {"rows": rows}
+
+
+def _parity(case: Case, device: torch.device) -> dict[str, Any]:
+    return check(case, make_inputs(case, device), device)[0]
 
 
 def _one(case: Case, device: torch.device, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def scoring(kind: str, device: torch.device) -> Call:
         if isinstance(inputs, QueriesAndKeys):
             return hawk_kernels.score_tokens(inputs.q, inputs.k, inputs.w, normalize=case.normalize)
         assert isinstance(inputs, HiddenStates)
-        return hawk_kernels.score_hidden(*inputs.arguments, **inputs.options, normalize=case.normalize)
+        return hawk_kernels.score_hidden(**inputs.arguments, normalize=case.normalize)
 
     found, expected = run().double(), inputs.expected(case)
     largest = expected[expected.isfinite()].abs().max().item()

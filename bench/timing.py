@@ -91,7 +91,8 @@ class Replay:
             self._graph.replay()
         self._end.record()
         self._end.synchronize()
-        return self._begin.elapsed_time(self._end) * 1e3 / self._calls
+        milliseconds: float = self._begin.elapsed_time(self._end)
+        return milliseconds * 1e3 / self._calls
 
 
 def calls_in_a_graph(eager_microseconds: float) -> int:

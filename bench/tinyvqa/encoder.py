@@ -162,7 +162,7 @@ def description_loss(encoder: Encoder, scenes: list[Scene], visual: Tensor) -> t
 
 
 @contextmanager
-def batched_vision_attention(visual: torch.nn.Module) -> Iterator[None]:
+def batched_vision_attention(visual: Any) -> Iterator[None]:
     """Inside the block, vision layers attend to windows of equal length together instead of one at a time.
 
     The stock layer calls attention once per window, which for a batch of small pictures is almost all overhead.
@@ -183,7 +183,8 @@ def batched_vision_attention(visual: torch.nn.Module) -> Iterator[None]:
             mixed = functional.scaled_dot_product_attention(q, k, v, scale=layer.scaling)
             parts.append(mixed.transpose(1, 2).reshape(len(rows), -1))
             order.append(rows)
-        return layer.proj(torch.cat(parts)[torch.cat(order).argsort()])
+        projected: Tensor = layer.proj(torch.cat(parts)[torch.cat(order).argsort()])
+        return projected
 
     layers = [block.attn for block in visual.blocks]
     for layer in layers:

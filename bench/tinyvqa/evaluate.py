@@ -99,7 +99,8 @@ def pictures_read_once(model: Any, encoder: Encoder, batch: Batch) -> Iterator[N
 
 def first_words(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """Ids `[B]` of the word that the model answers with."""
-    return model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)
+    logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=1).logits
+    return logits[:, -1].argmax(-1)
 
 
 def answer_ids(encoder: Encoder, batch: Batch) -> Tensor:

@@ -36,7 +36,8 @@ class Questions:
     def per_prompt(self, right: np.ndarray) -> np.ndarray:
         """Right answers of each kind to each prompt, `[P, kinds]`."""
         table = np.zeros((len(self.layouts), len(self.names)))
-        np.add.at(table, (self.prompts, [self.names.index(kind) for kind in self.kinds]), right)
+        columns = np.array([self.names.index(kind) for kind in self.kinds])
+        np.add.at(table, (self.prompts, columns), right)
         return table
 
 

@@ -101,7 +101,7 @@ def draw_plot(report: dict[str, Any], path: Path) -> None:
     ratios = list(methods[shown[0]])
     places = range(len(ratios))
     figure, axes = pyplot.subplots(2, 4, figsize=(17, 8.2), sharey=True)
-    colours = pyplot.get_cmap("tab20").colors
+    colours = pyplot.get_cmap("tab20")
     for axis, kind in zip(axes.flat, ["mean", *kinds], strict=True):
         for number, label in enumerate(shown):
             found = [e["mean"] if kind == "mean" else e["by_kind"][kind] for e in methods[label].values()]
@@ -115,7 +115,7 @@ def draw_plot(report: dict[str, Any], path: Path) -> None:
                 values,
                 yerr=spread if kind == "mean" else None,
                 label=label,
-                color=colours[number],
+                color=colours(number),
                 linewidth=2.6 if label == report["reference"] else 1.3,
                 marker="o",
                 markersize=3,

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,18 +195,20 @@ def prefill_times(subject: Subject, heads: dict[str, torch.Tensor]) -> dict[str,
 
         for _ in range(TIMED_ROUNDS + 1):
             with torch.no_grad():
-                timed(WHOLE, lambda inputs=inputs: first_words(subject.model, inputs))
+                timed(WHOLE, partial(first_words, subject.model, inputs))
                 for contender in CONTENDERS:
                     weights, options = contender.head_weights(heads), dict(contender.options)
                     with prune(subject.model, TIMED_RATIO, method=contender.method, head_weights=weights, **options):
-                        timed(contender.label, lambda inputs=inputs: first_words(subject.model, inputs))
+                        timed(contender.label, partial(first_words, subject.model, inputs))
         found[str(layout)] = {label: round(1e3 * statistics.median(of[1:]), 3) for label, of in times.items()}
     return found
 
 
 def describe_questions(batches: Sequence[Batch]) -> Questions:
     """Kind, prompt and layout of every question, in the order of the answers."""
-    kinds, prompts, layouts = [], [], []
+    kinds: list[str] = []
+    prompts: list[int] = []
+    layouts: list[str] = []
     for batch in batches:
         for row in batch.questions:
             kinds += [question.kind for question in row]

@@ -24,7 +24,7 @@ QUESTIONS_A_KIND = 160
 SEED = 5
 
 
-@dataclass(frozen=True)
+@dataclass
 class TinyVQATask:
     """Questions of one kind; an answer counts when it is the one right word."""
 

@@ -135,7 +135,8 @@ def draw_layout(rng: np.random.Generator, stage: Stage) -> Layout:
     if not stage.mixed or chance < 0.65:
         return Layout(height, width)
     if chance < 0.75:
-        return Layout(*(int(s) for s in rng.integers(9, 17, 2)))
+        height, width = (int(s) for s in rng.integers(9, 17, 2))
+        return Layout(height, width)
     height, width = (int(s) for s in rng.integers(4, 7, 2))
     return Layout(height, width, int(rng.integers(2, 4)), "images" if chance < 0.88 else "video")
 
@@ -187,7 +188,8 @@ class Training:
         return shown
 
     def _align(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        layout, pool = Layout(*(int(side) for side in rng.integers(3, 8, 2))), load_digits("train")
+        height, width = (int(side) for side in rng.integers(3, 8, 2))
+        layout, pool = Layout(height, width), load_digits("train")
         scenes = [draw_patchwork(rng, pool, layout) for _ in range(round(ALIGN_CELLS / layout.cells))]
         patches, grid = self.encoder.pixels(render(scenes, pool, rng), layout)
         visual = self.model.model.visual(patches, grid_thw=grid).pooler_output.view(len(scenes), layout.cells, -1)

@@ -67,4 +67,5 @@ def _mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x: NDArray[np.uint64] = state + np.uint64(_STEP)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(_FIRST)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(_SECOND)
-    return x ^ (x >> np.uint64(31))
+    x ^= x >> np.uint64(31)
+    return x
