@@ -17,7 +17,7 @@ from bench.environment import REPOSITORY
 # Module and options; the file that each writes has its name.
 PARTS = {
     "score_and_select": ("bench.score_and_select", "--seconds=240"),
-    "host-cost": ("bench.host_cost",),
+    "host_cost": ("bench.host_cost",),
     "prefill": ("bench.prefill",),
     "model": ("bench.model",),
 }

@@ -286,7 +286,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def run(out_dir: Path, device: torch.device | None = None, rounds: int = 15) -> dict[str, Any]:
-    """Measure all cases of the device and write `encoder-cost.json` and `.md`, anew after each case.
+    """Measure all cases of the device and write `encoder_cost.json` and `.md`, anew after each case.
 
     Args:
         out_dir: folder for the results.
@@ -298,8 +298,8 @@ def run(out_dir: Path, device: torch.device | None = None, rounds: int = 15) -> 
     for case in GPU_CASES if device.type == "cuda" else CPU_CASES:
         row = measure(case, rounds, device)
         results["rows"].append(row)
-        write_json(out_dir / "encoder-cost.json", results)
-        (out_dir / "encoder-cost.md").write_text(table(results), encoding="utf-8")
+        write_json(out_dir / "encoder_cost.json", results)
+        (out_dir / "encoder_cost.md").write_text(table(results), encoding="utf-8")
         ratios = ", ".join(
             f"{name} {way['times_plain']:.2f}x" if "times_plain" in way else f"{name} {way['failed']}"
             for name, way in row["ways"].items()

@@ -98,7 +98,7 @@ class Other:
 
     def stage(self, output: Path, *options: str) -> Stage:
         """As a stage."""
-        name = self.module.removeprefix("bench.").replace("_", "-")
+        name = self.module.removeprefix("bench.")
         target = output / f"{name}.json" if self.writes == "--json" else output
         return Stage(name, (_python(self.module, f"{self.writes}={target}", *options),), self.seconds)
 
@@ -156,7 +156,7 @@ def stages(output: Path, tune: bool) -> list[list[Stage]]:
             170,
         ),
         Stage("prefill", (_python("bench.prefill", f"--json={output}/prefill.json"),), 120),
-        Stage("host-cost", (_python("bench.host_cost", f"--json={output}/host-cost.json"),), 40),
+        Stage("host_cost", (_python("bench.host_cost", f"--json={output}/host_cost.json"),), 40),
         *(other.stage(output, "--device=cuda") for other in OTHERS if find_spec(other.module) is not None),
         Stage("benchmark", (benchmark,), 60),
         Stage("model", (_python("bench.model", f"--json={output}/model.json"),), 20),
@@ -178,7 +178,7 @@ def rehearsal(output: Path) -> list[list[Stage]]:
         *(cpu, tiny, f"--json={output}/verify.json"),
     )
     prefill = ("--shape=tiny", "--tokens", "36", "--new-tokens=4", "--rounds=1", f"--json={output}/prefill.json")
-    host_cost = _python("bench.host_cost", cpu, "--rounds=5", f"--json={output}/host-cost.json")
+    host_cost = _python("bench.host_cost", cpu, "--rounds=5", f"--json={output}/host_cost.json")
     correctness = [
         Stage("parity", tuple(parity), 180, True),
         Stage("verify", (verify,), 180, True),
@@ -191,7 +191,7 @@ def rehearsal(output: Path) -> list[list[Stage]]:
             180,
         ),
         Stage("prefill", (_python("bench.prefill", cpu, *prefill),), 180),
-        Stage("host-cost", (host_cost,), 180, environment={"TRITON_INTERPRET": None}),
+        Stage("host_cost", (host_cost,), 180, environment={"TRITON_INTERPRET": None}),
     ]
     others = [
         *(

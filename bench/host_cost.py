@@ -225,10 +225,10 @@ def main() -> None:
         __doc__,
         device=cli.default_device(),
         rounds=100,
-        json="bench/results/<device>/host-cost.json",
+        json="bench/results/<device>/host_cost.json",
     )
     arguments = parser.parse_args()
-    path = cli.results_file(arguments, "host-cost.json")
+    path = cli.results_file(arguments, "host_cost.json")
     run(arguments.device, path, arguments.rounds)
     print(f"written: {path}", file=sys.stderr)
 

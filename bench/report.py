@@ -173,7 +173,7 @@ def model_section(results: dict[str, Any]) -> str:
 SECTIONS = (
     ("verify.json", verify_section),
     ("score_and_select.json", micro_section),
-    ("host-cost.json", host_section),
+    ("host_cost.json", host_section),
     ("prefill.json", prefill_section),
     ("model.json", model_section),
 )

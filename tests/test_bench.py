@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -472,6 +473,13 @@ class TestCommandLine:
         assert sorted(found) == list(range(10))
 
 
+def test_the_hooks_and_the_lint_use_one_version_of_ruff(repository):
+    hooks = (repository / ".pre-commit-config.yaml").read_text()
+    pinned = (repository / "constraints.txt").read_text()
+    (version,) = re.findall(r"^ruff==(\S+)$", pinned, re.M)
+    assert f"rev: v{version}\n" in hooks
+
+
 class TestOperators:
     def test_every_public_operator_is_timed(self):
         test_operators.test_every_public_operator_is_timed()
@@ -546,7 +554,7 @@ class TestGpuCommand:
         """Without the stages that are other modules' and pytest itself."""
         archive = tmp_path / "results.tar.gz"
         command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--output", str(tmp_path / "out")]
-        command += ["--archive", str(archive), "--only", "parity", "verify", "score_and_select", "prefill", "host-cost"]
+        command += ["--archive", str(archive), "--only", "parity", "verify", "score_and_select", "prefill", "host_cost"]
         result = subprocess.run(command, capture_output=True, text=True, cwd=environment.REPOSITORY)
         assert result.returncode == 0, result.stdout + result.stderr
         stages = json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]
