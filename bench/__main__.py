@@ -1,4 +1,4 @@
-"""The suite for this machine: micro-benchmarks, host cost, a whole prefill, the model figures, report and pictures.
+"""Run the suite for this machine: score_and_select, host cost, a whole prefill, model figures, report and pictures.
 
     python -m bench [--output FOLDER] [--only score_and_select prefill]
 

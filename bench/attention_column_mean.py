@@ -1,12 +1,12 @@
-"""Attention received, ours beside the literal softmax and flash-colreduce, in one run, after parity.
+"""Time the attention received by each key: ours, the literal softmax and flash-colreduce in one run, after parity.
 
     python -m bench.attention_column_mean [--device cuda] [--rounds 10] [--json FILE]
 
 A row gives the median time with 20th and 80th percentiles in milliseconds, and the memory beyond the inputs at its
 peak (on a CPU that of a fresh process, as Linux counts it). flash-colreduce (`pip install flash-colreduce`) runs on
-CUDA only and knows no segments; it is left out where it is not installed, and rounds its result to the dtype of the
-queries. No time is printed before the statistic has been compared with float64; whoever else fails that, or raises, is
-named as failed and not timed.
+CUDA only and has no segments; it is left out if it is not installed, and rounds its result to the dtype of the
+queries. No time is printed before the statistic has been compared with float64; a contestant other than ours that fails
+this, or raises, is reported as failed and not timed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Shape:
     segments: int = 0
 
     def inputs(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Queries, keys and `cu_seqlens`; half precision on a GPU, as encoders run there."""
+        """Draw queries, keys and `cu_seqlens`; half precision on a GPU, as encoders run there."""
         generator = torch.Generator().manual_seed(0)
         copies = max(1, self.segments)
         q, k = (
@@ -67,7 +67,7 @@ GPU_SHAPES = (*SHAPES, Shape(16384, 16384))
 
 
 def literal(q: torch.Tensor, k: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """The whole matrix, as eager attention makes it, segment by segment."""
+    """Compute the whole matrix, as eager attention makes it, segment by segment."""
     segments = zip(q.split(shape.num_queries, dim=2), k.split(shape.num_keys, dim=2), strict=True)
     return torch.cat([_literal(queries, keys, shape.causal) for queries, keys in segments], dim=1)
 
@@ -83,12 +83,12 @@ def _literal(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
 
 
 def ours(q: torch.Tensor, k: torch.Tensor, shape: Shape, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """The same statistic without the matrix."""
+    """Compute the same statistic without the matrix."""
     return attention_column_mean(q, k, cu_seqlens=cu_seqlens, causal=shape.causal)
 
 
 def contestants(shape: Shape, device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
-    """Who runs this shape."""
+    """Return the calls of all that can run this shape, ours first."""
     q, k, cu_seqlens = shape.inputs(device)
     runs: dict[str, Callable[[], torch.Tensor]] = {OURS: lambda: ours(q, k, shape, cu_seqlens)}
     if _literal_bytes(shape) < 2**33:
@@ -127,13 +127,13 @@ def check_parity(shape: Shape, device: torch.device) -> dict[str, dict[str, Any]
             found[name]["failed"] = f"an error of {error:.1e}"
     if "failed" in found[OURS]:
         raise SystemExit(
-            f"bench.attention_column_mean: parity failed at {shape} with {found[OURS]['failed']}; nothing timed"
+            f"bench.attention_column_mean: parity failed at {shape} with {found[OURS]['failed']}; nothing was timed"
         )
     return found
 
 
 def peak_memory(shape: Shape, name: str, device: torch.device) -> float:
-    """MiB beyond the inputs."""
+    """Measure the MiB at the peak of a call beyond its inputs."""
     if device.type == "cuda":
         run = contestants(shape, device)[name]
         run()
@@ -158,13 +158,13 @@ def _resident_growth(shape: Shape, name: str, threads: int) -> float:
 
 
 def _peak_resident() -> int:
-    """KiB; unlike `ru_maxrss` it does not begin at the parent's peak."""
+    """Return the peak in KiB; unlike `ru_maxrss`, it does not begin at the peak of the parent process."""
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def measure(shape: Shape, rounds: int, device: torch.device) -> dict[str, Any]:
-    """One row: parity, then times, then memory."""
+    """Measure one row: parity, then times, then memory."""
     parity = check_parity(shape, device)
     timed = {name: run for name, run in contestants(shape, device).items() if "failed" not in parity[name]}
     for name, values in interleaved(timed, rounds, device).items():

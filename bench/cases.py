@@ -61,7 +61,7 @@ class Case:
         return DTYPES[self.dtype]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, and for a reader who wants to select rows."""
+        """Return the fields, for JSON and for selecting rows."""
         return asdict(self)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""A decoding step inside a prune block beside one outside, over caches with the same tokens: what do the hooks cost?
+"""Time a decoding step inside a prune block and one outside, over caches with the same tokens: the cost of the hooks.
 
     python -m bench.decode_overhead [--device cuda] [--rounds 200] [--json FILE]
 
@@ -32,7 +32,7 @@ _CASES = ("one row", "left-padded rows", "without position ids")
 
 
 def small_model(hidden: int, layers: int, device: torch.device) -> Any:
-    """A Qwen2.5-VL with random weights: heads of 64, four query heads for each key head."""
+    """Make a Qwen2.5-VL with random weights: heads of 64, four query heads for each key head."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {
@@ -56,7 +56,7 @@ def small_model(hidden: int, layers: int, device: torch.device) -> Any:
 
 
 def prompt(side: int, questions: tuple[int, ...], device: torch.device) -> dict[str, torch.Tensor]:
-    """Left-padded rows: an image of `side` x `side` tokens, then as many words as `questions` says."""
+    """Make left-padded rows: an image of `side` x `side` tokens, then as many words as `questions` says."""
     generator = torch.Generator().manual_seed(0)
     longest = side**2 + 2 + max(questions)
     input_ids = torch.full((len(questions), longest), _VOCABULARY - 1)
@@ -79,7 +79,7 @@ def prompt(side: int, questions: tuple[int, ...], device: torch.device) -> dict[
 
 @torch.inference_mode()
 def measure(model: Any, case: str, side: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    """One row: microseconds of a step inside and outside, and their ratio."""
+    """Measure one row: microseconds of a step inside and outside, and their ratio."""
     inputs = prompt(side, (40, 23) if case == "left-padded rows" else (40,), device)
     pruning = prune(model, 0.2, head_weights="uniform")
     with pruning:

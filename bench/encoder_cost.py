@@ -1,4 +1,4 @@
-"""What looking at a vision encoder's attention costs: time and memory of encoding images, three ways.
+"""Time what reading a vision encoder's attention costs: time and memory of encoding images in three ways.
 
     python -m bench.encoder_cost [--device cuda] [--rounds 15] [--output FOLDER]
 
@@ -138,7 +138,7 @@ class Encoding:
 
     @torch.no_grad()
     def plain(self) -> None:
-        """Encode."""
+        """Encode the images."""
         self._model.base_model.get_image_features(**self._inputs, return_dict=True)
 
     def with_hooks(self) -> tuple[torch.Tensor, ...]:
@@ -153,7 +153,7 @@ class Encoding:
         return run.object, run.deep
 
     def with_weights(self) -> tuple[torch.Tensor, ...]:
-        """The same from weights that every layer writes out."""
+        """Report the same from weights that every layer writes out."""
         try:
             with self._writing_weights():
                 self.plain()
@@ -205,7 +205,7 @@ class Encoding:
 
 
 def _model(case: Case, device: torch.device) -> tuple[str, Any]:
-    """`model_type` and a model with random weights, its encoder attending by PyTorch's own attention."""
+    """Return `model_type` and a model with random weights whose encoder uses PyTorch's own attention."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     if case.encoder == "clip-l-336":
@@ -224,7 +224,7 @@ def _model(case: Case, device: torch.device) -> tuple[str, Any]:
 
 
 def measure(case: Case, rounds: int, device: torch.device) -> dict[str, Any]:
-    """One row: parity in float32, then times and memory."""
+    """Measure one row: parity in float32, then times and memory."""
     encoding = Encoding(case, device)
     error = encoding.error()
     row: dict[str, Any] = {"title": str(case), **asdict(case), "reduced": case.is_reduced, "error": error}
@@ -259,7 +259,7 @@ def _memory(way: Callable[[], object], device: torch.device) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Results as Markdown."""
+    """Render results as Markdown."""
     about = results["environment"]
     lines = [
         f"{about['device']}, torch {about['torch']}, transformers {about['transformers']}, {about['date']}",
@@ -280,7 +280,7 @@ def table(results: dict[str, Any]) -> str:
     if any(row["reduced"] for row in results["rows"]):
         lines += [
             "",
-            "Rows with fewer layers than were published check the benchmark, they do not measure the encoder.",
+            "Rows with fewer layers than were published check the benchmark, but do not measure the encoder.",
         ]
     return "\n".join(lines) + "\n"
 

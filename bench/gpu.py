@@ -1,4 +1,4 @@
-"""All that only a GPU can show, in one command and within ten minutes: correctness first, then every benchmark.
+"""Run all that needs a GPU in one command and within ten minutes: correctness first, then every benchmark.
 
     make gpu PYTHON=python3 [ARGS="--budget 540 --archive results.tar.gz"]     (or: python -m bench.gpu)
 
@@ -69,13 +69,13 @@ def sanitizer() -> str | None:
 
 
 def parity_processes() -> int:
-    """How many share the compiling; each holds float64 references."""
+    """Return how many processes share the compiling; each holds float64 references."""
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     return int(max(1, min(4, (os.cpu_count() or 2) // 4, memory // _GIB_PER_PARITY_PROCESS // 2)))
 
 
 def tests_for_a_gpu() -> list[str]:
-    """The files with such tests, so that pytest need not collect all others."""
+    """List the test files that need a GPU, so that pytest need not collect the others."""
     files = sorted((REPOSITORY / "tests").glob("test_*.py"))
     return [str(path.relative_to(REPOSITORY)) for path in files if "pytest.mark.gpu" in path.read_text("utf-8")]
 
@@ -97,7 +97,7 @@ class Other:
     rehearsal: tuple[str, ...] = ("--help",)
 
     def stage(self, output: Path, *options: str) -> Stage:
-        """As a stage."""
+        """Return the benchmark as a stage."""
         name = self.module.removeprefix("bench.")
         target = output / f"{name}.json" if self.writes == "--json" else output
         return Stage(name, (_python(self.module, f"{self.writes}={target}", *options),), self.seconds)
@@ -115,12 +115,12 @@ OTHERS = (
 
 
 def _python(module: str, *options: str) -> tuple[str, ...]:
-    """A command that runs a module with this interpreter."""
+    """Return a command that runs a module with this interpreter."""
     return (sys.executable, "-m", module, *options)
 
 
 def stages(output: Path, tune: bool) -> list[list[Stage]]:
-    """Everything, in the order of its worth; the stages of a group run at once, since none of them is timed."""
+    """List all stages, the most important first; stages of a group run at once, since none of them is timed."""
     logs, shards = output / LOGS, parity_processes()
     parity = (
         _python("bench.verify", "parity", f"--shard={i}/{shards}", f"--json={logs}/parity-{i}.json")
@@ -167,7 +167,7 @@ def stages(output: Path, tune: bool) -> list[list[Stage]]:
 
 
 def rehearsal(output: Path) -> list[list[Stage]]:
-    """The same stages at tiny sizes on a CPU."""
+    """List the same stages at tiny sizes on a CPU."""
     logs, cpu, tiny = output / LOGS, "--device=cpu", "--slice=tiny"
     parity = (
         _python("bench.verify", "parity", cpu, tiny, f"--shard={i}/2", f"--json={logs}/parity-{i}.json")
@@ -203,7 +203,10 @@ def rehearsal(output: Path) -> list[list[Stage]]:
         Stage("tests", (_python("pytest", "-m", "gpu", *tests_for_a_gpu()),), 180, True),
         Stage("benchmark", (_python("pytest", "bench/test_operators.py", "--benchmark-disable"),), 180),
     ]
-    return [correctness, *([stage] for stage in measured), others]
+    groups = [correctness, *([stage] for stage in measured), others]
+    # at tiny sizes a second thread only waits
+    alone = {"OMP_NUM_THREADS": "1"}
+    return [[replace(stage, environment={**alone, **stage.environment}) for stage in group] for group in groups]
 
 
 class Running:
@@ -238,7 +241,7 @@ class Running:
         return self._took is not None
 
     def result(self) -> dict[str, Any]:
-        """What came of it; shows the end of the logs of what failed."""
+        """Return the outcome, after printing the end of the logs of failed processes."""
         failed = [log for log, process in zip(self._logs, self._processes, strict=True) if process.returncode]
         for log in failed[:2]:
             print(f"--- the end of {log}")
@@ -283,7 +286,7 @@ def run_group(group: list[Stage], output: Path, left: float) -> list[dict[str, A
 
 
 def merge_checks(output: Path) -> None:
-    """The parts of the parity checks go in front of the other checks."""
+    """Put the parts of the parity checks before the other checks."""
     parts = [report.load(path.parent, path.name) for path in sorted((output / LOGS).glob("parity-*.json"))]
     found = [part for part in parts if part]
     checks = [check for part in found for check in part["checks"]]

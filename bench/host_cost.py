@@ -1,4 +1,4 @@
-"""What a call costs the host before its kernel runs: validation, dispatch, allocation, launch.
+"""Time what a call costs the host before its kernel runs: validation, dispatch, allocation, launch.
 
     python -m bench.host_cost [--device cuda] [--json FILE]
 
@@ -46,13 +46,13 @@ OPERATORS = {
     "select_topk": "select_topk",
 }
 
-# few, so that the median sees no sample in which somebody else had the processor
+# few, so that the median is of samples in which no other process had the processor
 _CALLS = 20
 _SMALL = {kind: Case(kind, QWEN_7B, 8, 256, "bf16") for kind in ("queries", "hidden", "scores")}
 
 
 def public_calls(device: torch.device) -> dict[str, Callable[[], object]]:
-    """The public functions that launch, on small inputs."""
+    """Return the public functions that launch, on small inputs."""
     # a name in the signature where it has one: on a CPU the choice would be PyTorch
     backend: dict[str, Any] = {} if device.type == "cuda" else {"backend": "triton"}
     queries, hidden, scores = (make_inputs(_SMALL[kind], device) for kind in ("queries", "hidden", "scores"))
@@ -77,17 +77,17 @@ def public_calls(device: torch.device) -> dict[str, Callable[[], object]]:
 
 @contextmanager
 def launches(replacement: Callable[..., Any]) -> Iterator[None]:
-    """Every Triton launch goes to `replacement(kernel, *args, **kwargs)`."""
+    """Send every Triton launch to `replacement(kernel, *args, **kwargs)`."""
     with mock.patch.object(JITFunction, "run", replacement):
         yield
 
 
 def no_launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
-    """A launch that costs nothing."""
+    """Replace a launch at no cost."""
 
 
 class Recorder:
-    """Stands in for a function, keeps its last call and goes on to it."""
+    """Stands in for a function: remembers its last call and makes it."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -99,7 +99,7 @@ class Recorder:
 
 
 def layers(call: Callable[[], object], device: torch.device) -> dict[str, Callable[[], object]]:
-    """The same call entered at each level: public function, operator, backend; and its allocations and launches."""
+    """Return one call entered at each level (public function, operator, backend), its allocations and its launches."""
     operators: dict[str, Any] = {name: Recorder(getattr(ops, name)) for name in OPERATORS}
     functions = {name: Recorder(getattr(load_backend("triton", stem), name)) for name, stem in OPERATORS.items()}
     kernels: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
@@ -148,7 +148,7 @@ def layers(call: Callable[[], object], device: torch.device) -> dict[str, Callab
 
 
 def repeated(call: Callable[[], object], device: torch.device, stubbed: bool) -> Callable[[], float]:
-    """Microseconds of a call on the host, as the mean over many that do not wait for the device."""
+    """Make a sampler of the host's microseconds of a call: the mean over many that do not wait for the device."""
 
     def sample() -> float:
         synchronize(device)
@@ -167,7 +167,7 @@ def repeated(call: Callable[[], object], device: torch.device, stubbed: bool) ->
 
 
 def measure(call: Callable[[], object], device: torch.device, rounds: int) -> dict[str, Any]:
-    """Microseconds of a call and its parts; None where a part cannot be told apart here."""
+    """Measure the microseconds of a call and its parts; None for a part that cannot be separated here."""
     entered = layers(call, device)
     samplers = {f"{name} without launch": repeated(run, device, True) for name, run in entered.items()}
     del samplers["allocation without launch"]

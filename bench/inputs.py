@@ -26,7 +26,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class QueriesAndKeys:
-    """`q [B, H, N, D]`, `k [B, Hkv, M, D]`, `w [H]`."""
+    """Queries `q [B, H, N, D]`, keys `k [B, Hkv, M, D]` and head importance `w [H]`."""
 
     q: torch.Tensor
     k: torch.Tensor

@@ -1,4 +1,4 @@
-"""Bytes and floating point operations that a call must move and do: model figures, computed and not measured.
+"""Compute the bytes and floating point operations that a call must move and do; nothing is measured.
 
     python -m bench.model [--gpu H200 ...] [--bandwidth 4.3e12 --flops 790e12] [--json FILE]
 
@@ -62,7 +62,7 @@ class Cost:
     flops: int
 
     def floor(self, machine: Machine, dtype: str) -> float:
-        """Microseconds below which `machine` cannot be."""
+        """Return the microseconds that `machine` needs at least."""
         rate = machine.float_flops if dtype == "fp32" else machine.half_flops
         # written once and read once, so half of it is held at a time
         spilled = self.workspace if self.workspace / 2 > machine.l2_bytes else 0
@@ -70,12 +70,12 @@ class Cost:
 
 
 def _outputs(batch: int, num_keys: int) -> int:
-    """Scores, mask and indices."""
+    """Count the bytes of scores, mask and indices."""
     return batch * (4 * num_keys + num_keys + 8 * max(1, int(KEEP_RATIO * num_keys)))
 
 
 def ours(case: Case) -> Cost:
-    """Our kernel: one launch that reads its inputs once."""
+    """Return the cost of our kernel: one launch that reads its inputs once."""
     decoder, batch, m, n = case.decoder, case.batch, case.num_keys, case.num_queries
     heads, groups, dim, hidden = (
         decoder.num_heads,
@@ -102,7 +102,7 @@ def ours(case: Case) -> Cost:
 
 
 def released(case: Case) -> Cost:
-    """The released steps, one kernel each; the hidden states of every token are projected first."""
+    """Return the cost of the released steps, one kernel each; every token's hidden state is projected first."""
     decoder, batch, m, n = case.decoder, case.batch, case.num_keys, case.num_queries
     heads, groups, dim, hidden = (
         decoder.num_heads,
@@ -128,14 +128,14 @@ def released(case: Case) -> Cost:
 
 
 def column_mean(batch: int, heads: int, rows: int, keys: int, head_dim: int, size: int) -> Cost:
-    """`attention_column_mean`: the logits are made twice, once for the norm of each row, once to sum the columns."""
+    """Return the cost of `attention_column_mean`, which makes the logits twice: for row norms and column sums."""
     read = size * batch * heads * head_dim * (rows + keys)
     logits = batch * heads * rows * keys
     return Cost(read, 4 * batch * keys, 2 * 4 * batch * heads * rows, 2 * (2 * logits * head_dim) + 4 * logits)
 
 
 def compaction(batch: int, kept: int, hidden: int, axes: int, size: int) -> Cost:
-    """`compact`: each surviving row of embeddings, position ids and mask is read and written once."""
+    """Return the cost of `compact`: each kept row of embeddings, position ids and mask is read and written once."""
     moved = batch * kept * (size * hidden + 8 * axes + 8)
     return Cost(moved, moved, 0, 0)
 
@@ -156,7 +156,7 @@ def prefill_flops(config: Any, tokens: int) -> float:
 
 
 def rows(cases: tuple[Case, ...], machines: list[Machine]) -> list[dict[str, Any]]:
-    """One row a case and way."""
+    """Return a row for each case and way."""
     found = []
     for case in cases:
         for name, cost in (("ours", ours(case)), ("released steps", released(case))):
@@ -166,7 +166,7 @@ def rows(cases: tuple[Case, ...], machines: list[Machine]) -> list[dict[str, Any
 
 
 def markdown(found: list[dict[str, Any]], machines: list[Machine]) -> str:
-    """The rows as a table."""
+    """Render the rows as a table."""
     names = [machine.name for machine in machines]
     lines = [
         f"| case | way | read MB | written MB | workspace MB | GFLOP | {' | '.join(f'{n} floor us' for n in names)} |",

@@ -1,4 +1,4 @@
-"""A whole prefill of Qwen2.5-VL-7B's exact shape, random weights, with and without pruning.
+"""Time a whole prefill of Qwen2.5-VL-7B's exact shape, with random weights, with and without pruning.
 
     python -m bench.prefill [--device cuda] [--tokens 1296 5120 16384] [--json FILE]
 
@@ -66,7 +66,7 @@ _LEVELS = ("head", "multimodal", "text")
 
 
 class EncodedImages(nn.Module):
-    """In the place of the vision encoder: what comes as pixels is already encoded, `[M, hidden]`."""
+    """Stands in for the vision encoder: what comes as pixels is already encoded, `[M, hidden]`."""
 
     spatial_merge_size = 2
 
@@ -81,7 +81,7 @@ class EncodedImages(nn.Module):
 
 
 def make_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """A Qwen2.5-VL with random weights, made on the device, without its vision encoder."""
+    """Make a Qwen2.5-VL with random weights on the device, without its vision encoder."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = dict(shape)
@@ -115,7 +115,7 @@ def make_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) 
 
 
 def make_prompt(model: Any, num_visual: int) -> dict[str, torch.Tensor]:
-    """Text, an image of so many tokens, a question, the end of the turn, the reply's header."""
+    """Make a prompt: text, an image of so many tokens, a question, the end of the turn, the header of the reply."""
     embeddings = model.get_input_embeddings().weight
     device = embeddings.device
     height, width = GRIDS[num_visual]
@@ -147,13 +147,13 @@ class Watch:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Marks what comes before our hooks."""
+        """Mark the moments before our hooks."""
         with self._marking("before"):
             yield
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Marks what comes after our hooks."""
+        """Mark the moments after our hooks."""
         with self._marking("after"):
             yield
 
@@ -192,7 +192,7 @@ class Watch:
 
 @torch.no_grad()
 def first_token(model: Any, prompt: dict[str, torch.Tensor]) -> tuple[int, Any]:
-    """The first token, on the host, and the cache."""
+    """Compute the first token, brought to the host, and the cache."""
     output = model(**prompt, use_cache=True, logits_to_keep=1)
     return int(output.logits[0, -1].argmax()), output.past_key_values
 
@@ -207,11 +207,11 @@ class Stopwatch:
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing to flush."""
+        """Do nothing: there is nothing to flush."""
 
 
 def decode_rate(model: Any, prompt: dict[str, torch.Tensor], new_tokens: int) -> float:
-    """Tokens a second after the first one, greedily, by `generate`."""
+    """Measure the tokens per second after the first one, greedily, by `generate`."""
     stopwatch = Stopwatch()
     model.generate(**prompt, max_new_tokens=new_tokens, do_sample=False, streamer=stopwatch)
     # the prompt comes first, then the first token; the second may still pay for warming up
@@ -220,7 +220,7 @@ def decode_rate(model: Any, prompt: dict[str, torch.Tensor], new_tokens: int) ->
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of all keys and values."""
+    """Count the bytes of all keys and values."""
     tensors = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -234,7 +234,7 @@ def measure(
     seconds: float,
     new_tokens: int,
 ) -> list[dict[str, Any]]:
-    """One row for the unpruned model, then for each fraction dropped one of ours and one of the release's."""
+    """Measure a row for the unpruned model, then one of ours and one of the release for each fraction dropped."""
     prompt = make_prompt(model, num_visual)
     length = prompt["input_ids"].shape[1]
     visual = (prompt["input_ids"][0] == _IMAGE).nonzero().squeeze(1)
@@ -350,7 +350,7 @@ def run(
 
 
 def summary(row: dict[str, Any]) -> str:
-    """A row in one line."""
+    """Summarise a row in one line."""
     text = f"{row['visual_tokens']} visual tokens, {row['way']}"
     if row["way"] == "unpruned":
         return f"{text}: first token {row['first_token_microseconds']['median'] / 1e3:.1f} ms"

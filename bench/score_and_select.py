@@ -1,4 +1,4 @@
-"""To kept tokens from scores, from queries and keys, or from hidden states: everybody side by side, after parity.
+"""Time every contender side by side, after parity: kept tokens from scores, queries and keys, or hidden states.
 
     python -m bench.score_and_select [--device cuda] [--slice gpu] [--seconds 180] [--json FILE]
 
@@ -47,7 +47,7 @@ Way = tuple[str, str, str]
 
 
 def bytes_to_read(inputs: Inputs) -> int:
-    """What nobody can do without: the keys, the visual hidden states, or the scores, once."""
+    """Count the bytes that every contender must read: the keys, the visual hidden states, or the scores, once."""
     if isinstance(inputs, Scores):
         tensor = inputs.scores
     elif isinstance(inputs, QueriesAndKeys):
@@ -58,7 +58,7 @@ def bytes_to_read(inputs: Inputs) -> int:
 
 
 def check(case: Case, inputs: Inputs, device: torch.device) -> tuple[dict[str, Any], dict[str, Callable[[], object]]]:
-    """A row with the parity of each contender and, of those who have it, the memory; and how these are run."""
+    """Return a row with parity and memory of each contender, and the calls of those that passed."""
     row: dict[str, Any] = {"case": case.to_dict(), "title": str(case), "contenders": []}
     runs: dict[str, Callable[[], object]] = {}
     expected = inputs.expected(case)
@@ -72,7 +72,7 @@ def check(case: Case, inputs: Inputs, device: torch.device) -> tuple[dict[str, A
 
 
 def measure(case: Case, device: torch.device, bandwidth: float, flush: Flush | None, rounds: int) -> dict[str, Any]:
-    """One row: parity of each contender, then their times and memory."""
+    """Measure one row: parity of each contender, then times and memory."""
     inputs = make_inputs(case, device)
     row, runs = check(case, inputs, device)
     read = bytes_to_read(inputs)
@@ -107,7 +107,7 @@ def _checked(contender: Contender, expected: torch.Tensor) -> dict[str, Any]:
 def _samplers(
     runs: dict[str, Callable[[], object]], entries: dict[str, dict[str, Any]], device: torch.device, flush: Flush | None
 ) -> dict[Way, Sampler]:
-    """Every way of running everybody; what cannot be captured says so in its entry."""
+    """Make a sampler for every way of running each contender; entries note what cannot be captured."""
     samplers: dict[Way, Sampler] = {}
     for name, run in runs.items():
         samplers[name, "eager", "warm"] = eager = eager_sampler(run, device)
@@ -163,7 +163,7 @@ def run(
 
 
 def run_checks(device: torch.device, cases: tuple[Case, ...]) -> dict[str, Any]:
-    """Parity alone, which also leaves every kernel in the compilers' caches."""
+    """Check parity alone, which also leaves every kernel in the compilers' caches."""
     rows = []
     for number, case in enumerate(cases, 1):
         row = _one(case, device, partial(_parity, case, device))
@@ -190,7 +190,7 @@ def _one(case: Case, device: torch.device, work: Callable[[], dict[str, Any]]) -
 
 
 def summary(row: dict[str, Any]) -> str:
-    """A row in one line: each contender's most telling median in microseconds."""
+    """Summarise a row in one line: the median of each contender in microseconds, replayed and cold if there is one."""
     if "failed" in row:
         return f"{row['title']}: {row['failed']}"
     parts = []
@@ -209,7 +209,7 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def failures(results: dict[str, Any]) -> list[str]:
-    """Where ours did not reach parity."""
+    """List the cases in which ours did not reach parity."""
     return [
         f"{row['title']}: {entry['failed']}"
         for row in results["rows"]

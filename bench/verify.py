@@ -1,4 +1,4 @@
-"""What must hold on a device before anything is measured there: parity, repeatability, graphs, streams, threads.
+"""Check what must hold on a device before anything is measured there: parity, repeatability, graphs, streams, threads.
 
     python -m bench.verify [parity repeatability graphs streams threads] [--slice gpu] [--shard 0/8] [--json FILE]
 
@@ -44,7 +44,7 @@ class Shape:
     Attributes:
         values: "random"; "ties", few different scores; or "not finite", NaN and infinities among the keys.
         layout: "contiguous"; "transposed", heads and tokens swapped in memory; or "expanded", one key head for all.
-        masked: ragged rows, with NaN wherever a mask says that nobody may look.
+        masked: ragged rows, with NaN at every position that a mask excludes.
     """
 
     num_keys: int = 1296
@@ -116,7 +116,7 @@ class Arguments:
     k_mask: torch.Tensor | None
 
     def to(self, device: torch.device) -> Arguments:
-        """The same numbers elsewhere."""
+        """Copy the numbers to another device."""
         masks = (None if mask is None else mask.to(device) for mask in (self.q_mask, self.k_mask))
         return Arguments(self.q.to(device), self.k.to(device), self.w.to(device), *masks)
 
@@ -128,7 +128,7 @@ class Arguments:
         return scores
 
     def select(self, shape: Shape) -> Selection:
-        """What is checked."""
+        """Call the operator that is checked."""
         return hawk_kernels.score_and_select(
             self.q,
             self.k,
@@ -143,7 +143,7 @@ class Arguments:
 
 
 def make_arguments(shape: Shape, device: torch.device, seed: int = 0) -> Arguments:
-    """Random tensors of a shape."""
+    """Draw the tensors of a shape."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*size: int) -> torch.Tensor:
@@ -177,7 +177,7 @@ def make_arguments(shape: Shape, device: torch.device, seed: int = 0) -> Argumen
 
 
 def parity(device: torch.device, which: str, part: tuple[int, int] = (0, 1)) -> Iterator[Check]:
-    """Name and check of every shape of a part of them; a check returns what it found."""
+    """Yield name and check of the shapes of one part; a check returns what it found."""
     position, count = part
     # under a checker that slows the device down, only what is checked runs there
     home = torch.device("cpu") if which == "smoke" else device
@@ -229,14 +229,14 @@ class Subject:
     changeable: torch.Tensor
 
     def change(self, seed: int) -> None:
-        """New numbers in the same memory."""
+        """Write new numbers into the same memory."""
         generator = torch.Generator(self.changeable.device).manual_seed(seed)
         values = torch.randn(self.changeable.shape, generator=generator, device=self.changeable.device)
         self.changeable.copy_(values)
 
 
 def subjects(device: torch.device, which: str, seed: int = 0) -> list[Subject]:
-    """Every kernel at a short, a middle and a long row."""
+    """Return every kernel on a short, a medium and a long row."""
     shapes = TINY_SHAPES[:1] if which == "tiny" else (Shape(1296), Shape(16384, batch=2, masked=True), Shape(131072))
     found = []
     for shape in shapes:
@@ -263,7 +263,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def repeatability(device: torch.device, which: str) -> Iterator[Check]:
-    """The same bits a thousand times."""
+    """Check that a thousand runs give the same bits."""
     runs = 2 if which == "tiny" else 1000
 
     def check(subject: Subject) -> str:
@@ -280,7 +280,7 @@ def repeatability(device: torch.device, which: str) -> Iterator[Check]:
 
 
 def capture(run: Callable[[], Selection], device: torch.device) -> tuple[Selection, Callable[[], None]]:
-    """The outputs of a captured call, and how it is replayed; a CPU has no graphs and repeats the call."""
+    """Return the outputs of a captured call and a function that replays it; a CPU repeats the call instead."""
     if device.type != "cuda":
         outputs = run()
 
@@ -298,7 +298,7 @@ def capture(run: Callable[[], Selection], device: torch.device) -> tuple[Selecti
 
 
 def graphs(device: torch.device, which: str) -> Iterator[Check]:
-    """A captured call follows its inputs, and repeats itself."""
+    """Check that a captured call follows its inputs, and that replays repeat its bits."""
     replays = 2 if which == "tiny" else 200
 
     def check(subject: Subject) -> str:
@@ -332,7 +332,7 @@ def _wait(device: torch.device) -> None:
 
 
 def streams(device: torch.device, which: str) -> Iterator[Check]:
-    """Two streams at once, with inputs of their own, eager and replayed."""
+    """Check two streams at once, with inputs of their own, eager and replayed."""
     runs = 2 if which == "tiny" else 200
 
     def check(one: Subject, other: Subject, replayed: bool) -> str:
@@ -365,7 +365,7 @@ def streams(device: torch.device, which: str) -> Iterator[Check]:
 
 
 def threads(device: torch.device, which: str) -> Iterator[Check]:
-    """Eight threads at once, half of them with a stream of their own."""
+    """Run eight threads at once, half of them with a stream of their own."""
     count, runs = (2, 1) if which == "tiny" else (8, 50)
 
     def check(subject: Subject) -> str:

@@ -1,4 +1,4 @@
-"""The benchmarks: nothing wrong is ever timed, nothing finished is lost, and `make gpu` runs from end to end."""
+"""The benchmarks time nothing that is wrong and lose nothing that is finished; `make gpu` runs from end to end."""
 
 import argparse
 import importlib
@@ -170,7 +170,7 @@ class TestResults:
 
 
 class TestTiming:
-    def test_everybody_runs_once_a_round(self):
+    def test_every_contender_runs_once_a_round(self):
         order = []
         samplers = {name: lambda name=name: order.append(name) or 1.0 for name in "ab"}
         samples = timing.rotate(samplers, rounds=7)

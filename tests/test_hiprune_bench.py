@@ -30,7 +30,7 @@ def test_hooks_and_written_out_weights_agree_and_every_way_is_timed(monkeypatch,
         assert row["ways"][WEIGHTS]["peak_bytes"] > row["ways"][HOOKS]["peak_bytes"]
     table = (tmp_path / "encoder_cost.md").read_text()
     assert "| clip-l-336, 2 x 336^2, 2 of 24 layers, float32 | sdpa, two hooks |" in table
-    assert "they do not measure the encoder" in table
+    assert "but do not measure the encoder" in table
 
 
 class MadeUp:

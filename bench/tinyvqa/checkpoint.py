@@ -52,7 +52,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer: lower-cases, splits punctuation off, knows Qwen's special tokens; pads on the left."""
+    """Build a word-level tokenizer that lower-cases, splits punctuation off, knows Qwen's special tokens, pads left."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -75,7 +75,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    """About 0.7 M parameters, with every feature of the large sibling: GQA, M-RoPE, window attention, 2 x 2 merge."""
+    """Configure about 0.7 M parameters with the features of a large Qwen2.5-VL: GQA, M-RoPE, windows, 2 x 2 merge."""
     from transformers import Qwen2_5_VLConfig
 
     token_id: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
@@ -162,7 +162,7 @@ def build_model(config: Qwen2_5_VLConfig, seed: int) -> Any:
 
 
 def build_image_processor() -> Any:
-    """The PIL image processor of Qwen2-VL, which needs no torchvision; pictures from 2 x 2 to 256 cells."""
+    """Make the PIL image processor of Qwen2-VL, which needs no torchvision, for pictures from 2 x 2 to 256 cells."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     return Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * CELL * CELL, "longest_edge": 256 * CELL * CELL})

@@ -61,7 +61,7 @@ class Encoder:
         return x.reshape(count * (height // patch) * (width // patch), -1), grid
 
     def prefix(self, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Ids `[P]` up to the last vision-end token, and their M-RoPE positions `[3, P]`, of one prompt."""
+        """Return the ids `[P]` up to the last vision-end token, and their M-RoPE positions `[3, P]`, of one prompt."""
         is_video = layout.medium == "video"
         config, pad = self.model.config, "<|video_pad|>" if is_video else "<|image_pad|>"
         runs = 1 if is_video else layout.pages
@@ -105,7 +105,7 @@ def shared_prefix_pass(
     noise: random.Random | None = None,
     train_vision: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits `[N, V]` and labels `[N]` at every learned position, and the visual tokens `[B, cells, hidden]`."""
+    """Return logits `[N, V]` and labels `[N]` at every learned position, and visual tokens `[B, cells, hidden]`."""
     layout = batch.layout
     patches, grid = encoder.pixels(batch.pages, layout)
     with torch.set_grad_enabled(torch.is_grad_enabled() and train_vision):

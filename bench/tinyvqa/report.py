@@ -8,7 +8,7 @@ from typing import Any
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Everything a reader wants of `table.json`, as Markdown."""
+    """Render `table.json` as Markdown."""
     ratios = list(next(iter(report["methods"].values())))
     kinds = list(report["questions_by_kind"])
     parts = [
@@ -89,7 +89,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def draw_plot(report: dict[str, Any], path: Path) -> None:
-    """Relative accuracy over the share of tokens kept: the mean with its interval, and each kind by itself."""
+    """Draw relative accuracy over the share of tokens kept: the mean with its interval, and each kind by itself."""
     import matplotlib
 
     matplotlib.use("Agg")
