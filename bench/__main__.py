@@ -1,4 +1,4 @@
-"""The suite for this machine: micro-benchmarks, host cost, a whole prefill, the model figures, report and pictures.
+"""Run the suite for this machine: score_and_select, host cost, a whole prefill, model figures, report and pictures.
 
     python -m bench [--output FOLDER] [--only score_and_select prefill]
 
@@ -7,21 +7,17 @@ Each part is a process of its own and writes as it goes; without a GPU everythin
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import torch
-
-from bench import plots, report
-from bench.environment import REPOSITORY, results_folder
+from bench import cli, plots, report
+from bench.environment import REPOSITORY
 
 # Module and options; the file that each writes has its name.
 PARTS = {
     "score_and_select": ("bench.score_and_select", "--seconds=240"),
-    "host-cost": ("bench.host_cost",),
+    "host_cost": ("bench.host_cost",),
     "prefill": ("bench.prefill",),
     "model": ("bench.model",),
 }
@@ -29,18 +25,14 @@ PARTS = {
 
 def main() -> int:
     """Run the parts, then write the report; fails where a part failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="default: bench/results/<device>")
+    parser = cli.parser("bench", __doc__, device=cli.default_device(), output="bench/results/<device>")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="only these parts")
     arguments = parser.parse_args()
-    output = (arguments.output or results_folder(torch.device(arguments.device))).absolute()
+    output = cli.results_directory(arguments).absolute()
     output.mkdir(parents=True, exist_ok=True)
     failed = []
     for name in arguments.only:
-        device = [] if name == "model" else ["--device", arguments.device]
+        device = [] if name == "model" else ["--device", str(arguments.device)]
         print(f"== {name}", flush=True)
         start = time.perf_counter()
         command = [sys.executable, "-m", *PARTS[name], *device, "--json", str(output / f"{name}.json")]

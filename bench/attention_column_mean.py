@@ -1,17 +1,16 @@
-"""Attention received, ours beside the literal softmax and flash-colreduce, in one run, after parity.
+"""Time the attention received by each key: ours, the literal softmax and flash-colreduce in one run, after parity.
 
     python -m bench.attention_column_mean [--device cuda] [--rounds 10] [--json FILE]
 
 A row gives the median time with 20th and 80th percentiles in milliseconds, and the memory beyond the inputs at its
 peak (on a CPU that of a fresh process, as Linux counts it). flash-colreduce (`pip install flash-colreduce`) runs on
-CUDA only and knows no segments; it is left out where it is not installed, and rounds its result to the dtype of the
-queries. No time is printed before the statistic has been compared with float64; whoever else fails that, or raises, is
-named as failed and not timed.
+CUDA only and has no segments; it is left out if it is not installed, and rounds its result to the dtype of the
+queries. No time is printed before the statistic has been compared with float64; a contestant other than ours that fails
+this, or raises, is reported as failed and not timed.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import statistics
 import sys
@@ -19,9 +18,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from bench import cli
 from bench.environment import environment, write_json
 from bench.timing import interleaved
 from hawk_kernels import attention_column_mean
@@ -43,7 +44,7 @@ class Shape:
     segments: int = 0
 
     def inputs(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Queries, keys and `cu_seqlens`; half precision on a GPU, as encoders run there."""
+        """Draw queries, keys and `cu_seqlens`; half precision on a GPU, as encoders run there."""
         generator = torch.Generator().manual_seed(0)
         copies = max(1, self.segments)
         q, k = (
@@ -66,9 +67,9 @@ GPU_SHAPES = (*SHAPES, Shape(16384, 16384))
 
 
 def literal(q: torch.Tensor, k: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """The whole matrix, as eager attention makes it, segment by segment."""
-    parts = zip(*(x.split(length, dim=2) for x, length in ((q, shape.num_queries), (k, shape.num_keys))), strict=True)
-    return torch.cat([_literal(*part, shape.causal) for part in parts], dim=1)
+    """Compute the whole matrix, as eager attention makes it, segment by segment."""
+    segments = zip(q.split(shape.num_queries, dim=2), k.split(shape.num_keys, dim=2), strict=True)
+    return torch.cat([_literal(queries, keys, shape.causal) for queries, keys in segments], dim=1)
 
 
 def _literal(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -82,12 +83,12 @@ def _literal(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
 
 
 def ours(q: torch.Tensor, k: torch.Tensor, shape: Shape, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """The same statistic without the matrix."""
+    """Compute the same statistic without the matrix."""
     return attention_column_mean(q, k, cu_seqlens=cu_seqlens, causal=shape.causal)
 
 
 def contestants(shape: Shape, device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
-    """Who runs this shape."""
+    """Return the calls of all that can run this shape, ours first."""
     q, k, cu_seqlens = shape.inputs(device)
     runs: dict[str, Callable[[], torch.Tensor]] = {OURS: lambda: ours(q, k, shape, cu_seqlens)}
     if _literal_bytes(shape) < 2**33:
@@ -103,7 +104,7 @@ def _literal_bytes(shape: Shape) -> int:
     return 4 * _HEADS * shape.num_queries * shape.num_keys
 
 
-def check_parity(shape: Shape, device: torch.device) -> dict[str, dict]:
+def check_parity(shape: Shape, device: torch.device) -> dict[str, dict[str, Any]]:
     """By contestant its largest error against float64 relative to the largest value, or why it is not timed.
 
     Raises:
@@ -112,7 +113,7 @@ def check_parity(shape: Shape, device: torch.device) -> dict[str, dict]:
     q, k, _ = shape.inputs(device)
     heads = [literal(q[:, i : i + 1].double(), k[:, i : i + 1].double(), shape) for i in range(_HEADS)]
     expected = torch.stack(heads).mean(dim=0)
-    found: dict[str, dict] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, run in contestants(shape, device).items():
         try:
             error = ((run().double() - expected).abs().max() / expected.max()).item()
@@ -126,13 +127,13 @@ def check_parity(shape: Shape, device: torch.device) -> dict[str, dict]:
             found[name]["failed"] = f"an error of {error:.1e}"
     if "failed" in found[OURS]:
         raise SystemExit(
-            f"bench.attention_column_mean: parity failed at {shape} with {found[OURS]['failed']}; nothing timed"
+            f"bench.attention_column_mean: parity failed at {shape} with {found[OURS]['failed']}; nothing was timed"
         )
     return found
 
 
 def peak_memory(shape: Shape, name: str, device: torch.device) -> float:
-    """MiB beyond the inputs."""
+    """Measure the MiB at the peak of a call beyond its inputs."""
     if device.type == "cuda":
         run = contestants(shape, device)[name]
         run()
@@ -157,13 +158,13 @@ def _resident_growth(shape: Shape, name: str, threads: int) -> float:
 
 
 def _peak_resident() -> int:
-    """KiB; unlike `ru_maxrss` it does not begin at the parent's peak."""
+    """Return the peak in KiB; unlike `ru_maxrss`, it does not begin at the peak of the parent process."""
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
-def measure(shape: Shape, rounds: int, device: torch.device) -> dict:
-    """One row: parity, then times, then memory."""
+def measure(shape: Shape, rounds: int, device: torch.device) -> dict[str, Any]:
+    """Measure one row: parity, then times, then memory."""
     parity = check_parity(shape, device)
     timed = {name: run for name, run in contestants(shape, device).items() if "failed" not in parity[name]}
     for name, values in interleaved(timed, rounds, device).items():
@@ -175,12 +176,11 @@ def measure(shape: Shape, rounds: int, device: torch.device) -> dict:
 
 def main() -> None:
     """Measure, print the rows, and write them as JSON if asked, anew after each."""
-    parser = argparse.ArgumentParser(prog="python -m bench.attention_column_mean", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser = cli.parser(
+        "bench.attention_column_mean", __doc__, device=cli.default_device(), rounds=10, json="none is written"
+    )
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device = arguments.device
 
     about = environment(device)
     print(", ".join(f"{name} {value}" for name, value in about.items()), file=sys.stderr)

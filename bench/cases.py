@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict, dataclass
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -60,8 +60,8 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
-    def to_dict(self) -> dict:
-        """For JSON, and for a reader who wants to select rows."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, for JSON and for selecting rows."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -74,11 +74,11 @@ class Case:
         return " ".join(parts + ([f"B={self.batch}"] if self.batch > 1 else []))
 
 
-def _queries(decoder: Decoder, num_queries: int, num_keys: int, dtype: str = "bf16", **options) -> Case:
+def _queries(decoder: Decoder, num_queries: int, num_keys: int, dtype: str = "bf16", **options: Any) -> Case:
     return Case("queries", decoder, num_queries, num_keys, dtype, **options)
 
 
-def _hidden(decoder: Decoder, num_queries: int, num_keys: int, dtype: str = "bf16", **options) -> Case:
+def _hidden(decoder: Decoder, num_queries: int, num_keys: int, dtype: str = "bf16", **options: Any) -> Case:
     return Case("hidden", decoder, num_queries, num_keys, dtype, **options)
 
 
@@ -142,11 +142,3 @@ FULL = tuple(
 ) + tuple(_scores(m) for m in NUM_KEYS)
 
 SLICES = {"cpu": CPU, "gpu": GPU, "tiny": TINY, "full": FULL}
-
-
-def shard(text: str) -> tuple[int, int]:
-    """`I/N` of a command line: the I-th of N parts, counted from 0."""
-    position, count = (int(number) for number in text.split("/"))
-    if not 0 <= position < count:
-        raise argparse.ArgumentTypeError(f"expected I/N with 0 <= I < N, got {text}")
-    return position, count

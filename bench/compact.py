@@ -1,4 +1,4 @@
-"""From the tokens that stay to the pruned prompt, ours beside plain PyTorch, in one run, after parity.
+"""Time packing the kept tokens into the pruned prompt, ours and plain PyTorch in one run, after parity.
 
     python -m bench.compact [--device cuda] [--rounds 20] [--seconds 4] [--output FOLDER]
 
@@ -11,18 +11,16 @@ the bytes that must be read and written.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import csrc_ref
-from bench import model
-from bench.environment import environment, results_folder, write_json
+from bench import cli, model
+from bench.environment import environment, write_json
 from bench.timing import Flush, Replay, calls_in_a_graph, copy_bandwidth, eager_sampler, peak_bytes, rotate, spread
 from hawk_kernels import Compacted, compact
 
@@ -34,7 +32,7 @@ Contender = Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Shape:
-    """Prompts of so many visual tokens, a fifth of which stay, with text in front of and behind them.
+    """Prompts of so many visual tokens, a fifth of which stay, with text before and after them.
 
     Of several rows, each has a twentieth less of both than the one before and is padded at its left.
     """
@@ -82,7 +80,7 @@ class Prompt:
 
     @property
     def cost(self) -> model.Cost:
-        """What must be moved."""
+        """The bytes that must be moved."""
         size = self.embeds.element_size()
         return model.compaction(1, sum(self.counts), self.embeds.shape[2], _AXES, size)
 
@@ -94,11 +92,16 @@ class Prompt:
 
 
 def contenders(prompt: Prompt) -> dict[str, Contender]:
-    """All of them; on a CPU ours is cumsum and index_select itself."""
+    """Return all contenders; on a CPU, ours is cumsum and index_select."""
 
     def ours(length: int | None, backend: str | None = None) -> Contender:
-        options = {"position_ids": prompt.positions, "length": length, "backend": backend}
-        return lambda: compact(prompt.embeds, prompt.keep_mask, **options)[:3]
+        def run() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            found = compact(
+                prompt.embeds, prompt.keep_mask, position_ids=prompt.positions, length=length, backend=backend
+            )
+            return found[:3]
+
+        return run
 
     found = {OURS: ours(prompt.length), ASKING: ours(None)}
     if prompt.embeds.device.type == "cuda":
@@ -109,7 +112,7 @@ def contenders(prompt: Prompt) -> dict[str, Contender]:
 def boolean_indexing(
     embeds: torch.Tensor, keep_mask: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As pruning code writes it: each row by its mask, then padded."""
+    """Pack as pruning code usually does: index each row by its mask, then pad."""
     rows = [embeds[row, keep] for row, keep in enumerate(keep_mask)]
     position_rows = [positions[:, row, keep] for row, keep in enumerate(keep_mask)]
     length = max(len(row) for row in rows)
@@ -160,7 +163,7 @@ def measure(shape: Shape, rounds: int, seconds: float, device: torch.device, ban
 def replayed(
     runs: dict[str, Contender], eager: dict[str, list[float]], rounds: int, seconds: float, flush: Flush | None
 ) -> dict[str, list[float]]:
-    """Microseconds of a call inside a CUDA graph, without those of the flush."""
+    """Measure the microseconds of a call inside a CUDA graph, without those of the flush."""
     calls = {name: calls_in_a_graph(min(eager[name])) for name in runs}
     samplers = {name: Replay(run, calls[name], flush) for name, run in runs.items()}
     samples = rotate({**samplers, "flush": Replay(None, max(calls.values()), flush)}, rounds, seconds)
@@ -172,7 +175,7 @@ def replayed(
 
 
 def print_row(row: dict[str, Any], shape: Shape) -> None:
-    """A line a contender."""
+    """Print a line for each contender."""
     floor = row["floor"]["microseconds"]
     ours = row["contenders"][0]
     for entry in row["contenders"]:
@@ -188,16 +191,17 @@ def print_row(row: dict[str, Any], shape: Shape) -> None:
 
 def main() -> None:
     """Measure, print a line a contender, write JSON anew after each shape."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.compact", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(
+        "bench.compact",
+        __doc__,
+        device=cli.default_device(),
+        rounds=20,
+        seconds=(4.0, "at most, for each shape (default: %(default)s)"),
+        output="bench/results/<device>",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=4.0, help="at most, for each shape")
-    parser.add_argument("--output", type=Path, help="folder of compact.json; default: bench/results/<device>")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    path = (arguments.output or results_folder(device)) / "compact.json"
+    device = arguments.device
+    path = cli.results_file(arguments, "compact.json")
 
     bandwidth = copy_bandwidth(device)
     found: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Who takes part: ours, the release, the same compiled, a strong PyTorch baseline, and other libraries' kernels.
+"""The contenders: ours, the release, the same compiled, a strong PyTorch baseline, and other libraries' kernels.
 
 flash-colreduce is not among them: it averages a softmax over the keys, HAWK the logits before one, so the two keep
 other tokens. `bench.attention_column_mean` holds it against ours on the statistic that both compute.
@@ -42,7 +42,7 @@ class Contender:
     first: int = 0
 
     def check(self, expected: torch.Tensor) -> Parity:
-        """Parity with float64 scores; raises `ParityError`, or what running raises."""
+        """Compare with float64 scores; raises `ParityError`, or what the call raises."""
         kept = self.run()
         if isinstance(kept, torch.Tensor):
             return check_kept(kept + self.first, expected, self.tolerance)
@@ -55,7 +55,7 @@ class Contender:
 
 
 def strong_steps(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor, r: float, normalize: str | None) -> torch.Tensor:
-    """What a good PyTorch programmer writes: average q first, one product in the dtype of the inputs, top-k, sort."""
+    """Select as good PyTorch code does: average q first, one product in the dtype of the inputs, top-k, sort."""
     batch, num_heads, _, head_dim = q.shape
     num_groups = k.shape[1]
     mean = q.mean(dim=2) * head_dim**-0.5
@@ -78,7 +78,7 @@ def strong_steps(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor, r: float, no
 
 
 def strong_projections(inputs: HiddenStates) -> tuple[torch.Tensor, torch.Tensor]:
-    """`q [B, H, 1, D]` of the averaged text, `k [B, Hkv, M, D]` of the visual tokens alone."""
+    """Project `q [B, H, 1, D]` of the averaged text and `k [B, Hkv, M, D]` of the visual tokens alone."""
     x, layer = inputs.x, inputs.layer
     text, visual = (_norm(x[:, positions], layer) for positions in (inputs.queries, inputs.visual))
     q = layer.projected(text.mean(dim=1, keepdim=True), layer.wq, layer.bq)
@@ -86,12 +86,12 @@ def strong_projections(inputs: HiddenStates) -> tuple[torch.Tensor, torch.Tensor
 
 
 def top_k_sorted(scores: torch.Tensor, r: float) -> torch.Tensor:
-    """Ascending indices by `torch.topk`."""
+    """Return ascending indices by `torch.topk`."""
     return scores.topk(max(1, math.floor(r * scores.shape[1])), dim=1).indices.sort(dim=1).values
 
 
 def contenders(case: Case, inputs: Inputs) -> list[Contender]:
-    """Those who can run this case here."""
+    """Return the contenders that can run this case here."""
     if isinstance(inputs, Scores):
         return _from_scores(inputs)
     if isinstance(inputs, QueriesAndKeys):
@@ -139,24 +139,10 @@ def _from_queries(case: Case, inputs: QueriesAndKeys) -> list[Contender]:
 
 def _from_hidden(case: Case, inputs: HiddenStates) -> list[Contender]:
     x, layer, w, mode, rounding = inputs.x, inputs.layer, inputs.w, case.normalize, _ROUNDING[case.dtype]
-    q_mask, k_mask = inputs.q_mask, inputs.k_mask
+    arguments = inputs.arguments
 
     def ours() -> Selection:
-        return hawk_kernels.score_hidden_and_select(
-            x,
-            layer.norm_weight,
-            layer.norm_eps,
-            layer.wq,
-            layer.bq,
-            layer.wk,
-            layer.bk,
-            w,
-            KEEP_RATIO,
-            num_key_value_heads=case.decoder.num_key_value_heads,
-            q_mask=q_mask,
-            k_mask=k_mask,
-            normalize=mode,
-        )
+        return hawk_kernels.score_hidden_and_select(**arguments, r=KEEP_RATIO, normalize=mode)
 
     def from_projections() -> torch.Tensor:
         return hawk_kernels.score_and_select(*strong_projections(inputs), w, KEEP_RATIO, normalize=mode).indices

@@ -1,4 +1,4 @@
-"""A decoding step inside a prune block beside one outside, over caches with the same tokens: what do the hooks cost?
+"""Time a decoding step inside a prune block and one outside, over caches with the same tokens: the cost of the hooks.
 
     python -m bench.decode_overhead [--device cuda] [--rounds 200] [--json FILE]
 
@@ -9,18 +9,18 @@ copy goes on without the block. Steps of the two take turns, in changing order, 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 
+from bench import cli
 from bench.environment import environment, write_json
 from bench.timing import spread, synchronize
 from hawk_kernels import prune
@@ -32,7 +32,7 @@ _CASES = ("one row", "left-padded rows", "without position ids")
 
 
 def small_model(hidden: int, layers: int, device: torch.device) -> Any:
-    """A Qwen2.5-VL with random weights: heads of 64, four query heads for each key head."""
+    """Make a Qwen2.5-VL with random weights: heads of 64, four query heads for each key head."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {
@@ -46,9 +46,9 @@ def small_model(hidden: int, layers: int, device: torch.device) -> Any:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    vision = {"depth": 1, "num_heads": 2, "hidden_size": 32, "intermediate_size": 48, "patch_size": 4}
+    vision: dict[str, Any] = {"depth": 1, "num_heads": 2, "hidden_size": 32, "intermediate_size": 48, "patch_size": 4}
     vision |= {"out_hidden_size": hidden, "window_size": 16, "fullatt_block_indexes": [0]}
-    ids = {"image_token_id": _IMAGE, "video_token_id": _VIDEO}
+    ids: dict[str, Any] = {"image_token_id": _IMAGE, "video_token_id": _VIDEO}
     ids |= {"vision_start_token_id": _START, "vision_end_token_id": _END}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def small_model(hidden: int, layers: int, device: torch.device) -> Any:
 
 
 def prompt(side: int, questions: tuple[int, ...], device: torch.device) -> dict[str, torch.Tensor]:
-    """Left-padded rows: an image of `side` x `side` tokens, then as many words as `questions` says."""
+    """Make left-padded rows: an image of `side` x `side` tokens, then as many words as `questions` says."""
     generator = torch.Generator().manual_seed(0)
     longest = side**2 + 2 + max(questions)
     input_ids = torch.full((len(questions), longest), _VOCABULARY - 1)
@@ -79,12 +79,14 @@ def prompt(side: int, questions: tuple[int, ...], device: torch.device) -> dict[
 
 @torch.inference_mode()
 def measure(model: Any, case: str, side: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    """One row: microseconds of a step inside and outside, and their ratio."""
+    """Measure one row: microseconds of a step inside and outside, and their ratio."""
     inputs = prompt(side, (40, 23) if case == "left-padded rows" else (40,), device)
     pruning = prune(model, 0.2, head_weights="uniform")
     with pruning:
         cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
-    packed, following = cached_prompt(cache).mask, cached_prompt(cache).next_position
+    cached = cached_prompt(cache)
+    assert cached is not None
+    packed, following = cached.mask, cached.next_position
     outside = copy.deepcopy(cache)
     forget(outside)
     token = torch.full((len(inputs["input_ids"]), 1), _FIRST_WORD, device=device)
@@ -111,8 +113,8 @@ def measure(model: Any, case: str, side: int, rounds: int, device: torch.device)
         position = following + number
         given = position if case != "without position ids" else None
         ways: dict[str, Callable[[], tuple[Any, float]]] = {
-            "inside": lambda g=grown[0], p=given: step(cache, g if padded else None, p, pruning),
-            "outside": lambda g=grown[1], p=position: step(outside, g if padded else None, p, contextlib.nullcontext()),
+            "inside": partial(step, cache, grown[0] if padded else None, given, pruning),
+            "outside": partial(step, outside, grown[1] if padded else None, position, contextlib.nullcontext()),
         }
         order = ("inside", "outside") if number % 2 else ("outside", "inside")
         results = {way: ways[way]() for way in order}
@@ -133,15 +135,14 @@ def measure(model: Any, case: str, side: int, rounds: int, device: torch.device)
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print a line a case, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = cli.parser(
+        "bench.decode_overhead", __doc__, device=cli.default_device(), rounds=200, json="none is written"
+    )
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--side", type=int, default=32, help="the image has the square of this many tokens")
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = options.device
     model = small_model(options.hidden, options.layers, device)
     results: dict[str, Any] = {
         "environment": environment(device),

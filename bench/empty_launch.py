@@ -13,5 +13,5 @@ def _nothing(x_ptr, BLOCK: tl.constexpr):
 
 
 def empty_launch(x: torch.Tensor) -> None:
-    """One program that returns at once."""
+    """Launch one program that returns at once."""
     _nothing[(1,)](x, BLOCK=1)

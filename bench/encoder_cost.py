@@ -1,4 +1,4 @@
-"""What looking at a vision encoder's attention costs: time and memory of encoding images, three ways.
+"""Time what reading a vision encoder's attention costs: time and memory of encoding images in three ways.
 
     python -m bench.encoder_cost [--device cuda] [--rounds 15] [--output FOLDER]
 
@@ -12,7 +12,6 @@ pixels a side: more do not fit everywhere. A way that runs out of memory says so
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.environment import environment, results_folder, write_json
+from bench import cli
+from bench.environment import environment, write_json
 from bench.timing import eager_sampler, peak_bytes, rotate, spread
 from hawk_kernels.hf.encoders import ENCODERS, VisionEncoder
 from hawk_kernels.hf.vision_attention import VisionRecorder
@@ -138,7 +138,7 @@ class Encoding:
 
     @torch.no_grad()
     def plain(self) -> None:
-        """Encode."""
+        """Encode the images."""
         self._model.base_model.get_image_features(**self._inputs, return_dict=True)
 
     def with_hooks(self) -> tuple[torch.Tensor, ...]:
@@ -153,7 +153,7 @@ class Encoding:
         return run.object, run.deep
 
     def with_weights(self) -> tuple[torch.Tensor, ...]:
-        """The same from weights that every layer writes out."""
+        """Report the same from weights that every layer writes out."""
         try:
             with self._writing_weights():
                 self.plain()
@@ -205,7 +205,7 @@ class Encoding:
 
 
 def _model(case: Case, device: torch.device) -> tuple[str, Any]:
-    """`model_type` and a model with random weights, its encoder attending by PyTorch's own attention."""
+    """Return `model_type` and a model with random weights whose encoder uses PyTorch's own attention."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     if case.encoder == "clip-l-336":
@@ -224,7 +224,7 @@ def _model(case: Case, device: torch.device) -> tuple[str, Any]:
 
 
 def measure(case: Case, rounds: int, device: torch.device) -> dict[str, Any]:
-    """One row: parity in float32, then times and memory."""
+    """Measure one row: parity in float32, then times and memory."""
     encoding = Encoding(case, device)
     error = encoding.error()
     row: dict[str, Any] = {"title": str(case), **asdict(case), "reduced": case.is_reduced, "error": error}
@@ -259,7 +259,7 @@ def _memory(way: Callable[[], object], device: torch.device) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Results as Markdown."""
+    """Render results as Markdown."""
     about = results["environment"]
     lines = [
         f"{about['device']}, torch {about['torch']}, transformers {about['transformers']}, {about['date']}",
@@ -280,13 +280,13 @@ def table(results: dict[str, Any]) -> str:
     if any(row["reduced"] for row in results["rows"]):
         lines += [
             "",
-            "Rows with fewer layers than were published check the benchmark, they do not measure the encoder.",
+            "Rows with fewer layers than were published check the benchmark, but do not measure the encoder.",
         ]
     return "\n".join(lines) + "\n"
 
 
 def run(out_dir: Path, device: torch.device | None = None, rounds: int = 15) -> dict[str, Any]:
-    """Measure all cases of the device and write `encoder-cost.json` and `.md`, anew after each case.
+    """Measure all cases of the device and write `encoder_cost.json` and `.md`, anew after each case.
 
     Args:
         out_dir: folder for the results.
@@ -298,8 +298,8 @@ def run(out_dir: Path, device: torch.device | None = None, rounds: int = 15) -> 
     for case in GPU_CASES if device.type == "cuda" else CPU_CASES:
         row = measure(case, rounds, device)
         results["rows"].append(row)
-        write_json(out_dir / "encoder-cost.json", results)
-        (out_dir / "encoder-cost.md").write_text(table(results), encoding="utf-8")
+        write_json(out_dir / "encoder_cost.json", results)
+        (out_dir / "encoder_cost.md").write_text(table(results), encoding="utf-8")
         ratios = ", ".join(
             f"{name} {way['times_plain']:.2f}x" if "times_plain" in way else f"{name} {way['failed']}"
             for name, way in row["ways"].items()
@@ -313,15 +313,11 @@ def run(out_dir: Path, device: torch.device | None = None, rounds: int = 15) -> 
 
 def main() -> None:
     """Measure, print the table, write it and the JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.encoder_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(
+        "bench.encoder_cost", __doc__, device=cli.default_device(), rounds=15, output="bench/results/<device>"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, help="default: bench/results/<device>")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    print(table(run(arguments.output or results_folder(device), device, arguments.rounds)), end="")
+    print(table(run(cli.results_directory(arguments), arguments.device, arguments.rounds)), end="")
 
 
 if __name__ == "__main__":

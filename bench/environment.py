@@ -21,7 +21,7 @@ RESULTS = REPOSITORY / "bench" / "results"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, driver, versions, commit and date, as they go beside every number."""
+    """Collect device, driver, versions, commit and date, which are stored with every number."""
     about: dict[str, Any] = {"device": device_name(device), "date": _now()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -44,7 +44,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The name that the vendor gave it."""
+    """Return the vendor's name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -53,20 +53,20 @@ def device_name(device: torch.device) -> str:
 
 
 def results_folder(device: torch.device) -> Path:
-    """`bench/results/nvidia-h200`, `bench/results/cpu-amd-epyc`."""
+    """Return the folder of a device, such as `bench/results/nvidia-h200` or `bench/results/cpu-amd-epyc`."""
     prefix = "" if device.type == "cuda" else f"{device.type}-"
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", prefix + device_name(device).lower()).strip("-")
 
 
 def l2_bytes(device: torch.device) -> int:
-    """Size of the last-level cache; 64 MiB where torch does not tell."""
+    """Return the size of the last-level cache; 64 MiB if torch does not know it."""
     if device.type != "cuda":
         return 2**26
     return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 2**26
 
 
 def source_digest() -> str:
-    """Identifies the code that was measured, also in a copy that is no git checkout."""
+    """Identify the code that was measured, also in a copy that is no git checkout."""
     digest = hashlib.sha256()
     for path in sorted((REPOSITORY / "hawk_kernels").rglob("*.py")):
         digest.update(path.relative_to(REPOSITORY).as_posix().encode() + b"\0" + path.read_bytes())
@@ -93,7 +93,7 @@ def _version(package: str) -> str | None:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; nothing where it is missing or fails."""
+    """Return what a command prints; nothing if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return ""
     result = subprocess.run(command, capture_output=True, text=True)

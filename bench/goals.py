@@ -18,7 +18,7 @@ class Goal:
     Attributes:
         title: what is asked.
         bar, goal: what must and what should be reached.
-        unit: behind every number.
+        unit: printed after every number.
         smaller_is_better: direction.
         measured: from the rows of `score_and_select.json` and `prefill.json` to named values, none where nothing was
             measured.
@@ -32,7 +32,7 @@ class Goal:
     measured: Callable[[Rows, Rows], dict[str, float]]
 
     def verdict(self, values: dict[str, float]) -> str:
-        """By the worst of the values; empty without one."""
+        """Judge the worst of the values; empty without one."""
         if not values:
             return ""
         worst = max(values.values()) if self.smaller_is_better else min(values.values())
@@ -43,12 +43,12 @@ class Goal:
 def _median(row: dict[str, Any], name: str, how: str, cache: str) -> float | None:
     for entry in row.get("contenders", []):
         if entry["name"] == name and cache in entry.get(how, {}):
-            return entry[how][cache]["median"]
+            return float(entry[how][cache]["median"])
     return None
 
 
 def _rows(rows: Rows, kind: str, num_keys: tuple[int, ...]) -> dict[int, dict[str, Any]]:
-    """Rows of Qwen2.5-VL-7B in bfloat16, N=64, L2, by M."""
+    """Select the rows of Qwen2.5-VL-7B in bfloat16, N=64, L2, by M."""
     found = {}
     for row in rows:
         case = row["case"]
@@ -131,7 +131,7 @@ GOALS = (
 
 
 def table(micro: Rows, prefill: Rows) -> str:
-    """Markdown; cells stay empty where nothing was measured."""
+    """Render Markdown; a cell is empty if nothing was measured."""
     lines = ["| Qwen2.5-VL-7B, bf16, N=64, L2 mode | bar | goal | measured | reached |", "|---|---:|---:|---|---|"]
     for goal in GOALS:
         values = goal.measured(micro, prefill)

@@ -1,4 +1,4 @@
-"""All that only a GPU can show, in one command and within ten minutes: correctness first, then every benchmark.
+"""Run all that needs a GPU in one command and within ten minutes: correctness first, then every benchmark.
 
     make gpu PYTHON=python3 [ARGS="--budget 540 --archive results.tar.gz"]     (or: python -m bench.gpu)
 
@@ -10,7 +10,6 @@ CPU: every stage at tiny sizes, kernels in Triton's interpreter, nothing measure
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import signal
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 
-from bench import plots, report
+from bench import cli, plots, report
 from bench.environment import REPOSITORY, environment, results_folder, write_json
 
 # Folder of the results for what is of no interest once all went well.
@@ -70,13 +69,13 @@ def sanitizer() -> str | None:
 
 
 def parity_processes() -> int:
-    """How many share the compiling; each holds float64 references."""
+    """Return how many processes share the compiling; each holds float64 references."""
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     return int(max(1, min(4, (os.cpu_count() or 2) // 4, memory // _GIB_PER_PARITY_PROCESS // 2)))
 
 
 def tests_for_a_gpu() -> list[str]:
-    """The files with such tests, so that pytest need not collect all others."""
+    """List the test files that need a GPU, so that pytest need not collect the others."""
     files = sorted((REPOSITORY / "tests").glob("test_*.py"))
     return [str(path.relative_to(REPOSITORY)) for path in files if "pytest.mark.gpu" in path.read_text("utf-8")]
 
@@ -98,8 +97,8 @@ class Other:
     rehearsal: tuple[str, ...] = ("--help",)
 
     def stage(self, output: Path, *options: str) -> Stage:
-        """As a stage."""
-        name = self.module.removeprefix("bench.").replace("_", "-")
+        """Return the benchmark as a stage."""
+        name = self.module.removeprefix("bench.")
         target = output / f"{name}.json" if self.writes == "--json" else output
         return Stage(name, (_python(self.module, f"{self.writes}={target}", *options),), self.seconds)
 
@@ -116,12 +115,12 @@ OTHERS = (
 
 
 def _python(module: str, *options: str) -> tuple[str, ...]:
-    """A command that runs a module with this interpreter."""
+    """Return a command that runs a module with this interpreter."""
     return (sys.executable, "-m", module, *options)
 
 
 def stages(output: Path, tune: bool) -> list[list[Stage]]:
-    """Everything, in the order of its worth; the stages of a group run at once, since none of them is timed."""
+    """List all stages, the most important first; stages of a group run at once, since none of them is timed."""
     logs, shards = output / LOGS, parity_processes()
     parity = (
         _python("bench.verify", "parity", f"--shard={i}/{shards}", f"--json={logs}/parity-{i}.json")
@@ -147,7 +146,7 @@ def stages(output: Path, tune: bool) -> list[list[Stage]]:
             variables = {**_SHARED, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             correctness.append(Stage(tool, (command,), 150, True, variables))
     benchmark = _python(
-        *("pytest", "bench/test_score_select.py", "--benchmark-enable", "--benchmark-max-time=0.3"),
+        *("pytest", "bench/test_operators.py", "--benchmark-enable", "--benchmark-max-time=0.3"),
         f"--benchmark-json={output}/pytest-benchmark.json",
     )
     measured = [
@@ -157,7 +156,7 @@ def stages(output: Path, tune: bool) -> list[list[Stage]]:
             170,
         ),
         Stage("prefill", (_python("bench.prefill", f"--json={output}/prefill.json"),), 120),
-        Stage("host-cost", (_python("bench.host_cost", f"--json={output}/host-cost.json"),), 40),
+        Stage("host_cost", (_python("bench.host_cost", f"--json={output}/host_cost.json"),), 40),
         *(other.stage(output, "--device=cuda") for other in OTHERS if find_spec(other.module) is not None),
         Stage("benchmark", (benchmark,), 60),
         Stage("model", (_python("bench.model", f"--json={output}/model.json"),), 20),
@@ -168,7 +167,7 @@ def stages(output: Path, tune: bool) -> list[list[Stage]]:
 
 
 def rehearsal(output: Path) -> list[list[Stage]]:
-    """The same stages at tiny sizes on a CPU."""
+    """List the same stages at tiny sizes on a CPU."""
     logs, cpu, tiny = output / LOGS, "--device=cpu", "--slice=tiny"
     parity = (
         _python("bench.verify", "parity", cpu, tiny, f"--shard={i}/2", f"--json={logs}/parity-{i}.json")
@@ -179,7 +178,7 @@ def rehearsal(output: Path) -> list[list[Stage]]:
         *(cpu, tiny, f"--json={output}/verify.json"),
     )
     prefill = ("--shape=tiny", "--tokens", "36", "--new-tokens=4", "--rounds=1", f"--json={output}/prefill.json")
-    host_cost = _python("bench.host_cost", cpu, "--rounds=5", f"--json={output}/host-cost.json")
+    host_cost = _python("bench.host_cost", cpu, "--rounds=5", f"--json={output}/host_cost.json")
     correctness = [
         Stage("parity", tuple(parity), 180, True),
         Stage("verify", (verify,), 180, True),
@@ -192,7 +191,7 @@ def rehearsal(output: Path) -> list[list[Stage]]:
             180,
         ),
         Stage("prefill", (_python("bench.prefill", cpu, *prefill),), 180),
-        Stage("host-cost", (host_cost,), 180, environment={"TRITON_INTERPRET": None}),
+        Stage("host_cost", (host_cost,), 180, environment={"TRITON_INTERPRET": None}),
     ]
     others = [
         *(
@@ -202,9 +201,12 @@ def rehearsal(output: Path) -> list[list[Stage]]:
         ),
         Stage("model", (_python("bench.model", f"--json={output}/model.json"),), 180),
         Stage("tests", (_python("pytest", "-m", "gpu", *tests_for_a_gpu()),), 180, True),
-        Stage("benchmark", (_python("pytest", "bench/test_score_select.py", "--benchmark-disable"),), 180),
+        Stage("benchmark", (_python("pytest", "bench/test_operators.py", "--benchmark-disable"),), 180),
     ]
-    return [correctness, *([stage] for stage in measured), others]
+    groups = [correctness, *([stage] for stage in measured), others]
+    # at tiny sizes a second thread only waits
+    alone = {"OMP_NUM_THREADS": "1"}
+    return [[replace(stage, environment={**alone, **stage.environment}) for stage in group] for group in groups]
 
 
 class Running:
@@ -239,7 +241,7 @@ class Running:
         return self._took is not None
 
     def result(self) -> dict[str, Any]:
-        """What came of it; shows the end of the logs of what failed."""
+        """Return the outcome, after printing the end of the logs of failed processes."""
         failed = [log for log, process in zip(self._logs, self._processes, strict=True) if process.returncode]
         for log in failed[:2]:
             print(f"--- the end of {log}")
@@ -278,18 +280,19 @@ def run_group(group: list[Stage], output: Path, left: float) -> list[dict[str, A
             time.sleep(0.05)
         entries += [stage.result() for stage in running]
     finally:
-        for stage in running:
-            stage.kill()
+        for started in running:
+            started.kill()
     return entries
 
 
 def merge_checks(output: Path) -> None:
-    """The parts of the parity checks go in front of the other checks."""
+    """Put the parts of the parity checks before the other checks."""
     parts = [report.load(path.parent, path.name) for path in sorted((output / LOGS).glob("parity-*.json"))]
-    checks = [check for part in parts if part for check in part["checks"]]
+    found = [part for part in parts if part]
+    checks = [check for part in found for check in part["checks"]]
     if not checks:
         return
-    others = report.load(output, "verify.json") or {"environment": parts[0]["environment"], "checks": []}
+    others = report.load(output, "verify.json") or {"environment": found[0]["environment"], "checks": []}
     names = {check["name"] for check in checks}
     checks += [check for check in others["checks"] if check["name"] not in names]
     write_json(output / "verify.json", {**others, "checks": checks})
@@ -341,10 +344,7 @@ def run(todo: list[list[Stage]], output: Path, budget: float, archive: Path | No
 
 def main(arguments: list[str] | None = None) -> int:
     """Run all stages, or those asked for, and say which passed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, help="default: bench/results/<device name>; a dry run: a new folder")
+    parser = cli.parser("bench.gpu", __doc__, output="bench/results/<device name>; a dry run: a new folder")
     parser.add_argument("--budget", type=float, default=570.0, help="seconds for everything (default: 570)")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="only these stages")
     parser.add_argument("--archive", type=Path, help="also pack the results into this .tar.gz after each stage")

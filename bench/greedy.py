@@ -1,4 +1,4 @@
-"""Greedy selection, ours beside the literal loops, in one run, after parity.
+"""Time greedy selection, ours and the literal loops in one run, after parity.
 
     python -m bench.greedy [--device cuda] [--rounds 5] [--kept 576] [--json FILE]
 
@@ -22,15 +22,14 @@ a literal loop in float64.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import cli
 from bench.environment import environment, write_json
 from bench.timing import eager_sampler, spread
 from hawk_kernels import greedy_dpp, greedy_max_min
@@ -78,13 +77,13 @@ class Inputs:
 
 
 def cosines_of(features: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity of every pair of tokens, `[B, M, M]`."""
+    """Return the cosine similarity of every pair of tokens, `[B, M, M]`."""
     unit = torch.nn.functional.normalize(features, dim=-1)
     return unit @ unit.transpose(1, 2)
 
 
 def literal_max_min(cosines: torch.Tensor, kept: int) -> torch.Tensor:
-    """Picks `[B, K]` from cosines `[B, M, M]`."""
+    """Pick `[B, K]` from cosines `[B, M, M]`."""
     rows = []
     for of_row in cosines:
         distance = 1 - of_row
@@ -101,7 +100,7 @@ def literal_max_min(cosines: torch.Tensor, kept: int) -> torch.Tensor:
 
 
 def literal_dpp(cosines: torch.Tensor, quality: torch.Tensor, kept: int) -> torch.Tensor:
-    """Picks `[B, K]`: `det L[S + i] / det L[S] = L[i, i] - L[i, S] L[S, S]^-1 L[S, i]`, anew for every pick."""
+    """Pick `[B, K]` by `det L[S + i] / det L[S] = L[i, i] - L[i, S] L[S, S]^-1 L[S, i]`, anew for each pick."""
     rows = []
     for kernel in quality.unsqueeze(2) * cosines * quality.unsqueeze(1):
         picked = torch.empty(kept, dtype=torch.int64, device=cosines.device)
@@ -117,7 +116,7 @@ def literal_dpp(cosines: torch.Tensor, quality: torch.Tensor, kept: int) -> torc
 
 
 def cholesky_dpp(cosines: torch.Tensor, quality: torch.Tensor, kept: int) -> torch.Tensor:
-    """Picks `[B, K]` by algorithm 1 of arXiv 1709.05135."""
+    """Pick `[B, K]` by algorithm 1 of arXiv 1709.05135."""
     kernel = quality.unsqueeze(2) * cosines * quality.unsqueeze(1)
     batch, num_tokens, _ = kernel.shape
     row = torch.arange(batch, device=kernel.device)
@@ -135,7 +134,7 @@ def cholesky_dpp(cosines: torch.Tensor, quality: torch.Tensor, kept: int) -> tor
 
 
 def our_picks(method: str, inputs: Inputs, kept: int) -> Callable[[], object]:
-    """The picks of the backend that the device chooses, from cosines that are there."""
+    """Return the call that picks from given cosines, in the backend of the device."""
     backend: Any = eager_greedy
     if inputs.features.device.type == "cuda":
         from hawk_kernels.backends.kernels import greedy as backend
@@ -150,7 +149,7 @@ def our_picks(method: str, inputs: Inputs, kept: int) -> Callable[[], object]:
 
 
 def contestants(method: str, span: str, inputs: Inputs, kept: int) -> dict[str, Callable[[], object]]:
-    """Who runs, ours first."""
+    """Return the calls of all contestants, ours first."""
     features, quality = inputs.features, inputs.quality
 
     def cosines() -> torch.Tensor:
@@ -168,7 +167,7 @@ def contestants(method: str, span: str, inputs: Inputs, kept: int) -> dict[str, 
 
 
 def check_parity(method: str, inputs: Inputs, kept: int) -> None:
-    """The same tokens as the literal loop in float64; raises where they are not."""
+    """Check that the tokens are those of the literal loop in float64."""
     exact = cosines_of(inputs.features.double())
     if method == "max_min":
         expected, found = literal_max_min(exact, kept), greedy_max_min(inputs.features, kept)
@@ -178,13 +177,15 @@ def check_parity(method: str, inputs: Inputs, kept: int) -> None:
         found = greedy_dpp(inputs.features, inputs.quality, kept)
     if not torch.equal(found.indices, expected.sort(dim=1).values):
         differ = int((found.indices != expected.sort(dim=1).values).sum())
-        raise SystemExit(f"bench.greedy: {method} picked {differ} of {kept} tokens otherwise; no time is given")
+        raise SystemExit(
+            f"bench.greedy: {method} picked {differ} of {kept} tokens that the reference does not; nothing was timed"
+        )
 
 
 def interleaved(
     contestants: dict[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Milliseconds of each contestant, one sample of each a round, after one that does not count."""
+    """Measure the milliseconds of each contestant, one sample of each in a round, after one that does not count."""
     samplers = {name: eager_sampler(run, device) for name, run in contestants.items()}
     for sample in samplers.values():
         sample()
@@ -197,16 +198,11 @@ def interleaved(
 
 def main() -> None:
     """Measure, print the rows, and write them as JSON if asked."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.greedy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=5, help="samples of each contestant (default: 5)")
+    parser = cli.parser("bench.greedy", __doc__, device=torch.device("cpu"), rounds=5, json="none is written")
     parser.add_argument("--method", choices=METHODS, action="append", help="default: both")
     parser.add_argument("--kept", type=int, action="append", help="only shapes that keep so many tokens")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file, after each of them")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device = arguments.device
 
     about = environment(device)
     print(", ".join(f"{name} {value}" for name, value in about.items()), file=sys.stderr)

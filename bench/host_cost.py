@@ -1,4 +1,4 @@
-"""What a call costs the host before its kernel runs: validation, dispatch, allocation, launch.
+"""Time what a call costs the host before its kernel runs: validation, dispatch, allocation, launch.
 
     python -m bench.host_cost [--device cuda] [--json FILE]
 
@@ -9,7 +9,6 @@ a GPU. Without one the rest is measured on CPU tensors. Shapes are small, so tha
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -19,16 +18,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-if __name__ == "__main__" and os.environ.pop("TRITON_INTERPRET", None):
+if __name__ == "__main__" and os.environ.pop("TRITON_INTERPRET", ""):
     print("bench.host_cost: the interpreter has a launcher of its own; TRITON_INTERPRET is ignored", file=sys.stderr)
 
 import torch
 from triton.runtime.jit import JITFunction
 
 import hawk_kernels
+from bench import cli
 from bench.cases import QWEN_7B, Case
-from bench.environment import environment, results_folder, write_json
-from bench.inputs import FirstLayer, make_inputs
+from bench.environment import environment, write_json
+from bench.inputs import HiddenStates, QueriesAndKeys, Scores, make_inputs
 from bench.timing import rotate, spread, synchronize
 from hawk_kernels.backends.choose import load_backend
 from hawk_kernels.ops import registration as ops
@@ -46,59 +46,48 @@ OPERATORS = {
     "select_topk": "select_topk",
 }
 
-# few, so that the median sees no sample in which somebody else had the processor
+# few, so that the median is of samples in which no other process had the processor
 _CALLS = 20
 _SMALL = {kind: Case(kind, QWEN_7B, 8, 256, "bf16") for kind in ("queries", "hidden", "scores")}
 
 
 def public_calls(device: torch.device) -> dict[str, Callable[[], object]]:
-    """The public functions that launch, on small inputs."""
+    """Return the public functions that launch, on small inputs."""
     # a name in the signature where it has one: on a CPU the choice would be PyTorch
-    backend = {} if device.type == "cuda" else {"backend": "triton"}
+    backend: dict[str, Any] = {} if device.type == "cuda" else {"backend": "triton"}
     queries, hidden, scores = (make_inputs(_SMALL[kind], device) for kind in ("queries", "hidden", "scores"))
-    mask = torch.ones(1, queries.k.shape[2], dtype=torch.bool, device=device)
+    assert isinstance(queries, QueriesAndKeys)
+    assert isinstance(hidden, HiddenStates)
+    assert isinstance(scores, Scores)
+    q, k, w = queries.q, queries.k, queries.w
+    mask = torch.ones(1, k.shape[2], dtype=torch.bool, device=device)
     calls: dict[str, Callable[[], object]] = {
-        "score_and_select": lambda: hawk_kernels.score_and_select(
-            queries.q, queries.k, queries.w, 0.2, normalize="l2", **backend
-        ),
+        "score_and_select": lambda: hawk_kernels.score_and_select(q, k, w, 0.2, normalize="l2", **backend),
         "score_and_select, masked": lambda: hawk_kernels.score_and_select(
-            queries.q, queries.k, queries.w, 0.2, k_mask=mask, normalize="l2", **backend
+            q, k, w, 0.2, k_mask=mask, normalize="l2", **backend
         ),
     }
     if device.type == "cuda":
-        calls["select_topk"] = lambda: hawk_kernels.select_topk(scores.scores, 0.2)
-    q_mask, k_mask, layer = hidden.q_mask, hidden.k_mask, hidden.layer
-    calls["score_hidden_and_select"] = lambda: hawk_kernels.score_hidden_and_select(
-        hidden.x,
-        *_weights(layer),
-        hidden.w,
-        0.2,
-        num_key_value_heads=QWEN_7B.num_key_value_heads,
-        q_mask=q_mask,
-        k_mask=k_mask,
-        normalize="l2",
-        **backend,
-    )
+        of_scores = scores.scores
+        calls["select_topk"] = lambda: hawk_kernels.select_topk(of_scores, 0.2)
+    arguments = {**hidden.arguments, "r": 0.2, "normalize": "l2", **backend}
+    calls["score_hidden_and_select"] = lambda: hawk_kernels.score_hidden_and_select(**arguments)
     return calls
-
-
-def _weights(layer: FirstLayer) -> tuple[Any, ...]:
-    return layer.norm_weight, layer.norm_eps, layer.wq, layer.bq, layer.wk, layer.bk
 
 
 @contextmanager
 def launches(replacement: Callable[..., Any]) -> Iterator[None]:
-    """Every Triton launch goes to `replacement(kernel, *args, **kwargs)`."""
+    """Send every Triton launch to `replacement(kernel, *args, **kwargs)`."""
     with mock.patch.object(JITFunction, "run", replacement):
         yield
 
 
 def no_launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
-    """A launch that costs nothing."""
+    """Replace a launch at no cost."""
 
 
 class Recorder:
-    """Stands in for a function, keeps its last call and goes on to it."""
+    """Stands in for a function: remembers its last call and makes it."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -110,11 +99,11 @@ class Recorder:
 
 
 def layers(call: Callable[[], object], device: torch.device) -> dict[str, Callable[[], object]]:
-    """The same call entered at each level: public function, operator, backend; and its allocations and launches."""
-    operators = {name: Recorder(getattr(ops, name)) for name in OPERATORS}
+    """Return one call entered at each level (public function, operator, backend), its allocations and its launches."""
+    operators: dict[str, Any] = {name: Recorder(getattr(ops, name)) for name in OPERATORS}
     functions = {name: Recorder(getattr(load_backend("triton", stem), name)) for name, stem in OPERATORS.items()}
-    kernels: list[tuple[Any, tuple, dict]] = []
-    allocations: list[tuple[tuple, dict]] = []
+    kernels: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    allocations: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     empty = torch.empty
 
     def record_launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
@@ -159,7 +148,7 @@ def layers(call: Callable[[], object], device: torch.device) -> dict[str, Callab
 
 
 def repeated(call: Callable[[], object], device: torch.device, stubbed: bool) -> Callable[[], float]:
-    """Microseconds of a call on the host, as the mean over many that do not wait for the device."""
+    """Make a sampler of the host's microseconds of a call: the mean over many that do not wait for the device."""
 
     def sample() -> float:
         synchronize(device)
@@ -178,7 +167,7 @@ def repeated(call: Callable[[], object], device: torch.device, stubbed: bool) ->
 
 
 def measure(call: Callable[[], object], device: torch.device, rounds: int) -> dict[str, Any]:
-    """Microseconds of a call and its parts; None where a part cannot be told apart here."""
+    """Measure the microseconds of a call and its parts; None for a part that cannot be separated here."""
     entered = layers(call, device)
     samplers = {f"{name} without launch": repeated(run, device, True) for name, run in entered.items()}
     del samplers["allocation without launch"]
@@ -231,16 +220,16 @@ def run(device: torch.device, path: Path | None, rounds: int = 100) -> dict[str,
 
 def main() -> None:
     """Measure, print a line a function, write JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.host_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(
+        "bench.host_cost",
+        __doc__,
+        device=cli.default_device(),
+        rounds=100,
+        json="bench/results/<device>/host_cost.json",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--json", type=Path, help="default: bench/results/<device>/host-cost.json")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    path = arguments.json or results_folder(device) / "host-cost.json"
-    run(device, path, arguments.rounds)
+    path = cli.results_file(arguments, "host_cost.json")
+    run(arguments.device, path, arguments.rounds)
     print(f"written: {path}", file=sys.stderr)
 
 

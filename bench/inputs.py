@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import csrc_ref
 from bench.cases import Case
 
-# Text in front of the image and behind the question, which nobody scores.
+# Tokens of text before the image and after the question, which are not scored.
 _BEFORE, _AFTER = 15, 5
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores `[B, M]` of somebody's own."""
+    """Scores `[B, M]` that came from elsewhere."""
 
     scores: torch.Tensor
 
@@ -25,14 +26,16 @@ class Scores:
 
 @dataclass(frozen=True)
 class QueriesAndKeys:
-    """`q [B, H, N, D]`, `k [B, Hkv, M, D]`, `w [H]`."""
+    """Queries `q [B, H, N, D]`, keys `k [B, Hkv, M, D]` and head importance `w [H]`."""
 
     q: torch.Tensor
     k: torch.Tensor
     w: torch.Tensor
 
     def expected(self, case: Case) -> torch.Tensor:
-        return csrc_ref.score_tokens(self.q.double(), self.k.double(), self.w.double(), normalize=case.normalize)
+        q, k, w = (tensor.double() for tensor in (self.q, self.k, self.w))
+        scores: torch.Tensor = csrc_ref.score_tokens(q, k, w, normalize=case.normalize)
+        return scores
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,19 @@ class FirstLayer:
     head_dim: int
 
     def projected(self, normalized: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """`[B, T, C]` to `[B, heads, T, D]`."""
-        heads = torch.nn.functional.linear(normalized, weight, bias).unflatten(-1, (-1, self.head_dim))
-        return heads.transpose(1, 2)
+        """Project `[B, T, C]` to `[B, heads, T, D]`."""
+        projected = torch.nn.functional.linear(normalized, weight, bias)
+        return projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def to(self, target: torch.device | torch.dtype) -> FirstLayer:
-        """The same elsewhere or in another dtype."""
-        weights = (weight.to(target) for weight in (self.wq, self.bq, self.wk, self.bk))
-        return FirstLayer(self.norm_weight.to(target), self.norm_eps, *weights, self.head_dim)
+        """Copy the weights to another device or dtype."""
+        norm_weight, wq, bq, wk, bk = (x.to(target) for x in (self.norm_weight, self.wq, self.bq, self.wk, self.bk))
+        return FirstLayer(norm_weight, self.norm_eps, wq, bq, wk, bk, self.head_dim)
 
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """What enters the first decoder layer, `x [B, T, C]`: text, image, question, text."""
+    """The input of the first decoder layer, `x [B, T, C]`: text, image, question, text."""
 
     x: torch.Tensor
     layer: FirstLayer
@@ -69,7 +72,7 @@ class HiddenStates:
     visual: slice
 
     def to(self, device: torch.device) -> HiddenStates:
-        """The same numbers elsewhere."""
+        """Copy the numbers to another device."""
         return HiddenStates(self.x.to(device), self.layer.to(device), self.w.to(device), self.queries, self.visual)
 
     @property
@@ -82,6 +85,16 @@ class HiddenStates:
         """bool `[B, T]`."""
         return self._mask(self.visual)
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `score_hidden` and `score_hidden_and_select` that these inputs determine."""
+        layer = self.layer
+        weights = {"norm_weight": layer.norm_weight, "norm_eps": layer.norm_eps}
+        weights |= {"wq": layer.wq, "bq": layer.bq, "wk": layer.wk, "bk": layer.bk}
+        num_key_value_heads = len(layer.wk) // layer.head_dim
+        masks = {"q_mask": self.q_mask, "k_mask": self.k_mask}
+        return {"x": self.x, **weights, "w": self.w, "num_key_value_heads": num_key_value_heads, **masks}
+
     def _mask(self, positions: slice) -> torch.Tensor:
         mask = torch.zeros(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
         mask[:, positions] = True
@@ -93,7 +106,7 @@ class HiddenStates:
             layer.projected(_rms_norm(self.x[:, positions].double(), layer), weight, bias)
             for positions, weight, bias in ((self.queries, layer.wq, layer.bq), (self.visual, layer.wk, layer.bk))
         )
-        scores = csrc_ref.score_tokens(q, k, self.w.double(), normalize=case.normalize)
+        scores: torch.Tensor = csrc_ref.score_tokens(q, k, self.w.double(), normalize=case.normalize)
         everywhere = scores.new_full(self.x.shape[:2], -torch.inf)
         everywhere[:, self.visual] = scores
         return everywhere
@@ -107,7 +120,7 @@ Inputs = Scores | QueriesAndKeys | HiddenStates
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """The same numbers for the same case and kind of device, run after run."""
+    """Draw the inputs of a case; a kind of device always gets the same numbers."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Bytes and floating point operations that a call must move and do: model figures, computed and not measured.
+"""Compute the bytes and floating point operations that a call must move and do; nothing is measured.
 
     python -m bench.model [--gpu H200 ...] [--bandwidth 4.3e12 --flops 790e12] [--json FILE]
 
@@ -9,12 +9,11 @@ rate, by the vendors' datasheets or by what `--bandwidth` and `--flops` say; lau
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from bench import cli
 from bench.cases import GPU, KEEP_RATIO, Case
 from bench.environment import RESULTS, write_json
 
@@ -63,7 +62,7 @@ class Cost:
     flops: int
 
     def floor(self, machine: Machine, dtype: str) -> float:
-        """Microseconds below which `machine` cannot be."""
+        """Return the microseconds that `machine` needs at least."""
         rate = machine.float_flops if dtype == "fp32" else machine.half_flops
         # written once and read once, so half of it is held at a time
         spilled = self.workspace if self.workspace / 2 > machine.l2_bytes else 0
@@ -71,12 +70,12 @@ class Cost:
 
 
 def _outputs(batch: int, num_keys: int) -> int:
-    """Scores, mask and indices."""
+    """Count the bytes of scores, mask and indices."""
     return batch * (4 * num_keys + num_keys + 8 * max(1, int(KEEP_RATIO * num_keys)))
 
 
 def ours(case: Case) -> Cost:
-    """Our kernel: one launch that reads its inputs once."""
+    """Return the cost of our kernel: one launch that reads its inputs once."""
     decoder, batch, m, n = case.decoder, case.batch, case.num_keys, case.num_queries
     heads, groups, dim, hidden = (
         decoder.num_heads,
@@ -103,7 +102,7 @@ def ours(case: Case) -> Cost:
 
 
 def released(case: Case) -> Cost:
-    """The released steps, one kernel each; the hidden states of every token are projected first."""
+    """Return the cost of the released steps, one kernel each; every token's hidden state is projected first."""
     decoder, batch, m, n = case.decoder, case.batch, case.num_keys, case.num_queries
     heads, groups, dim, hidden = (
         decoder.num_heads,
@@ -129,14 +128,14 @@ def released(case: Case) -> Cost:
 
 
 def column_mean(batch: int, heads: int, rows: int, keys: int, head_dim: int, size: int) -> Cost:
-    """`attention_column_mean`: the logits are made twice, once for the norm of each row, once to sum the columns."""
+    """Return the cost of `attention_column_mean`, which makes the logits twice: for row norms and column sums."""
     read = size * batch * heads * head_dim * (rows + keys)
     logits = batch * heads * rows * keys
     return Cost(read, 4 * batch * keys, 2 * 4 * batch * heads * rows, 2 * (2 * logits * head_dim) + 4 * logits)
 
 
 def compaction(batch: int, kept: int, hidden: int, axes: int, size: int) -> Cost:
-    """`compact`: each surviving row of embeddings, position ids and mask is read and written once."""
+    """Return the cost of `compact`: each kept row of embeddings, position ids and mask is read and written once."""
     moved = batch * kept * (size * hidden + 8 * axes + 8)
     return Cost(moved, moved, 0, 0)
 
@@ -152,13 +151,12 @@ def prefill_flops(config: Any, tokens: int) -> float:
     attention = config.hidden_size * head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     layer = attention + 3 * config.hidden_size * config.intermediate_size
     pairs = tokens * (tokens + 1) / 2
-    return config.num_hidden_layers * (2 * layer * tokens + 4 * pairs * config.hidden_size) + (
-        2 * config.hidden_size * config.vocab_size
-    )
+    layers = config.num_hidden_layers * (2 * layer * tokens + 4 * pairs * config.hidden_size)
+    return float(layers + 2 * config.hidden_size * config.vocab_size)
 
 
 def rows(cases: tuple[Case, ...], machines: list[Machine]) -> list[dict[str, Any]]:
-    """One row a case and way."""
+    """Return a row for each case and way."""
     found = []
     for case in cases:
         for name, cost in (("ours", ours(case)), ("released steps", released(case))):
@@ -168,7 +166,7 @@ def rows(cases: tuple[Case, ...], machines: list[Machine]) -> list[dict[str, Any
 
 
 def markdown(found: list[dict[str, Any]], machines: list[Machine]) -> str:
-    """The rows as a table."""
+    """Render the rows as a table."""
     names = [machine.name for machine in machines]
     lines = [
         f"| case | way | read MB | written MB | workspace MB | GFLOP | {' | '.join(f'{n} floor us' for n in names)} |",
@@ -184,15 +182,12 @@ def markdown(found: list[dict[str, Any]], machines: list[Machine]) -> str:
 
 def main() -> None:
     """Print the table and write it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("bench.model", __doc__, json="bench/results/model.json")
     parser.add_argument("--gpu", choices=MACHINES, action="append", help="default: all of them, by datasheet")
     parser.add_argument("--bandwidth", type=float, help="bytes a second of a machine of your own")
     parser.add_argument(
         "--flops", type=float, help="half-precision operations a second of that machine (float32: a fifteenth)"
     )
-    parser.add_argument("--json", type=Path, default=RESULTS / "model.json")
     arguments = parser.parse_args()
     if (arguments.bandwidth is None) != (arguments.flops is None):
         parser.error("--bandwidth and --flops: expected both or neither")
@@ -200,13 +195,12 @@ def main() -> None:
         machines = [MACHINES[name] for name in arguments.gpu or MACHINES]
     else:
         machines = [Machine("given", arguments.bandwidth, arguments.flops, arguments.flops / 15, 50e6)]
+    path = arguments.json or RESULTS / "model.json"
     found = rows(GPU, machines)
     print(CAPTION + "\n")
     print(markdown(found, machines))
-    write_json(
-        arguments.json, {"kind": "model, not measured", "machines": [asdict(m) for m in machines], "rows": found}
-    )
-    print(f"written: {arguments.json}", file=sys.stderr)
+    write_json(path, {"kind": "model, not measured", "machines": [asdict(m) for m in machines], "rows": found})
+    print(f"written: {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

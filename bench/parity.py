@@ -28,7 +28,7 @@ class Parity:
 
 
 class ParityError(AssertionError):
-    """A contender that computes something else."""
+    """Raised when a contender computes something else."""
 
 
 def check_kept(indices: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Parity:

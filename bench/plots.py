@@ -1,17 +1,17 @@
-"""Pictures from the JSON files of a results folder; needs matplotlib.
+"""Draw pictures from the JSON files of a results folder; needs matplotlib.
 
 python -m bench.plots bench/results/<device>
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bench import cli
 from bench.contenders import OURS, RELEASED, STRONG
 from bench.report import load
 from bench.score_and_select import EMPTY
@@ -29,7 +29,7 @@ def available() -> bool:
 
 
 def growth_rows(results: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    """Rows of Qwen2.5-VL-7B that differ in M alone, in the dtype that has most of them."""
+    """Select the rows of Qwen2.5-VL-7B that differ in M alone, in the dtype that has most of them."""
     shapes = Counter(
         (row["case"]["num_queries"], row["case"]["dtype"]) for row in results["rows"] if _is_growth(row, kind)
     )
@@ -51,7 +51,7 @@ def _is_growth(row: dict[str, Any], kind: str) -> bool:
 
 
 def series(rows: list[dict[str, Any]]) -> tuple[str, dict[str, list[tuple[int, float, float, float]]]]:
-    """How it was timed, and for each contender `(M, median, p20, p80)`."""
+    """Say how it was timed, and list `(M, median, p20, p80)` of each contender."""
     on_gpu = any("graph" in entry for row in rows for entry in row["contenders"])
     how, cache = ("graph", "cold") if on_gpu else ("eager", "warm")
     lines: dict[str, list[tuple[int, float, float, float]]] = {}
@@ -128,7 +128,7 @@ def draw_prefill(results: dict[str, Any], path: Path) -> bool:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Every picture that the files of the folder have numbers for."""
+    """Draw every picture for which the folder has numbers."""
     drawn = []
     micro, prefill = load(folder, "score_and_select.json"), load(folder, "prefill.json")
     for kind in ("queries", "hidden", "scores"):
@@ -142,9 +142,7 @@ def draw(folder: Path) -> list[Path]:
 
 def main() -> None:
     """Draw what a folder holds."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("bench.plots", __doc__)
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     if not available():

@@ -1,4 +1,4 @@
-"""A whole prefill of Qwen2.5-VL-7B's exact shape, random weights, with and without pruning.
+"""Time a whole prefill of Qwen2.5-VL-7B's exact shape, with random weights, with and without pruning.
 
     python -m bench.prefill [--device cuda] [--tokens 1296 5120 16384] [--json FILE]
 
@@ -14,19 +14,20 @@ the decoder's prefill. On a CPU a miniature stands in, and says so.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bench.environment import environment, results_folder, write_json
+from bench import cli
+from bench.environment import environment, write_json
 from bench.model import prefill_flops
 from bench.released import released_pruning
 from bench.timing import rotate, spread, synchronize
@@ -65,7 +66,7 @@ _LEVELS = ("head", "multimodal", "text")
 
 
 class EncodedImages(nn.Module):
-    """In the place of the vision encoder: what comes as pixels is already encoded, `[M, hidden]`."""
+    """Stands in for the vision encoder: what comes as pixels is already encoded, `[M, hidden]`."""
 
     spatial_merge_size = 2
 
@@ -79,8 +80,8 @@ class EncodedImages(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=pixel_values, pooler_output=pixel_values)
 
 
-def make_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A Qwen2.5-VL with random weights, made on the device, without its vision encoder."""
+def make_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """Make a Qwen2.5-VL with random weights on the device, without its vision encoder."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = dict(shape)
@@ -103,7 +104,7 @@ def make_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) 
     torch.manual_seed(0)
     try:
         with torch.device(device):
-            model = Qwen2_5_VLForConditionalGeneration(config)
+            model: Any = Qwen2_5_VLForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(default)
     model.model.visual = EncodedImages(dtype)
@@ -113,8 +114,8 @@ def make_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) 
     return model.eval()
 
 
-def make_prompt(model: nn.Module, num_visual: int) -> dict[str, torch.Tensor]:
-    """Text, an image of so many tokens, a question, the end of the turn, the reply's header."""
+def make_prompt(model: Any, num_visual: int) -> dict[str, torch.Tensor]:
+    """Make a prompt: text, an image of so many tokens, a question, the end of the turn, the header of the reply."""
     embeddings = model.get_input_embeddings().weight
     device = embeddings.device
     height, width = GRIDS[num_visual]
@@ -139,20 +140,20 @@ class Watch:
     Enter `outside` before and `inside` after the block: hooks run in the order of their registration.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device) -> None:
         self._modules = (model, model.model, model.model.language_model)
         self._device = device
         self._marks: dict[tuple[int, str, str], Any] = {}
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Marks what comes before our hooks."""
+        """Mark the moments before our hooks."""
         with self._marking("before"):
             yield
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Marks what comes after our hooks."""
+        """Mark the moments after our hooks."""
         with self._marking("after"):
             yield
 
@@ -190,8 +191,8 @@ class Watch:
 
 
 @torch.no_grad()
-def first_token(model: nn.Module, prompt: dict[str, torch.Tensor]) -> tuple[int, Any]:
-    """The first token, on the host, and the cache."""
+def first_token(model: Any, prompt: dict[str, torch.Tensor]) -> tuple[int, Any]:
+    """Compute the first token, brought to the host, and the cache."""
     output = model(**prompt, use_cache=True, logits_to_keep=1)
     return int(output.logits[0, -1].argmax()), output.past_key_values
 
@@ -206,11 +207,11 @@ class Stopwatch:
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing to flush."""
+        """Do nothing: there is nothing to flush."""
 
 
-def decode_rate(model: nn.Module, prompt: dict[str, torch.Tensor], new_tokens: int) -> float:
-    """Tokens a second after the first one, greedily, by `generate`."""
+def decode_rate(model: Any, prompt: dict[str, torch.Tensor], new_tokens: int) -> float:
+    """Measure the tokens per second after the first one, greedily, by `generate`."""
     stopwatch = Stopwatch()
     model.generate(**prompt, max_new_tokens=new_tokens, do_sample=False, streamer=stopwatch)
     # the prompt comes first, then the first token; the second may still pay for warming up
@@ -219,13 +220,13 @@ def decode_rate(model: nn.Module, prompt: dict[str, torch.Tensor], new_tokens: i
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of all keys and values."""
+    """Count the bytes of all keys and values."""
     tensors = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def measure(
-    model: nn.Module,
+    model: Any,
     num_visual: int,
     device: torch.device,
     pruned: tuple[float, ...],
@@ -233,7 +234,7 @@ def measure(
     seconds: float,
     new_tokens: int,
 ) -> list[dict[str, Any]]:
-    """One row for the unpruned model, then for each fraction dropped one of ours and one of the release's."""
+    """Measure a row for the unpruned model, then one of ours and one of the release for each fraction dropped."""
     prompt = make_prompt(model, num_visual)
     length = prompt["input_ids"].shape[1]
     visual = (prompt["input_ids"][0] == _IMAGE).nonzero().squeeze(1)
@@ -252,8 +253,8 @@ def measure(
     for dropped in pruned:
         if dropped > 0:
             keep = round(1 - dropped, 10)
-            ways["ours", dropped] = lambda keep=keep: ours(keep)
-            ways["released", dropped] = lambda keep=keep: release(keep)
+            ways["ours", dropped] = partial(ours, keep)
+            ways["released", dropped] = partial(release, keep)
 
     # libraries take their workspaces at the first call
     first_token(model, prompt)
@@ -349,7 +350,7 @@ def run(
 
 
 def summary(row: dict[str, Any]) -> str:
-    """A row in one line."""
+    """Summarise a row in one line."""
     text = f"{row['visual_tokens']} visual tokens, {row['way']}"
     if row["way"] == "unpruned":
         return f"{text}: first token {row['first_token_microseconds']['median'] / 1e3:.1f} ms"
@@ -362,22 +363,22 @@ def summary(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print a line a row, write JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.prefill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(
+        "bench.prefill",
+        __doc__,
+        device=cli.default_device(),
+        rounds=10,
+        seconds=(10.0, "for each number of tokens (default: %(default)s)"),
+        json="bench/results/<device>/prefill.json",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, nargs="+", choices=sorted(GRIDS), help="visual tokens")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each number of tokens")
     parser.add_argument("--new-tokens", type=int, default=_NEW_TOKENS, help="to measure decoding by")
     parser.add_argument("--shape", choices=SHAPES, help="default: 7b on a GPU, miniature elsewhere")
-    parser.add_argument("--json", type=Path, help="default: bench/results/<device>/prefill.json")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    path = arguments.json or results_folder(device) / "prefill.json"
+    path = cli.results_file(arguments, "prefill.json")
     tokens = None if arguments.tokens is None else tuple(arguments.tokens)
     run(
-        device,
+        arguments.device,
         path,
         tokens,
         shape=arguments.shape,

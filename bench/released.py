@@ -20,7 +20,7 @@ from bench.inputs import FirstLayer
 def released_steps(
     q: torch.Tensor, k: torch.Tensor, w: torch.Tensor, keep_ratio: float, normalize: str | None = "l2"
 ) -> torch.Tensor:
-    """Ascending indices `[B, K]` of the kept keys of `q [B, H, N, D]` and `k [B, Hkv, M, D]`."""
+    """Return ascending indices `[B, K]` of the kept keys of `q [B, H, N, D]` and `k [B, Hkv, M, D]`."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     attention = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
     c = torch.nan_to_num(attention.mean(dim=2), nan=0.0, posinf=0.0, neginf=0.0)
@@ -45,7 +45,7 @@ def released_steps_from_hidden(
     keep_ratio: float,
     normalize: str | None = "l2",
 ) -> torch.Tensor:
-    """Ascending indices `[B, K]` among the visual tokens of `x [B, T, C]`; every token gets a query and a key."""
+    """Return ascending indices `[B, K]` among the visual tokens of `x [B, T, C]`; all tokens are projected."""
     normalized = torch.nn.functional.rms_norm(x, x.shape[-1:], layer.norm_weight, layer.norm_eps)
     q = layer.projected(normalized, layer.wq, layer.bq)
     k = layer.projected(normalized, layer.wk, layer.bk)
@@ -54,7 +54,7 @@ def released_steps_from_hidden(
 
 @contextmanager
 def released_pruning(
-    model: nn.Module, keep_ratio: float, w: torch.Tensor, queries: torch.Tensor, visual: torch.Tensor
+    model: Any, keep_ratio: float, w: torch.Tensor, queries: torch.Tensor, visual: torch.Tensor
 ) -> Iterator[None]:
     """Prune the prefill of a Qwen2.5-VL as the release does: one sample, every token projected, the prompt shortened.
 

@@ -1,35 +1,34 @@
-"""`RESULTS.md` from the JSON files of a results folder.
+"""Write `RESULTS.md` from the JSON files of a results folder.
 
 python -m bench.report bench/results/<device>
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from bench import goals, model
+from bench import cli, goals, model
 from bench.contenders import OURS
 
 _WAYS = (("graph", "cold"), ("graph", "warm"), ("eager", "cold"), ("eager", "warm"))
 
 
 def load(folder: Path, name: str) -> dict[str, Any] | None:
-    """A file of the folder; None where it is not there."""
+    """Load a file of the folder; None if it is not there."""
     path = folder / name
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def about(environment: dict[str, Any]) -> str:
-    """What the numbers depend on, in one line."""
+    """Format what the numbers depend on in one line."""
     parts = [f"{name} {value}" for name, value in environment.items() if value not in (None, "", False)]
     return ", ".join(part.removesuffix(" True") for part in parts)
 
 
 def spread_text(spread: dict[str, float] | None, factor: float = 1.0) -> str:
-    """Median and the middle three fifths; empty where nothing was measured."""
+    """Format the median and the 20th to 80th percentile; empty if nothing was measured."""
     if spread is None:
         return ""
     median, low, high = (_short(spread[name] * factor) for name in ("median", "p20", "p80"))
@@ -41,7 +40,7 @@ def _short(value: float) -> str:
 
 
 def verify_section(results: dict[str, Any]) -> str:
-    """Which checks passed."""
+    """Render which checks passed."""
     checks = results["checks"]
     failed = [check for check in checks if not check["passed"]]
     stages: dict[str, list[bool]] = {}
@@ -54,7 +53,7 @@ def verify_section(results: dict[str, Any]) -> str:
 
 
 def micro_section(results: dict[str, Any]) -> str:
-    """One table a case."""
+    """Render a table for each case."""
     bandwidth = results["copy_bytes_per_second"] / 1e9
     lines = [
         "## To the kept tokens",
@@ -63,7 +62,7 @@ def micro_section(results: dict[str, Any]) -> str:
         f"scores) once at the copy bandwidth measured in the same run, {bandwidth:.0f} GB/s. Eager: the host's clock",
         "around one call, from an idle device to an idle device. Graph: mean over the calls in one replayed CUDA",
         "graph. Cold: with the last-level cache flushed. Error: against float64, relative to the largest score. Peak",
-        "memory: of a repeated call, outputs included; the workspace that ours keeps for a stream is not. `x`: the",
+        "memory: of a repeated call, outputs included, without the workspace that ours keeps for each stream. `x`: the",
         "contender's time over ours, in the first column that both have.",
     ]
     for row in results["rows"]:
@@ -73,7 +72,7 @@ def micro_section(results: dict[str, Any]) -> str:
             continue
         lines += _case_table(row)
     if results["left_out"]:
-        lines += ["", f"Left out for want of time: {'; '.join(results['left_out'])}."]
+        lines += ["", f"Left out, since the time was up: {'; '.join(results['left_out'])}."]
     return "\n".join(lines)
 
 
@@ -82,7 +81,7 @@ def _case_table(row: dict[str, Any]) -> list[str]:
     ways = [way for way in _WAYS if any(way[1] in entry.get(way[0], {}) for entry in entries)]
     head = [f"{how}, {cache}" for how, cache in ways]
     lines = [f"| contender | {' | '.join(head)} | x | error | peak MiB |", "|---|" + "---:|" * (len(ways) + 3)]
-    ours = next((entry for entry in entries if entry["name"] == OURS), {})
+    ours: dict[str, Any] = next((entry for entry in entries if entry["name"] == OURS), {})
     for entry in entries:
         if "failed" in entry:
             lines.append(f"| {entry['name']} | {' | ' * (len(ways) - 1)} | | not timed: {entry['failed']} | |")
@@ -102,7 +101,7 @@ def _case_table(row: dict[str, Any]) -> list[str]:
 
 
 def host_section(results: dict[str, Any]) -> str:
-    """Breakdown by function."""
+    """Render the parts of the host cost of each function."""
     parts = list(next(iter(results["rows"].values()))["parts"])
     lines = [
         "## Host cost",
@@ -120,7 +119,7 @@ def host_section(results: dict[str, Any]) -> str:
 
 
 def prefill_section(results: dict[str, Any]) -> str:
-    """The whole prefill."""
+    """Render the whole prefill."""
     lines = [
         "## Whole prefill",
         "",
@@ -166,7 +165,7 @@ def prefill_section(results: dict[str, Any]) -> str:
 
 
 def model_section(results: dict[str, Any]) -> str:
-    """Computed bytes, operations and floors."""
+    """Render computed bytes, operations and floors."""
     machines = [model.Machine(**machine) for machine in results["machines"]]
     return "\n".join(["## Model figures", "", model.CAPTION, "", model.markdown(results["rows"], machines)])
 
@@ -174,14 +173,14 @@ def model_section(results: dict[str, Any]) -> str:
 SECTIONS = (
     ("verify.json", verify_section),
     ("score_and_select.json", micro_section),
-    ("host-cost.json", host_section),
+    ("host_cost.json", host_section),
     ("prefill.json", prefill_section),
     ("model.json", model_section),
 )
 
 
 def render(folder: Path) -> str:
-    """The whole text, of whatever files are there."""
+    """Render the report of the files that are there."""
     loaded = [(results, section) for name, section in SECTIONS if (results := load(folder, name)) is not None]
     lines = ["# Results", ""]
     environments = [results["environment"] for results, _ in loaded if "environment" in results]
@@ -209,9 +208,7 @@ def write(folder: Path) -> Path:
 
 def main() -> None:
     """Write the report of a folder."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("bench.report", __doc__)
     parser.add_argument("folder", type=Path)
     print(f"written: {write(parser.parse_args().folder)}")
 

@@ -1,4 +1,4 @@
-"""To kept tokens from scores, from queries and keys, or from hidden states: everybody side by side, after parity.
+"""Time every contender side by side, after parity: kept tokens from scores, queries and keys, or hidden states.
 
     python -m bench.score_and_select [--device cuda] [--slice gpu] [--seconds 180] [--json FILE]
 
@@ -10,20 +10,21 @@ hidden states) once takes at the copy bandwidth measured in the same run. The re
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.cases import SLICES, Case, shard
+from bench import cli
+from bench.cases import SLICES, Case
 from bench.contenders import OURS, Contender, contenders
-from bench.environment import environment, results_folder, write_json
+from bench.environment import environment, write_json
 from bench.inputs import Inputs, QueriesAndKeys, Scores, make_inputs
 from bench.timing import (
     Flush,
@@ -46,7 +47,7 @@ Way = tuple[str, str, str]
 
 
 def bytes_to_read(inputs: Inputs) -> int:
-    """What nobody can do without: the keys, the visual hidden states, or the scores, once."""
+    """Count the bytes that every contender must read: the keys, the visual hidden states, or the scores, once."""
     if isinstance(inputs, Scores):
         tensor = inputs.scores
     elif isinstance(inputs, QueriesAndKeys):
@@ -57,7 +58,7 @@ def bytes_to_read(inputs: Inputs) -> int:
 
 
 def check(case: Case, inputs: Inputs, device: torch.device) -> tuple[dict[str, Any], dict[str, Callable[[], object]]]:
-    """A row with the parity of each contender and, of those who have it, the memory; and how these are run."""
+    """Return a row with parity and memory of each contender, and the calls of those that passed."""
     row: dict[str, Any] = {"case": case.to_dict(), "title": str(case), "contenders": []}
     runs: dict[str, Callable[[], object]] = {}
     expected = inputs.expected(case)
@@ -71,7 +72,7 @@ def check(case: Case, inputs: Inputs, device: torch.device) -> tuple[dict[str, A
 
 
 def measure(case: Case, device: torch.device, bandwidth: float, flush: Flush | None, rounds: int) -> dict[str, Any]:
-    """One row: parity of each contender, then their times and memory."""
+    """Measure one row: parity of each contender, then times and memory."""
     inputs = make_inputs(case, device)
     row, runs = check(case, inputs, device)
     read = bytes_to_read(inputs)
@@ -104,9 +105,9 @@ def _checked(contender: Contender, expected: torch.Tensor) -> dict[str, Any]:
 
 
 def _samplers(
-    runs: dict[str, Callable[[], object]], entries: dict[str, dict], device: torch.device, flush: Flush | None
+    runs: dict[str, Callable[[], object]], entries: dict[str, dict[str, Any]], device: torch.device, flush: Flush | None
 ) -> dict[Way, Sampler]:
-    """Every way of running everybody; what cannot be captured says so in its entry."""
+    """Make a sampler for every way of running each contender; entries note what cannot be captured."""
     samplers: dict[Way, Sampler] = {}
     for name, run in runs.items():
         samplers[name, "eager", "warm"] = eager = eager_sampler(run, device)
@@ -151,7 +152,7 @@ def run(
             print(f"out of time: {len(results['left_out'])} cases left out", file=sys.stderr, flush=True)
             break
         start = time.perf_counter()
-        row = _one(case, device, lambda case=case: measure(case, device, bandwidth, flush, rounds))
+        row = _one(case, device, partial(measure, case, device, bandwidth, flush, rounds))
         results["rows"].append(row)
         if path is not None:
             write_json(path, results)
@@ -162,13 +163,17 @@ def run(
 
 
 def run_checks(device: torch.device, cases: tuple[Case, ...]) -> dict[str, Any]:
-    """Parity alone, which also leaves every kernel in the compilers' caches."""
+    """Check parity alone, which also leaves every kernel in the compilers' caches."""
     rows = []
     for number, case in enumerate(cases, 1):
-        row = _one(case, device, lambda case=case: check(case, make_inputs(case, device), device)[0])
+        row = _one(case, device, partial(_parity, case, device))
         rows.append(row)
         print(f"[{number}/{len(cases)}] {summary(row)}", flush=True)
     return {"rows": rows}
+
+
+def _parity(case: Case, device: torch.device) -> dict[str, Any]:
+    return check(case, make_inputs(case, device), device)[0]
 
 
 def _one(case: Case, device: torch.device, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -185,7 +190,7 @@ def _one(case: Case, device: torch.device, work: Callable[[], dict[str, Any]]) -
 
 
 def summary(row: dict[str, Any]) -> str:
-    """A row in one line: each contender's most telling median in microseconds."""
+    """Summarise a row in one line: the median of each contender in microseconds, replayed and cold if there is one."""
     if "failed" in row:
         return f"{row['title']}: {row['failed']}"
     parts = []
@@ -204,7 +209,7 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def failures(results: dict[str, Any]) -> list[str]:
-    """Where ours did not reach parity."""
+    """List the cases in which ours did not reach parity."""
     return [
         f"{row['title']}: {entry['failed']}"
         for row in results["rows"]
@@ -215,26 +220,25 @@ def failures(results: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Measure, print a line a case, write JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.score_and_select",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = cli.parser(
+        "bench.score_and_select",
+        __doc__,
+        device=cli.default_device(),
+        rounds=50,
+        seconds=(None, "leave out the cases that do not fit"),
+        json="bench/results/<device>/score_and_select.json",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--slice", choices=SLICES, help="which cases; default: that of the device")
-    parser.add_argument("--rounds", type=int, default=50, help="at most; fewer where a case would take long")
-    parser.add_argument("--seconds", type=float, help="leave out the cases that do not fit")
-    parser.add_argument("--json", type=Path, help="default: bench/results/<device>/score_and_select.json")
     parser.add_argument("--check", action="store_true", help="parity alone, nothing is timed or written")
-    parser.add_argument("--shard", type=shard, default=(0, 1), help="I/N: the I-th of N parts of the cases")
+    parser.add_argument("--shard", type=cli.shard, default=(0, 1), help="I/N: the I-th of N parts of the cases")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device = arguments.device
     position, count = arguments.shard
     cases = SLICES[arguments.slice or ("gpu" if device.type == "cuda" else "cpu")][position::count]
     if arguments.check:
         results = run_checks(device, cases)
     else:
-        path = arguments.json or results_folder(device) / "score_and_select.json"
+        path = cli.results_file(arguments, "score_and_select.json")
         results = run(device, cases, path, arguments.seconds, arguments.rounds)
         print(f"written: {path}", file=sys.stderr)
     if failures(results):

@@ -1,4 +1,4 @@
-"""The support table of the README, from `hawk_kernels/hf/families.py`.
+"""Write the support table of the README from `hawk_kernels/hf/families.py`.
 
 python -m bench.support_table           # write it into the README
 python -m bench.support_table --check   # fail where the README says something else
@@ -6,10 +6,10 @@ python -m bench.support_table --check   # fail where the README says something e
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from bench import cli
 from hawk_kernels.hf.families import FAMILIES, MODES, OUT_OF_REACH
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -17,12 +17,12 @@ BEGIN, END = "<!-- support table: python -m bench.support_table -->", "<!-- end 
 
 
 def everywhere() -> list[str]:
-    """The modes that every family has."""
+    """List the modes that every family has."""
     return [mode for mode in MODES if all(mode in family.modes for family in FAMILIES)]
 
 
 def table() -> str:
-    """Every family, with the modes that some lack; an empty cell is one that the unpruned model lacks or has wrong."""
+    """List every family with the modes that some lack; a cell is empty if the unpruned model lacks the mode as well."""
     columns = [mode for mode in MODES if mode not in everywhere()]
     lines = [
         f"| `model_type` | since | {' | '.join(columns)} |",
@@ -35,12 +35,12 @@ def table() -> str:
 
 
 def refused() -> str:
-    """What is refused by name, and why."""
+    """List the families that are refused by name, with the reasons."""
     return "\n".join(f"- {', '.join(f'`{name}`' for name in names)}: {why}." for names, why in OUT_OF_REACH.items())
 
 
 def section() -> str:
-    """What stands between the two markers, markers included."""
+    """Render the text between the two markers, markers included."""
     return "\n".join(
         [
             BEGIN,
@@ -80,7 +80,7 @@ def updated(text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the section, or check it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser("bench.support_table", __doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the README differs")
     options = parser.parse_args(arguments)
     text = README.read_text(encoding="utf-8")

@@ -50,7 +50,7 @@ class Flush:
 
 
 def eager_sampler(run: Callable[[], object], device: torch.device, flush: Flush | None = None) -> Sampler:
-    """Microseconds of one call, from an idle device to an idle device."""
+    """Make a sampler of the microseconds of one call, from an idle device to an idle device."""
 
     def sample() -> float:
         if flush is not None:
@@ -91,11 +91,12 @@ class Replay:
             self._graph.replay()
         self._end.record()
         self._end.synchronize()
-        return self._begin.elapsed_time(self._end) * 1e3 / self._calls
+        milliseconds: float = self._begin.elapsed_time(self._end)
+        return milliseconds * 1e3 / self._calls
 
 
 def calls_in_a_graph(eager_microseconds: float) -> int:
-    """As many calls as fit a graph of about a millisecond, but few."""
+    """Return how many calls fit a graph of about a millisecond, at most a few."""
     return max(1, min(_MOST_CALLS_IN_A_GRAPH, int(_GRAPH_MICROSECONDS / eager_microseconds)))
 
 
@@ -123,19 +124,19 @@ def rotate(samplers: Mapping[Key, Sampler], rounds: int = 50, seconds: float | N
 def interleaved(
     contestants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Microseconds of each contestant's eager runs, one of each a round."""
+    """Measure the microseconds of eager calls, one of each contestant in each round."""
     samplers = {name: eager_sampler(run, device) for name, run in contestants.items()}
     return rotate(samplers, rounds)
 
 
 def spread(samples: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile, and how many there were."""
+    """Return the median, the 20th and 80th percentile, and the number of samples."""
     low, *_, high = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else samples * 2
     return {"median": statistics.median(samples), "p20": low, "p80": high, "samples": len(samples)}
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy far larger than the caches."""
+    """Measure the bytes per second, read and written, of a copy far larger than the caches."""
     count = 2**30 if device.type == "cuda" else 2**27
     source = torch.rand(count // 4, device=device)
     target = torch.empty_like(source)
@@ -148,7 +149,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Most memory that a call holds at once beyond what was there, its outputs included."""
+    """Return the most bytes that a call holds at once beyond what was there, its outputs included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -169,7 +170,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    """The profiler writes lines there past Python."""
+    """Silence stderr, to which the profiler writes past Python."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:

@@ -1,4 +1,4 @@
-"""What must hold on a device before anything is measured there: parity, repeatability, graphs, streams, threads.
+"""Check what must hold on a device before anything is measured there: parity, repeatability, graphs, streams, threads.
 
     python -m bench.verify [parity repeatability graphs streams threads] [--slice gpu] [--shard 0/8] [--json FILE]
 
@@ -9,7 +9,6 @@ once. On a CPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1), whi
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import threading
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,14 @@ import torch
 
 import csrc_ref
 import hawk_kernels
-from bench.cases import DTYPES, QWEN_7B, Case, Decoder, shard
-from bench.environment import environment, results_folder, write_json
+from bench import cli
+from bench.cases import DTYPES, QWEN_7B, Case, Decoder
+from bench.environment import environment, write_json
 from bench.inputs import HiddenStates, make_inputs
 from bench.parity import FLOAT32_ERROR, ParityError, check_selection
 from hawk_kernels import Selection
+
+Check = tuple[str, Callable[[], str]]
 
 NORMALIZATIONS = (None, "l2", "softmax", "minmax")
 _HIDDEN_ERROR = 1e-5
@@ -41,7 +44,7 @@ class Shape:
     Attributes:
         values: "random"; "ties", few different scores; or "not finite", NaN and infinities among the keys.
         layout: "contiguous"; "transposed", heads and tokens swapped in memory; or "expanded", one key head for all.
-        masked: ragged rows, with NaN wherever a mask says that nobody may look.
+        masked: ragged rows, with NaN at every position that a mask excludes.
     """
 
     num_keys: int = 1296
@@ -85,7 +88,7 @@ SMOKE_SHAPES = (
     Shape(20000, num_heads=7, num_key_value_heads=1, num_queries=200, normalize="softmax"),
     Shape(300, dtype="fp32", normalize="minmax", head_dim=72, values="ties", layout="transposed"),
 )
-_TINY = {"num_heads": 2, "num_key_value_heads": 1, "num_queries": 3, "head_dim": 16}
+_TINY: dict[str, Any] = {"num_heads": 2, "num_key_value_heads": 1, "num_queries": 3, "head_dim": 16}
 TINY_SHAPES = (
     Shape(40, batch=2, masked=True, **_TINY),
     Shape(33, dtype="fp32", normalize=None, values="ties", layout="transposed", **_TINY),
@@ -113,25 +116,34 @@ class Arguments:
     k_mask: torch.Tensor | None
 
     def to(self, device: torch.device) -> Arguments:
-        """The same numbers elsewhere."""
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return Arguments(*(None if tensor is None else tensor.to(device) for tensor in tensors))
+        """Copy the numbers to another device."""
+        masks = (None if mask is None else mask.to(device) for mask in (self.q_mask, self.k_mask))
+        return Arguments(self.q.to(device), self.k.to(device), self.w.to(device), *masks)
 
     def expected(self, shape: Shape) -> torch.Tensor:
         """float64 `[B, M]`."""
         q, k, w = (tensor.double() for tensor in (self.q, self.k, self.w))
         masks = {"q_mask": self.q_mask, "k_mask": self.k_mask}
-        return csrc_ref.score_tokens(q, k, w, normalize=shape.normalize, **masks)
+        scores: torch.Tensor = csrc_ref.score_tokens(q, k, w, normalize=shape.normalize, **masks)
+        return scores
 
     def select(self, shape: Shape) -> Selection:
-        """What is checked."""
-        masks = {"q_mask": self.q_mask, "k_mask": self.k_mask}
-        options = {"normalize": shape.normalize, "rounding": shape.rounding, "backend": "triton"}
-        return hawk_kernels.score_and_select(self.q, self.k, self.w, shape.r, **masks, **options)
+        """Call the operator that is checked."""
+        return hawk_kernels.score_and_select(
+            self.q,
+            self.k,
+            self.w,
+            shape.r,
+            q_mask=self.q_mask,
+            k_mask=self.k_mask,
+            normalize=shape.normalize,
+            rounding=shape.rounding,
+            backend="triton",
+        )
 
 
 def make_arguments(shape: Shape, device: torch.device, seed: int = 0) -> Arguments:
-    """Random tensors of a shape."""
+    """Draw the tensors of a shape."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*size: int) -> torch.Tensor:
@@ -164,15 +176,15 @@ def make_arguments(shape: Shape, device: torch.device, seed: int = 0) -> Argumen
     return Arguments(q, k, w, q_mask, k_mask)
 
 
-def parity(device: torch.device, which: str, part: tuple[int, int] = (0, 1)) -> Iterator[tuple[str, Callable]]:
-    """Name and check of every shape of a part of them; a check returns what it found."""
+def parity(device: torch.device, which: str, part: tuple[int, int] = (0, 1)) -> Iterator[Check]:
+    """Yield name and check of the shapes of one part; a check returns what it found."""
     position, count = part
     # under a checker that slows the device down, only what is checked runs there
     home = torch.device("cpu") if which == "smoke" else device
     for shape in SLICES[which][position::count]:
-        yield f"parity {shape}", lambda shape=shape: _check_shape(shape, device, home)
+        yield f"parity {shape}", partial(_check_shape, shape, device, home)
     for case in HIDDEN_CASES[which][position::count]:
-        yield f"parity {case}", lambda case=case: _check_hidden(case, device, home)
+        yield f"parity {case}", partial(_check_hidden, case, device, home)
 
 
 def _at(device: torch.device, selection: Selection) -> Selection:
@@ -182,8 +194,10 @@ def _at(device: torch.device, selection: Selection) -> Selection:
 def _check_shape(shape: Shape, device: torch.device, home: torch.device) -> str:
     arguments = make_arguments(shape, home)
     selection, expected = _at(home, arguments.to(device).select(shape)), arguments.expected(shape)
-    options = {"mask": arguments.k_mask, "rounding": shape.rounding}
-    return f"error {check_selection(selection, expected, shape.r, **options, tolerance=FLOAT32_ERROR):.1e}"
+    error = check_selection(
+        selection, expected, shape.r, mask=arguments.k_mask, rounding=shape.rounding, tolerance=FLOAT32_ERROR
+    )
+    return f"error {error:.1e}"
 
 
 def _check_hidden(case: Case, device: torch.device, home: torch.device) -> str:
@@ -196,19 +210,8 @@ def _check_hidden(case: Case, device: torch.device, home: torch.device) -> str:
 
 
 def _hidden_selection(inputs: HiddenStates, case: Case) -> Selection:
-    layer = inputs.layer
-    weights = (layer.norm_weight, layer.norm_eps, layer.wq, layer.bq, layer.wk, layer.bk)
-    return hawk_kernels.score_hidden_and_select(
-        inputs.x,
-        *weights,
-        inputs.w,
-        0.2,
-        num_key_value_heads=case.decoder.num_key_value_heads,
-        q_mask=inputs.q_mask,
-        k_mask=inputs.k_mask,
-        normalize=case.normalize,
-        backend="triton",
-    )
+    arguments = {**inputs.arguments, "r": 0.2, "normalize": case.normalize, "backend": "triton"}
+    return hawk_kernels.score_hidden_and_select(**arguments)
 
 
 @dataclass(frozen=True)
@@ -226,19 +229,19 @@ class Subject:
     changeable: torch.Tensor
 
     def change(self, seed: int) -> None:
-        """New numbers in the same memory."""
+        """Write new numbers into the same memory."""
         generator = torch.Generator(self.changeable.device).manual_seed(seed)
         values = torch.randn(self.changeable.shape, generator=generator, device=self.changeable.device)
         self.changeable.copy_(values)
 
 
 def subjects(device: torch.device, which: str, seed: int = 0) -> list[Subject]:
-    """Every kernel at a short, a middle and a long row."""
+    """Return every kernel on a short, a medium and a long row."""
     shapes = TINY_SHAPES[:1] if which == "tiny" else (Shape(1296), Shape(16384, batch=2, masked=True), Shape(131072))
     found = []
     for shape in shapes:
         arguments = make_arguments(shape, device, seed)
-        found.append(Subject(str(shape), lambda a=arguments, s=shape: a.select(s), arguments.k))
+        found.append(Subject(str(shape), partial(arguments.select, shape), arguments.k))
     case = HIDDEN_CASES[which][0]
     inputs = make_inputs(case, device)
     assert isinstance(inputs, HiddenStates)
@@ -259,8 +262,8 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor
 
 
-def repeatability(device: torch.device, which: str) -> Iterator[tuple[str, Callable]]:
-    """The same bits a thousand times."""
+def repeatability(device: torch.device, which: str) -> Iterator[Check]:
+    """Check that a thousand runs give the same bits."""
     runs = 2 if which == "tiny" else 1000
 
     def check(subject: Subject) -> str:
@@ -273,11 +276,11 @@ def repeatability(device: torch.device, which: str) -> Iterator[tuple[str, Calla
         return f"{runs} runs"
 
     for subject in subjects(device, which):
-        yield f"repeatability {subject.name}", lambda subject=subject: check(subject)
+        yield f"repeatability {subject.name}", partial(check, subject)
 
 
 def capture(run: Callable[[], Selection], device: torch.device) -> tuple[Selection, Callable[[], None]]:
-    """The outputs of a captured call, and how it is replayed; a CPU has no graphs and repeats the call."""
+    """Return the outputs of a captured call and a function that replays it; a CPU repeats the call instead."""
     if device.type != "cuda":
         outputs = run()
 
@@ -294,8 +297,8 @@ def capture(run: Callable[[], Selection], device: torch.device) -> tuple[Selecti
     return outputs, graph.replay
 
 
-def graphs(device: torch.device, which: str) -> Iterator[tuple[str, Callable]]:
-    """A captured call follows its inputs, and repeats itself."""
+def graphs(device: torch.device, which: str) -> Iterator[Check]:
+    """Check that a captured call follows its inputs, and that replays repeat its bits."""
     replays = 2 if which == "tiny" else 200
 
     def check(subject: Subject) -> str:
@@ -312,7 +315,7 @@ def graphs(device: torch.device, which: str) -> Iterator[tuple[str, Callable]]:
         return f"2 x {replays} replays"
 
     for subject in subjects(device, which):
-        yield f"graph {subject.name}", lambda subject=subject: check(subject)
+        yield f"graph {subject.name}", partial(check, subject)
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:
@@ -328,8 +331,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def streams(device: torch.device, which: str) -> Iterator[tuple[str, Callable]]:
-    """Two streams at once, with inputs of their own, eager and replayed."""
+def streams(device: torch.device, which: str) -> Iterator[Check]:
+    """Check two streams at once, with inputs of their own, eager and replayed."""
     runs = 2 if which == "tiny" else 200
 
     def check(one: Subject, other: Subject, replayed: bool) -> str:
@@ -343,7 +346,7 @@ def streams(device: torch.device, which: str) -> Iterator[tuple[str, Callable]]:
         for _ in range(runs):
             for subject, expected, outputs, replay, changed, stream in runners:
                 with _on(stream):
-                    if replay is None:
+                    if replay is None or outputs is None:
                         changed += different(subject.run(), expected)
                     else:
                         replay()
@@ -358,11 +361,11 @@ def streams(device: torch.device, which: str) -> Iterator[tuple[str, Callable]]:
     for one, other in pairs:
         for replayed in (False, True):
             name = f"streams {'replayed' if replayed else 'eager'} {one.name}"
-            yield name, lambda one=one, other=other, replayed=replayed: check(one, other, replayed)
+            yield name, partial(check, one, other, replayed)
 
 
-def threads(device: torch.device, which: str) -> Iterator[tuple[str, Callable]]:
-    """Eight threads at once, half of them with a stream of their own."""
+def threads(device: torch.device, which: str) -> Iterator[Check]:
+    """Run eight threads at once, half of them with a stream of their own."""
     count, runs = (2, 1) if which == "tiny" else (8, 50)
 
     def check(subject: Subject) -> str:
@@ -397,7 +400,7 @@ def threads(device: torch.device, which: str) -> Iterator[tuple[str, Callable]]:
         return f"{count} threads x {runs} runs"
 
     for subject in subjects(device, which):
-        yield f"threads {subject.name}", lambda subject=subject: check(subject)
+        yield f"threads {subject.name}", partial(check, subject)
 
 
 STAGES = {"parity": parity, "repeatability": repeatability, "graphs": graphs, "streams": streams, "threads": threads}
@@ -428,17 +431,13 @@ def run(
 
 def main() -> None:
     """Check, print a line each, exit with an error where one failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("bench.verify", __doc__, device=cli.default_device(), json="bench/results/<device>/verify.json")
     parser.add_argument("stages", nargs="*", choices=[[], *STAGES], help="default: all of them")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--slice", choices=SLICES, help="default: gpu on a GPU, tiny elsewhere")
-    parser.add_argument("--shard", type=shard, default=(0, 1), help="I/N: the I-th of N parts of the parity checks")
-    parser.add_argument("--json", type=Path, help="default: bench/results/<device>/verify.json")
+    parser.add_argument("--shard", type=cli.shard, default=(0, 1), help="I/N: the I-th of N parts of the parity checks")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    path = arguments.json or results_folder(device) / "verify.json"
+    device = arguments.device
+    path = cli.results_file(arguments, "verify.json")
     which = arguments.slice or ("gpu" if device.type == "cuda" else "tiny")
     start = time.perf_counter()
     results = run(device, arguments.stages or list(STAGES), which, path, arguments.shard)

@@ -4,7 +4,7 @@ import torch
 
 
 def cdpruner_quality(visual, text, *, mask, text_mask, negate=False):
-    """`q[b, m]`, 0 outside the candidates; `greedy_dpp(visual, q, r)` then is the method.
+    """Return the quality `q[b, m]`, 0 outside the candidates; the method is `greedy_dpp(visual, q, r)`.
 
     Args:
         visual: `[B, M, hidden]`.

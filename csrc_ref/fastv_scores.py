@@ -4,16 +4,16 @@ import torch
 
 
 def fastv_scores(query, keys, *, visible, scale=None):
-    """Attention of the last token to each token, mean over heads.
+    """Return the attention of the last token to each token, averaged over heads.
 
     Args:
         query: `[B, H, D]`, after RoPE.
         keys: `[B, Hkv, T, D]`, after RoPE.
-        visible: bool `[B, T]`, the tokens that it sees.
+        visible: bool `[B, T]`, the tokens that the last one sees.
         scale: default `D ** -0.5`.
 
     Returns:
-        `[B, T]`, 0 where it sees nothing.
+        `[B, T]`, 0 at tokens that are not visible.
     """
     batch, num_heads, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale

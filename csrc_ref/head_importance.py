@@ -1,10 +1,10 @@
-"""Head importance from drops in score: the offline half of HAWK (arXiv 2604.07812), as it is written in the paper."""
+"""Head importance from drops in score: the offline half of HAWK (arXiv 2604.07812), as the paper writes it."""
 
 import torch
 
 
 def head_importance(deltas):
-    """Importance `w[i]` of every attention head.
+    """Return the importance `w[i]` of every attention head.
 
     Args:
         deltas: `dS[i,j] = S_base[j] - S[i,j]`, `[H, N_d]`: what head `i` costs benchmark `j` when it sees no visual

@@ -4,6 +4,6 @@ import math
 
 
 def key_norm_scores(keys, *, keep="longest"):
-    """`mean_h |k[h, m]|_2` for `keys [Hkv, M, D]`, or minus that for `keep="shortest"`; a list of floats."""
+    """Return `mean_h |k[h, m]|_2` for `keys [Hkv, M, D]`, or minus that for `keep="shortest"`; a list of floats."""
     heads, sign = keys.tolist(), {"shortest": -1, "longest": 1}[keep]
     return [sign * sum(math.hypot(*head[m]) for head in heads) / len(heads) for m in range(len(heads[0]))]

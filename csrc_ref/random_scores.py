@@ -4,7 +4,7 @@ _MODULUS = 2**64
 
 
 def random_scores(seed, key, count):
-    """Scores in [0, 1) of the first `count` tokens of a prompt with this `key`, a list of floats."""
+    """Score the first `count` tokens of a prompt with this `key`, floats in [0, 1)."""
     start = _splitmix64((_splitmix64(seed) + key) % _MODULUS)
     return [(_splitmix64((start + 0x9E3779B97F4A7C15 * m) % _MODULUS) >> 40) / 2**24 for m in range(count)]
 

@@ -6,10 +6,10 @@ import torch
 
 
 def rotated(heads, positions, *, theta=10000.0, sections=None):
-    """Turn `heads [H, N, D]` at `positions [N]`, or `[axes, N]` with M-RoPE: entries `i` and `i + D / 2` are a pair.
+    """Rotate `heads [H, N, D]` to `positions [N]`, or `[axes, N]` with M-RoPE; entries `i` and `i + D / 2` are a pair.
 
-    Pair `i` turns by `p * theta ** (-2 i / D)`; with M-RoPE (Qwen2-VL, arXiv 2409.12191) `sections` says how many pairs
-    in turn take their `p` from each axis.
+    Pair `i` turns by the angle `p * theta ** (-2 i / D)`. With M-RoPE (Qwen2-VL, arXiv 2409.12191) `sections` says how
+    many successive pairs take their `p` from each axis.
     """
     _, length, head_dim = heads.shape
     positions = positions if positions.dim() == 2 else positions[None]

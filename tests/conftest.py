@@ -53,6 +53,14 @@ def repository() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(scope="session")
+def three_layers() -> torch.nn.Module:
+    """A tiny Qwen2.5-VL of three decoder layers, for the tests of the methods."""
+    from tests.tiny_models import qwen_vl
+
+    return qwen_vl(layers=3)
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers_in_every_run():
     torch.manual_seed(0)

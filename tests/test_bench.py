@@ -1,8 +1,9 @@
-"""The benchmarks: nothing wrong is ever timed, nothing finished is lost, and `make gpu` runs from end to end."""
+"""The benchmarks time nothing that is wrong and lose nothing that is finished; `make gpu` runs from end to end."""
 
 import argparse
 import importlib
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,8 +12,10 @@ import time
 import pytest
 import torch
 
+import hawk_kernels
 from bench import (
     cases,
+    cli,
     contenders,
     environment,
     goals,
@@ -23,6 +26,7 @@ from bench import (
     plots,
     report,
     score_and_select,
+    test_operators,
     timing,
 )
 from hawk_kernels import Selection, select_topk
@@ -166,7 +170,7 @@ class TestResults:
 
 
 class TestTiming:
-    def test_everybody_runs_once_a_round(self):
+    def test_every_contender_runs_once_a_round(self):
         order = []
         samplers = {name: lambda name=name: order.append(name) or 1.0 for name in "ab"}
         samples = timing.rotate(samplers, rounds=7)
@@ -402,6 +406,95 @@ def _stage(name, code, seconds=30.0, **options):
     return gpu.Stage(name, ((sys.executable, "-c", code),), seconds, **options)
 
 
+COMMANDS = [
+    *("__main__", "attention_column_mean", "compact", "decode_overhead", "encoder_cost", "gpu", "greedy", "host_cost"),
+    *("model", "plots", "prefill", "report", "score_and_select", "support_table", "verify"),
+    *("tinyvqa.evaluate", "tinyvqa.samples", "tinyvqa.table", "tinyvqa.train"),
+]
+
+
+class TestCommandLine:
+    def test_all_commands_share_one_parser(self, repository):
+        own = {"bench/cli.py", "bench/compile_only.py"}
+        for path in (repository / "bench").rglob("*.py"):
+            name = path.relative_to(repository).as_posix()
+            source = path.read_text()
+            assert "ArgumentParser(" not in source or name in own
+            is_command = "cli.parser(" in source and name not in own
+            stem = name.removeprefix("bench/").removesuffix(".py").replace("/", ".")
+            assert is_command == (stem in COMMANDS), name
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_help_is_the_docstring(self, name, monkeypatch, capsys):
+        module = importlib.import_module(f"bench.{name}")
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit) as stopped:
+            module.main()
+        assert stopped.value.code == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: python -m bench{f'.{name}' if name != '__main__' else ''} ")
+        assert module.__doc__.strip() in text
+
+    def test_common_options(self):
+        parser = cli.parser("bench.x", "What it does.", device=CPU, rounds=3, seconds=(None, "s"), json="a", output="b")
+        given = parser.parse_args(["--rounds", "7", "--seconds=0.5", "--device", "meta"])
+        assert (given.rounds, given.seconds, given.device) == (7, 0.5, torch.device("meta"))
+        assert (given.json, given.output) == (None, None)
+        assert cli.parser("bench.x", None).parse_args([]) == argparse.Namespace()
+
+    def test_results_go_to_the_file_or_folder_that_was_given(self, tmp_path):
+        parser = cli.parser("bench.x", None, device=CPU, json="a", output="b")
+        assert cli.results_file(parser.parse_args([]), "x.json") == environment.results_folder(CPU) / "x.json"
+        in_folder = parser.parse_args(["--output", str(tmp_path)])
+        assert cli.results_file(in_folder, "x.json") == tmp_path / "x.json"
+        in_file = parser.parse_args(["--json", str(tmp_path / "y.json")])
+        assert cli.results_file(in_file, "x.json") == tmp_path / "y.json"
+
+    @pytest.mark.parametrize(
+        ("kind", "text", "says"),
+        [
+            (cli.whole_number(1), "0", "expected a whole number of at least 1, got '0'"),
+            (cli.whole_number(1), "two", "expected a whole number of at least 1, got 'two'"),
+            (cli.shard, "2/2", "expected I/N with 0 <= I < N, got '2/2'"),
+            (cli.shard, "1", "expected I/N with 0 <= I < N, got '1'"),
+            (cli.shard, "-1/2", "expected I/N"),
+            (cli.output_folder, __file__, "expected a folder, got the file"),
+            (cli.checkpoint_folder, "nowhere", "which has no config.json; python -m bench.tinyvqa.train --out FOLDER"),
+        ],
+    )
+    def test_a_mistake_is_told_before_the_work_begins(self, kind, text, says):
+        with pytest.raises(argparse.ArgumentTypeError) as error:
+            kind(text)
+        assert says in str(error.value)
+
+    def test_shards_cover_everything_once(self):
+        parts = [cli.shard(f"{i}/3") for i in range(3)]
+        found = [number for position, count in parts for number in range(10)[position::count]]
+        assert sorted(found) == list(range(10))
+
+
+def test_the_hooks_and_the_lint_use_one_version_of_ruff(repository):
+    hooks = (repository / ".pre-commit-config.yaml").read_text()
+    pinned = (repository / "constraints.txt").read_text()
+    (version,) = re.findall(r"^ruff==(\S+)$", pinned, re.M)
+    assert f"rev: v{version}\n" in hooks
+
+
+class TestOperators:
+    def test_every_public_operator_is_timed(self):
+        test_operators.test_every_public_operator_is_timed()
+
+    @pytest.mark.parametrize("operator", test_operators.OPERATORS)
+    def test_parity_comes_before_the_time(self, operator):
+        assert test_operators.OPERATORS[operator](CPU)() is not None
+
+    def test_a_wrong_operator_is_not_timed(self, monkeypatch):
+        right = hawk_kernels.select_topk
+        monkeypatch.setattr(hawk_kernels, "select_topk", lambda scores, r: right(-scores, r))
+        with pytest.raises(parity.ParityError):
+            test_operators.OPERATORS["select_topk"](CPU)
+
+
 class TestGpuCommand:
     def test_without_a_gpu_it_says_so_and_fails(self, monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -461,7 +554,7 @@ class TestGpuCommand:
         """Without the stages that are other modules' and pytest itself."""
         archive = tmp_path / "results.tar.gz"
         command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--output", str(tmp_path / "out")]
-        command += ["--archive", str(archive), "--only", "parity", "verify", "score_and_select", "prefill", "host-cost"]
+        command += ["--archive", str(archive), "--only", "parity", "verify", "score_and_select", "prefill", "host_cost"]
         result = subprocess.run(command, capture_output=True, text=True, cwd=environment.REPOSITORY)
         assert result.returncode == 0, result.stdout + result.stderr
         stages = json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]

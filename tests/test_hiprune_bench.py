@@ -20,7 +20,7 @@ def test_hooks_and_written_out_weights_agree_and_every_way_is_timed(monkeypatch,
     monkeypatch.setattr(encoder_cost, "CPU_CASES", cases)
     monkeypatch.setitem(encoder_cost._CASE_SECONDS, "cpu", 0.0)
     results = encoder_cost.run(tmp_path, torch.device("cpu"), rounds=2)
-    written = json.loads((tmp_path / "encoder-cost.json").read_text())
+    written = json.loads((tmp_path / "encoder_cost.json").read_text())
     assert [row["title"] for row in written["rows"]] == [str(case) for case in cases]
     for row in results["rows"]:
         assert row["error"] < 1e-5
@@ -28,9 +28,9 @@ def test_hooks_and_written_out_weights_agree_and_every_way_is_timed(monkeypatch,
         assert list(row["ways"]) == [PLAIN, HOOKS, WEIGHTS]
         assert all(way["times_plain"] > 0 for way in row["ways"].values())
         assert row["ways"][WEIGHTS]["peak_bytes"] > row["ways"][HOOKS]["peak_bytes"]
-    table = (tmp_path / "encoder-cost.md").read_text()
+    table = (tmp_path / "encoder_cost.md").read_text()
     assert "| clip-l-336, 2 x 336^2, 2 of 24 layers, float32 | sdpa, two hooks |" in table
-    assert "they do not measure the encoder" in table
+    assert "but do not measure the encoder" in table
 
 
 class MadeUp:
@@ -62,7 +62,7 @@ def test_a_way_that_runs_out_of_memory_says_so_and_the_others_are_timed(monkeypa
     (row,) = encoder_cost.run(tmp_path, torch.device("cpu"), rounds=2)["rows"]
     assert row["ways"][WEIGHTS] == {"failed": "out of memory: tried to allocate 80 GiB"}
     assert row["ways"][HOOKS]["times_plain"] > 0
-    table = (tmp_path / "encoder-cost.md").read_text()
+    table = (tmp_path / "encoder_cost.md").read_text()
     assert "| weights of every layer | out of memory |" in table
     assert "do not measure" not in table
 

@@ -75,9 +75,6 @@ def chat(processor, question: str, images: int = 1) -> str:
     return processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
 
 
-# Digits and scenes
-
-
 def test_held_out_digits_are_every_fifth_and_never_trained_on():
     trained, held_out = load_digits("train"), load_digits("held_out")
     assert not set(trained.source_index) & set(held_out.source_index)
@@ -150,9 +147,6 @@ def test_pages_of_one_batch_share_one_layout():
     pool = load_digits("train")
     with pytest.raises(ValueError, match="one layout"):
         render([draw_scene(rng(), pool, Layout(3, 3)), draw_scene(rng(), pool, Layout(3, 4))], pool, rng())
-
-
-# Questions
 
 
 def answer_by_reading(question: str, scene) -> str:
@@ -228,9 +222,6 @@ def test_one_seed_gives_one_batch(layout):
     assert not torch.equal(first.pages, other.pages)
 
 
-# From batches to tensors
-
-
 def test_the_tokenizer_knows_every_word_of_the_task():
     tokenizer = build_tokenizer()
     for row in draw_batch(rng(), "train", 60, Layout(6, 6), 4).questions:
@@ -280,9 +271,6 @@ def test_reading_pictures_once_changes_nothing(shipped, encoder, layout):
     assert "forward" not in vars(model.model.visual)
     torch.testing.assert_close(once, whole, atol=5e-4, rtol=1e-3)
     torch.testing.assert_close(shared[labels != model.config.eos_token_id], whole, atol=5e-4, rtol=1e-3)
-
-
-# Training
 
 
 def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path, short_stages, monkeypatch):
@@ -356,9 +344,6 @@ def test_a_fresh_model_is_small_and_has_words_at_right_angles():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-# Intervals
-
-
 def questions_of(prompts: int, each: int = 4) -> intervals.Questions:
     kinds = np.array(["a", "b"] * (prompts * each // 2))
     return intervals.Questions(kinds, np.repeat(np.arange(prompts), each), np.arange(prompts) % 2, ("a", "b"))
@@ -403,9 +388,6 @@ def test_resampled_prompts_keep_the_share_of_each_layout():
     assert (weights[0] == 1).all()
     assert (weights[:, :3].sum(1) == 3).all()
     assert (weights[:, 3:].sum(1) == 7).all()
-
-
-# The table
 
 
 def test_every_contender_exists_and_unknown_ones_are_named():
@@ -475,9 +457,6 @@ def test_the_command_says_how_to_train_a_missing_model(tmp_path):
         table.Subject.load(tmp_path)
 
 
-# Calibration tasks
-
-
 def test_calibration_asks_every_kind_about_training_digits(monkeypatch):
     asked_for = []
     draw = tasks.draw_batch
@@ -497,9 +476,6 @@ def test_calibration_asks_every_kind_about_training_digits(monkeypatch):
         assert task.prompt(sample) == sample.question
         assert task.score(sample, f" {sample.answers[0].upper()} ") == 1.0
         assert task.score(sample, "perhaps") == 0.0
-
-
-# The shipped model
 
 
 def test_the_shipped_checkpoint_is_small_and_a_real_qwen(shipped):

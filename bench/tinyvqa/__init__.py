@@ -1,4 +1,4 @@
-"""A synthetic VQA, tiny Qwen2.5-VL models that answer it, and a paper's table in miniature.
+"""A synthetic VQA, tiny Qwen2.5-VL models that answer it, and a comparison of the pruning methods.
 
 * `python -m bench.tinyvqa.train --out FOLDER --seed N` trains a checkpoint; `hawk_kernels/assets/tinyvqa` is seed 2.
 * `python -m bench.tinyvqa.evaluate` measures it on held-out digits.

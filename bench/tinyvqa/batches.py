@@ -24,7 +24,7 @@ class Batch:
     questions: list[list[Question]]
 
     def pages_of(self, prompt: int) -> Tensor:
-        """The pages of one prompt, uint8 `[pages, 3, H, W]`."""
+        """Return the pages of one prompt, uint8 `[pages, 3, H, W]`."""
         return self.pages[prompt * self.layout.pages : (prompt + 1) * self.layout.pages]
 
 

@@ -13,7 +13,7 @@ from bench.tinyvqa.painting import CELL
 from bench.tinyvqa.questions import vocabulary
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -52,7 +52,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer: lower-cases, splits punctuation off, knows Qwen's special tokens; pads on the left."""
+    """Build a word-level tokenizer that lower-cases, splits punctuation off, knows Qwen's special tokens, pads left."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -75,10 +75,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    """About 0.7 M parameters, with every feature of the large sibling: GQA, M-RoPE, window attention, 2 x 2 merge."""
+    """Configure about 0.7 M parameters with the features of a large Qwen2.5-VL: GQA, M-RoPE, windows, 2 x 2 merge."""
     from transformers import Qwen2_5_VLConfig
 
-    token_id = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    token_id: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    ends: dict[str, Any] = {
+        "bos_token_id": token_id["<|endoftext|>"],
+        "eos_token_id": token_id["<|im_end|>"],
+        "pad_token_id": token_id["<|endoftext|>"],
+    }
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -90,9 +95,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "max_position_embeddings": 2048,
             "rms_norm_eps": 1e-6,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [1, 2, 5]},
-            "bos_token_id": token_id["<|endoftext|>"],
-            "eos_token_id": token_id["<|im_end|>"],
-            "pad_token_id": token_id["<|endoftext|>"],
+            **ends,
         },
         vision_config={
             "depth": 2,
@@ -111,14 +114,12 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
         video_token_id=token_id["<|video_pad|>"],
         vision_start_token_id=token_id["<|vision_start|>"],
         vision_end_token_id=token_id["<|vision_end|>"],
-        bos_token_id=token_id["<|endoftext|>"],
-        eos_token_id=token_id["<|im_end|>"],
-        pad_token_id=token_id["<|endoftext|>"],
         tie_word_embeddings=True,
+        **ends,
     )
 
 
-def build_model(config: Qwen2_5_VLConfig, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+def build_model(config: Qwen2_5_VLConfig, seed: int) -> Any:
     """A fresh model: matrices of standard deviation `1 / sqrt(fan-in)`, queries of some heads close to keys.
 
     The default of 0.02 is meant for a width of thousands; at a width of 128 signals drawn with it die out on their way.
@@ -131,7 +132,7 @@ def build_model(config: Qwen2_5_VLConfig, seed: int) -> Qwen2_5_VLForConditional
     from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model: Any = Qwen2_5_VLForConditionalGeneration(config)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=math.prod(parameter.shape[1:]) ** -0.5)
@@ -161,14 +162,14 @@ def build_model(config: Qwen2_5_VLConfig, seed: int) -> Qwen2_5_VLForConditional
 
 
 def build_image_processor() -> Any:
-    """The PIL image processor of Qwen2-VL, which needs no torchvision; pictures from 2 x 2 to 256 cells."""
+    """Make the PIL image processor of Qwen2-VL, which needs no torchvision, for pictures from 2 x 2 to 256 cells."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     return Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * CELL * CELL, "longest_edge": 256 * CELL * CELL})
 
 
 def save_checkpoint(
-    model: Qwen2_5_VLForConditionalGeneration,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     out: Path,
     dtype: torch.dtype = torch.float32,

@@ -21,7 +21,7 @@ class DigitPool:
     source_index: np.ndarray
 
     def of_label(self, label: int) -> np.ndarray:
-        """Positions in this pool of the instances of one digit."""
+        """Return the positions in this pool of the instances of one digit."""
         return np.flatnonzero(self.labels == label)
 
 

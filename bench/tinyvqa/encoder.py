@@ -61,7 +61,7 @@ class Encoder:
         return x.reshape(count * (height // patch) * (width // patch), -1), grid
 
     def prefix(self, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Ids `[P]` up to the last vision-end token, and their M-RoPE positions `[3, P]`, of one prompt."""
+        """Return the ids `[P]` up to the last vision-end token, and their M-RoPE positions `[3, P]`, of one prompt."""
         is_video = layout.medium == "video"
         config, pad = self.model.config, "<|video_pad|>" if is_video else "<|image_pad|>"
         runs = 1 if is_video else layout.pages
@@ -105,7 +105,7 @@ def shared_prefix_pass(
     noise: random.Random | None = None,
     train_vision: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits `[N, V]` and labels `[N]` at every learned position, and the visual tokens `[B, cells, hidden]`."""
+    """Return logits `[N, V]` and labels `[N]` at every learned position, and visual tokens `[B, cells, hidden]`."""
     layout = batch.layout
     patches, grid = encoder.pixels(batch.pages, layout)
     with torch.set_grad_enabled(torch.is_grad_enabled() and train_vision):
@@ -162,7 +162,7 @@ def description_loss(encoder: Encoder, scenes: list[Scene], visual: Tensor) -> t
 
 
 @contextmanager
-def batched_vision_attention(visual: torch.nn.Module) -> Iterator[None]:
+def batched_vision_attention(visual: Any) -> Iterator[None]:
     """Inside the block, vision layers attend to windows of equal length together instead of one at a time.
 
     The stock layer calls attention once per window, which for a batch of small pictures is almost all overhead.
@@ -183,7 +183,8 @@ def batched_vision_attention(visual: torch.nn.Module) -> Iterator[None]:
             mixed = functional.scaled_dot_product_attention(q, k, v, scale=layer.scaling)
             parts.append(mixed.transpose(1, 2).reshape(len(rows), -1))
             order.append(rows)
-        return layer.proj(torch.cat(parts)[torch.cat(order).argsort()])
+        projected: Tensor = layer.proj(torch.cat(parts)[torch.cat(order).argsort()])
+        return projected
 
     layers = [block.attn for block in visual.blocks]
     for layer in layers:

@@ -1,4 +1,4 @@
-"""How well the tiny model answers about digits it never saw: `python -m bench.tinyvqa.evaluate [--json]`.
+"""Measure how well the tiny model answers about digits it never saw: `python -m bench.tinyvqa.evaluate [--json]`.
 
 Everything goes through the model's own forward pass; only the vision tower reads a prompt's pictures once for all
 questions about it. `--generate` asks as a user would instead: pictures and chat through the processor, `generate`.
@@ -6,7 +6,6 @@ questions about it. `--generate` asks as a user would instead: pictures and chat
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.tinyvqa.arguments import checkpoint_folder, whole_number
+from bench import cli
 from bench.tinyvqa.batches import Batch, draw_batch
 from bench.tinyvqa.encoder import Encoder, batched_vision_attention
 from bench.tinyvqa.painting import to_image
@@ -40,7 +39,7 @@ ROWS = 112
 
 
 def draw_evaluation(seed: int, prompts: int, split: str = "held_out", questions: int = 2) -> list[Batch]:
-    """About `prompts` prompts of all `LAYOUTS`, `questions` of each kind on each, in batches of at most `ROWS`."""
+    """Draw about `prompts` prompts of all `LAYOUTS`, `questions` of each kind on each, in batches of at most `ROWS`."""
     batches = []
     most = max(1, ROWS // (questions * len(KINDS)))
     for number, (layout, share) in enumerate(LAYOUTS.items()):
@@ -52,7 +51,7 @@ def draw_evaluation(seed: int, prompts: int, split: str = "held_out", questions:
 
 
 def model_inputs(encoder: Encoder, batch: Batch) -> dict[str, Tensor]:
-    """Keyword arguments for the model: one row a question, padded on the left; pictures are repeated for every row."""
+    """Make the model's keyword arguments: a row for each question, padded on the left, each with its pictures."""
     layout, pad = batch.layout, encoder.tokenizer.pad_token_id
     prefix, _ = encoder.prefix(layout)
     segments, labels = encoder.segments(batch)
@@ -83,7 +82,7 @@ def model_inputs(encoder: Encoder, batch: Batch) -> dict[str, Tensor]:
 
 @contextmanager
 def pictures_read_once(model: Any, encoder: Encoder, batch: Batch) -> Iterator[None]:
-    """Inside the block, the vision tower gives what it gave for the batch's pages, for every question about them."""
+    """Inside the block, the vision tower returns what it computed once for the pages of the batch."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     visual, questions = model.model.visual, len(batch.questions[0])
@@ -99,17 +98,18 @@ def pictures_read_once(model: Any, encoder: Encoder, batch: Batch) -> Iterator[N
 
 
 def first_words(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Ids `[B]` of the word that the model answers with."""
-    return model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)
+    """Return the ids `[B]` of the words that the model answers with."""
+    logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=1).logits
+    return logits[:, -1].argmax(-1)
 
 
 def answer_ids(encoder: Encoder, batch: Batch) -> Tensor:
-    """Ids `[B]` of the right words, in the order of the rows of `model_inputs`."""
+    """Return the ids `[B]` of the right words, in the order of the rows of `model_inputs`."""
     return torch.tensor(encoder.tokenizer.convert_tokens_to_ids([q.answer for row in batch.questions for q in row]))
 
 
 def generated_answers(model: Any, processor: Any, batch: Batch) -> list[str]:
-    """What a user gets: pictures through the processor, `generate`, `decode`. Not for videos."""
+    """Answer as for a user: pictures through the processor, `generate`, `decode`. Not for videos."""
     texts, images = [], []
     for prompt, questions in enumerate(batch.questions):
         pages = [to_image(page) for page in batch.pages_of(prompt)]
@@ -178,7 +178,7 @@ def _share(right: Sequence[bool]) -> float:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The report as a person reads it."""
+    """Print the report as text."""
     print(
         f"{report['split'].replace('_', '-')} digits, {report['questions']} questions: "
         f"mean of kinds {report['accuracy']:.1%}"
@@ -188,21 +188,22 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tinyvqa.evaluate", description=__doc__)
+    """Run the command line."""
+    parser = cli.parser("bench.tinyvqa.evaluate", __doc__, seed=(1, "the prompts"), threads=1)
     parser.add_argument(
         "--model",
-        type=checkpoint_folder,
+        type=cli.checkpoint_folder,
         default=TINY_MODEL,
         help="folder of the checkpoint (default: the shipped one)",
     )
     parser.add_argument(
-        "--prompts", type=whole_number(1), default=160, help="about how many prompts, 14 questions each (default: 160)"
+        "--prompts",
+        type=cli.whole_number(1),
+        default=160,
+        help="about how many, 14 questions each (default: 160)",
     )
-    parser.add_argument("--seed", type=whole_number(0), default=1, help="of the prompts")
     parser.add_argument("--split", choices=("held_out", "train"), default="held_out")
     parser.add_argument("--generate", action="store_true", help="ask through the processor and generate(); no videos")
-    parser.add_argument("--threads", type=whole_number(1), default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

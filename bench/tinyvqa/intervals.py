@@ -34,14 +34,15 @@ class Questions:
     names: tuple[str, ...]
 
     def per_prompt(self, right: np.ndarray) -> np.ndarray:
-        """Right answers of each kind to each prompt, `[P, kinds]`."""
+        """Count right answers of each kind to each prompt, `[P, kinds]`."""
         table = np.zeros((len(self.layouts), len(self.names)))
-        np.add.at(table, (self.prompts, [self.names.index(kind) for kind in self.kinds]), right)
+        columns = np.array([self.names.index(kind) for kind in self.kinds])
+        np.add.at(table, (self.prompts, columns), right)
         return table
 
 
 def resampling_weights(layouts: np.ndarray, resamples: int = RESAMPLES, seed: int = _SEED) -> np.ndarray:
-    """How often each prompt occurs in each resample, `[1 + resamples, P]`; the first line is the sample itself."""
+    """Draw how often each prompt occurs in each resample, `[1 + resamples, P]`; the first row is the sample itself."""
     rng = np.random.default_rng(seed)
     weights = np.ones((resamples + 1, len(layouts)))
     for layout in np.unique(layouts):
@@ -65,7 +66,7 @@ def relative_accuracies(questions: Questions, pruned: np.ndarray, whole: np.ndar
 
 
 def interval(values: np.ndarray) -> dict[str, Any]:
-    """Percentages: the estimate, which is the first of `values`, and the 95 % interval of the others."""
+    """Return percentages: the estimate, which is the first of `values`, and the 95 % interval of the others."""
     low, high = np.percentile(100 * values[1:], (2.5, 97.5))
     return {"percent": round(100 * float(values[0]), 2), "low": round(float(low), 2), "high": round(float(high), 2)}
 

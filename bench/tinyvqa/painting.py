@@ -46,12 +46,12 @@ def render(scenes: Sequence[Scene], pool: DigitPool, rng: np.random.Generator, *
 
 
 def to_image(picture: Tensor) -> Image.Image:
-    """A painted page, uint8 `[3, H, W]`, as a PIL image."""
+    """Convert a painted page, uint8 `[3, H, W]`, to a PIL image."""
     return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
 
 
 def _masks(figures: Tensor, instances: Tensor, pool: DigitPool, generator: torch.Generator, augment: bool) -> Tensor:
-    """How much of each pixel a figure covers: float32 `[cells, 1, 28, 28]` in 0..1."""
+    """Compute how much of each pixel a figure covers: float32 `[cells, 1, 28, 28]` in 0..1."""
     stencils = shape_stencils()[(figures - NUM_DIGITS).clamp_min(0)]
     is_digit = figures < NUM_DIGITS
     # Two steps, because sampling 8 x 8 pixels bilinearly at 28 x 28 leaves facets that no pen would draw.
@@ -73,7 +73,7 @@ def _masks(figures: Tensor, instances: Tensor, pool: DigitPool, generator: torch
 
 
 def _grounds(textures: Tensor, generator: torch.Generator) -> Tensor:
-    """The textured background of each cell: float32 `[cells, 3, 28, 28]`, darker than every colour of a figure."""
+    """Paint the textured background of each cell: float32 `[cells, 3, 28, 28]`, darker than every figure."""
     count = len(textures)
     phase = torch.rand((2, count, 1), generator=generator)
     steps = torch.arange(CELL) / CELL
@@ -111,7 +111,7 @@ def _stencils() -> Tensor:
 
 
 def shape_stencils() -> Tensor:
-    """The shapes as coverage masks: float32 `[shapes, 1, 28, 28]`, in the order of `SHAPE_NAMES`."""
+    """Return the shapes as coverage masks: float32 `[shapes, 1, 28, 28]`, in the order of `SHAPE_NAMES`."""
     return _stencils().clone()
 
 

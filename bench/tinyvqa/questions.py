@@ -120,12 +120,12 @@ def kinds_of(pages: int) -> tuple[str, ...]:
 
 
 def ask(rng: np.random.Generator, scene: Scene, kind: str) -> Question:
-    """A random question of one of `KINDS`."""
+    """Draw a question of one of `KINDS`."""
     return KINDS[kind](rng, scene)
 
 
 def vocabulary() -> list[str]:
-    """Every word of the questions, answers and chat frame, in a fixed order."""
+    """List every word of the questions, answers and chat frame, in a fixed order."""
     lines = [text for templates in TEMPLATES.values() for text in templates]
     words: set[str] = set()
     for line in lines:

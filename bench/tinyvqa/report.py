@@ -8,7 +8,7 @@ from typing import Any
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Everything a reader wants of `table.json`, as Markdown."""
+    """Render `table.json` as Markdown."""
     ratios = list(next(iter(report["methods"].values())))
     kinds = list(report["questions_by_kind"])
     parts = [
@@ -89,7 +89,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def draw_plot(report: dict[str, Any], path: Path) -> None:
-    """Relative accuracy over the share of tokens kept: the mean with its interval, and each kind by itself."""
+    """Draw relative accuracy over the share of tokens kept: the mean with its interval, and each kind by itself."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,7 +101,7 @@ def draw_plot(report: dict[str, Any], path: Path) -> None:
     ratios = list(methods[shown[0]])
     places = range(len(ratios))
     figure, axes = pyplot.subplots(2, 4, figsize=(17, 8.2), sharey=True)
-    colours = pyplot.get_cmap("tab20").colors
+    colours = pyplot.get_cmap("tab20")
     for axis, kind in zip(axes.flat, ["mean", *kinds], strict=True):
         for number, label in enumerate(shown):
             found = [e["mean"] if kind == "mean" else e["by_kind"][kind] for e in methods[label].values()]
@@ -115,7 +115,7 @@ def draw_plot(report: dict[str, Any], path: Path) -> None:
                 values,
                 yerr=spread if kind == "mean" else None,
                 label=label,
-                color=colours[number],
+                color=colours(number),
                 linewidth=2.6 if label == report["reference"] else 1.3,
                 marker="o",
                 markersize=3,

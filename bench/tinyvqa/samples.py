@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bench import cli
 from bench.tinyvqa.digits import load_digits
 from bench.tinyvqa.painting import render, to_image
 from bench.tinyvqa.scenes import COLOUR_NAMES, NUM_DIGITS, SHAPE_NAMES, Layout, Scene, draw_scene
 from hawk_kernels import demo
+from hawk_kernels.checkpoint import TINY_MODEL
 
 LAYOUTS = (Layout(8, 8), Layout(6, 6), Layout(6, 9))
 SEED = 7
@@ -22,7 +23,7 @@ README_WIDTH = 1408
 
 
 def draw_samples(folder: Path, seed: int) -> None:
-    """One PNG a layout, of held-out digits with a red one among them, and `samples.json` with what they show."""
+    """Write a PNG of each layout, with held-out digits, a red one among them, and their contents as `samples.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     pool = load_digits("held_out")
@@ -38,7 +39,7 @@ def draw_samples(folder: Path, seed: int) -> None:
 
 
 def describe(scene: Scene) -> dict[str, Any]:
-    """What can be asked about a picture: its digits, and the shapes that occur once."""
+    """Describe what can be asked about a picture: its digits, and the shapes that occur once."""
     width = scene.layout.width
 
     def thing(cell: int) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def describe(scene: Scene) -> dict[str, Any]:
 
 
 def draw_readme_overlay(path: Path, method: str) -> None:
-    """What the demo draws of its sample, made small enough for a README: 1408 pixels wide, 256 colours."""
+    """Draw the demo's overlay of its sample, small enough for a README: 1408 pixels wide, 256 colours."""
     status = demo.main(["--output", str(path), "--device", "cpu", "--method", method])
     if status != 0:
         raise SystemExit(status)
@@ -66,10 +67,9 @@ def draw_readme_overlay(path: Path, method: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tinyvqa.samples", description=__doc__)
-    parser.add_argument("--out", type=Path, default=demo.TINY_MODEL, help="folder of the shipped model")
-    parser.add_argument("--seed", type=int, default=SEED)
+    """Run the command line."""
+    parser = cli.parser("bench.tinyvqa.samples", __doc__, seed=(SEED, "the pictures"))
+    parser.add_argument("--out", type=Path, default=TINY_MODEL, help="folder of the shipped model")
     args = parser.parse_args(argv)
     draw_samples(args.out / "samples", args.seed)
     draw_readme_overlay(args.out / "overlay.png", "hawk")

@@ -99,7 +99,7 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator, pool: DigitPool, layout: Layout) -> Scene:
-    """A random scene of this layout, with digits of `pool`."""
+    """Draw a scene of this layout, with digits of `pool`."""
     cells, landmarks = _place(rng, layout)
     figures = np.full(layout.cells, -1)
     colours = rng.integers(len(COLOURS), size=layout.cells)
@@ -118,7 +118,7 @@ def draw_scene(rng: np.random.Generator, pool: DigitPool, layout: Layout) -> Sce
 
 
 def draw_patchwork(rng: np.random.Generator, pool: DigitPool, layout: Layout) -> Scene:
-    """A scene without order, half of it digits: for learning what things look like, not for questions."""
+    """Draw a scene without order, half of it digits: for learning what things look like, not for questions."""
     instances = rng.integers(len(pool.labels), size=layout.cells)
     is_digit = rng.random(layout.cells) < 0.6
     figures = np.where(is_digit, pool.labels[instances], NUM_DIGITS + rng.integers(len(SHAPE_NAMES), size=layout.cells))
@@ -128,7 +128,7 @@ def draw_patchwork(rng: np.random.Generator, pool: DigitPool, layout: Layout) ->
 
 
 def _place(rng: np.random.Generator, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Cells of the digits and of the landmarks; on a single page at least one edge has one digit nearest to it."""
+    """Place the digits and landmarks; on a single page, at least one edge has exactly one digit nearest to it."""
     for _ in range(_ATTEMPTS):
         cells = rng.permutation(layout.cells)[: 3 * layout.landmarks]
         digits, landmarks = cells[: 2 * layout.landmarks], cells[2 * layout.landmarks :]
@@ -138,7 +138,7 @@ def _place(rng: np.random.Generator, layout: Layout) -> tuple[np.ndarray, np.nda
 
 
 def extremes(cells: np.ndarray, layout: Layout) -> dict[str, int]:
-    """Which of `cells` lies nearest to an edge of a single page, for each edge where that is one cell alone."""
+    """Return which of `cells` is nearest to each edge of a single page, if it is one cell alone."""
     rows, columns = cells // layout.width, cells % layout.width
     found = {}
     for edge, distance in (("top", rows), ("bottom", -rows), ("left", columns), ("right", -columns)):

@@ -1,4 +1,4 @@
-"""A paper's table in miniature: `python -m bench.tinyvqa.table`.
+"""Compare the pruning methods on TinyVQA, as a paper does in its main table: `python -m bench.tinyvqa.table`.
 
 Every method of `contenders.py` answers the same questions about unseen digits with 40, 20, 10 and 5 % of the visual
 tokens, on three models that differ in their training seed. Head weights are calibrated on training digits.
@@ -9,7 +9,6 @@ one that is asked. From them come `table.json`, `table.md` and `table.png`.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import platform
@@ -17,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bench.tinyvqa.arguments import checkpoint_folder, output_folder, whole_number
+from bench import cli
 from bench.tinyvqa.batches import Batch, draw_batch
 from bench.tinyvqa.contenders import CONTENDERS, HAWK, KEEP_RATIOS, Contender, check_contenders
 from bench.tinyvqa.encoder import Encoder
@@ -61,7 +61,7 @@ class Subject:
 
     @classmethod
     def load(cls, path: Path) -> Subject:
-        """From a checkpoint's folder, in float32 whatever it is stored in."""
+        """Load a checkpoint's folder, in float32 whatever it is stored in."""
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         if not (path / "model.safetensors").is_file():
@@ -75,12 +75,12 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """How the reports call it."""
+        """The name in reports."""
         return f"seed {json.loads((self.path / 'training.json').read_text())['seed']}"
 
 
 def calibrated_weights(subject: Subject, folder: Path) -> dict[str, Any]:
-    """The weights file of a model: the shipped one, or one in `folder`, measured on training digits if need be."""
+    """Read the weights file of a model: the shipped one, or one in `folder`, measured on training digits if need be."""
     from hawk_kernels import calibrate
 
     if subject.path.resolve() == TINY_MODEL.resolve():
@@ -91,7 +91,7 @@ def calibrated_weights(subject: Subject, folder: Path) -> dict[str, Any]:
 
 
 def weights_of_heads(found: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights of a weights file, for each of the two ways of hiding heads."""
+    """Return the weights of a weights file, for heads hidden in the first layer and in all layers."""
     chosen = {found["layers"]: found["weights"]}
     others = {layers: other["weights"] for layers, other in found["other_layers"].items()}
     return {layers: torch.tensor(weights, dtype=torch.float32) for layers, weights in {**chosen, **others}.items()}
@@ -127,7 +127,7 @@ class Answers:
 def answer_key(
     subject: Subject, number: int, contender: Contender | None, ratio: float, heads: dict[str, torch.Tensor]
 ) -> str:
-    """What an answer depends on, without the questions, which are the same in all of a journal's answers."""
+    """Return the key of an answer: all it depends on but the questions, which are the same throughout a journal."""
     if contender is None:
         return f"{subject.digest}/{number}/{WHOLE}"
     weights = contender.head_weights(heads)
@@ -144,7 +144,7 @@ def answer(
     wanted: Sequence[tuple[str, Contender | None, float]],
     heads: dict[str, torch.Tensor],
 ) -> dict[str, np.ndarray]:
-    """Right or wrong, bool `[questions]`, for each `(key, contender, ratio)`; None as a contender prunes nothing."""
+    """Return right or wrong, bool `[questions]`, for each `(key, contender, ratio)`; None prunes nothing."""
     inputs, right_words = model_inputs(subject.encoder, batch), answer_ids(subject.encoder, batch)
     results: dict[str, np.ndarray] = {}
 
@@ -173,7 +173,7 @@ def answer(
 
 
 def lines() -> Iterator[tuple[Contender | None, float]]:
-    """All tokens, and every contender at every keep ratio."""
+    """List the lines of the table: all tokens, then every contender at every keep ratio."""
     yield None, 1.0
     for contender in CONTENDERS:
         for ratio in KEEP_RATIOS:
@@ -181,7 +181,7 @@ def lines() -> Iterator[tuple[Contender | None, float]]:
 
 
 def prefill_times(subject: Subject, heads: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    """Median milliseconds of one prefill of one question, vision tower included, interleaved over all methods."""
+    """Measure the median milliseconds of a prefill of one question, with vision tower, interleaved over all methods."""
     found: dict[str, dict[str, float]] = {}
     for layout in TIMED_LAYOUTS:
         batch = draw_batch(np.random.default_rng(SEED), "held_out", 1, layout, {"colour->digit": 1})
@@ -195,18 +195,20 @@ def prefill_times(subject: Subject, heads: dict[str, torch.Tensor]) -> dict[str,
 
         for _ in range(TIMED_ROUNDS + 1):
             with torch.no_grad():
-                timed(WHOLE, lambda inputs=inputs: first_words(subject.model, inputs))
+                timed(WHOLE, partial(first_words, subject.model, inputs))
                 for contender in CONTENDERS:
                     weights, options = contender.head_weights(heads), dict(contender.options)
                     with prune(subject.model, TIMED_RATIO, method=contender.method, head_weights=weights, **options):
-                        timed(contender.label, lambda inputs=inputs: first_words(subject.model, inputs))
+                        timed(contender.label, partial(first_words, subject.model, inputs))
         found[str(layout)] = {label: round(1e3 * statistics.median(of[1:]), 3) for label, of in times.items()}
     return found
 
 
 def describe_questions(batches: Sequence[Batch]) -> Questions:
-    """Kind, prompt and layout of every question, in the order of the answers."""
-    kinds, prompts, layouts = [], [], []
+    """List kind, prompt and layout of every question, in the order of the answers."""
+    kinds: list[str] = []
+    prompts: list[int] = []
+    layouts: list[str] = []
     for batch in batches:
         for row in batch.questions:
             kinds += [question.kind for question in row]
@@ -218,7 +220,7 @@ def describe_questions(batches: Sequence[Batch]) -> Questions:
 def build(
     models: Sequence[Path], out: Path, prompts: int, seed: int, times: bool, show_progress: bool
 ) -> dict[str, Any]:
-    """Calibrate, ask what has not been asked, and put it all into one JSON-ready dict."""
+    """Calibrate, ask what has not been asked yet, and collect everything in one dict for JSON."""
     check_contenders(CONTENDERS)
     out.mkdir(parents=True, exist_ok=True)
     subjects = [Subject.load(path) for path in models]
@@ -287,19 +289,17 @@ def build(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tinyvqa.table", description=__doc__)
+    """Run the command line."""
+    parser = cli.parser("bench.tinyvqa.table", __doc__, seed=(SEED, "the questions"), threads=2)
     parser.add_argument(
-        "--models", type=checkpoint_folder, nargs="+", default=list(MODELS), help="folders of checkpoints"
+        "--models", type=cli.checkpoint_folder, nargs="+", default=list(MODELS), help="folders of checkpoints"
     )
     parser.add_argument(
-        "--out", type=output_folder, default=RESULTS, help=f"where everything goes (default: {RESULTS})"
+        "--out", type=cli.output_folder, default=RESULTS, help=f"where everything goes (default: {RESULTS})"
     )
     parser.add_argument(
-        "--prompts", type=whole_number(1), default=PROMPTS, help="about 14 questions each (default: 160)"
+        "--prompts", type=cli.whole_number(1), default=PROMPTS, help="about 14 questions each (default: 160)"
     )
-    parser.add_argument("--seed", type=whole_number(0), default=SEED, help="of the questions")
-    parser.add_argument("--threads", type=whole_number(1), default=2)
     parser.add_argument("--no-times", action="store_true", help="leave out the time per prefill")
     parser.add_argument("--no-progress", action="store_true")
     args = parser.parse_args(argv)

@@ -24,7 +24,7 @@ QUESTIONS_A_KIND = 160
 SEED = 5
 
 
-@dataclass(frozen=True)
+@dataclass
 class TinyVQATask:
     """Questions of one kind; an answer counts when it is the one right word."""
 
@@ -33,11 +33,11 @@ class TinyVQATask:
     max_new_tokens: int = 2
 
     def prompt(self, sample: Sample) -> str:
-        """The question itself: the model was trained on nothing else."""
+        """Return the question itself: the model was trained on nothing else."""
         return sample.question
 
     def score(self, sample: Sample, answer: str) -> float:
-        """1.0 for the right word, upper or lower case, else 0.0."""
+        """Return 1.0 for the right word, upper or lower case, else 0.0."""
         return float(answer.strip().lower() in sample.answers)
 
 
@@ -68,5 +68,5 @@ def _sample(batch: Batch, prompt: int, kind: str) -> Sample:
 
 
 def calibration_tasks() -> list[TinyVQATask]:
-    """The tasks that the shipped head weights were calibrated on."""
+    """Draw the tasks that the shipped head weights were calibrated on."""
     return draw_tasks("train", SEED, QUESTIONS_A_KIND)

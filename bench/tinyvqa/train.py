@@ -11,7 +11,6 @@ beside the checkpoint, so a run that was killed goes on where it was and ends wi
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from bench.tinyvqa.arguments import output_folder, whole_number
+from bench import cli
 from bench.tinyvqa.batches import Batch, draw_batch
 from bench.tinyvqa.checkpoint import build_config, build_model, build_tokenizer, save_checkpoint
 from bench.tinyvqa.digits import load_digits
@@ -99,7 +98,7 @@ class Progress:
             self.weight[kind] = 0.95 * self.weight[kind] + 0.05
 
     def running(self) -> dict[str, float]:
-        """Mean accuracy of each kind over the last steps of this stage."""
+        """Return the mean accuracy of each kind over the last steps of this stage."""
         return {kind: self.accuracy[kind] / w if (w := self.weight[kind]) else 0.0 for kind in KINDS}
 
     @property
@@ -121,7 +120,7 @@ class Progress:
 
 
 def learning_rate(progress: Progress) -> float:
-    """Warm-up of the vision tower, later of the language model, and a cosine to 1 % in the last stage."""
+    """Warm up, again when the language model joins, and fall to 1 % by a cosine in the last stage."""
     step = progress.step
     warm = min(1.0, (step + 1) / 50, (step + 1 - ALIGN_STEPS) / 150 if step >= ALIGN_STEPS else 1.0)
     is_last = progress.stage == len(CURRICULUM) - 1
@@ -130,13 +129,14 @@ def learning_rate(progress: Progress) -> float:
 
 
 def draw_layout(rng: np.random.Generator, stage: Stage) -> Layout:
-    """A layout of this stage; in a mixed one, one of ten has many cells, and one of four several pages."""
+    """Draw a layout of this stage; in a mixed stage one of ten has many cells, and one of four has several pages."""
     height, width = (int(s) for s in rng.integers(stage.sides[0], stage.sides[1] + 1, 2))
     chance = rng.random()
     if not stage.mixed or chance < 0.65:
         return Layout(height, width)
     if chance < 0.75:
-        return Layout(*(int(s) for s in rng.integers(9, 17, 2)))
+        height, width = (int(s) for s in rng.integers(9, 17, 2))
+        return Layout(height, width)
     height, width = (int(s) for s in rng.integers(4, 7, 2))
     return Layout(height, width, int(rng.integers(2, 4)), "images" if chance < 0.88 else "video")
 
@@ -144,14 +144,14 @@ def draw_layout(rng: np.random.Generator, stage: Stage) -> Layout:
 def question_counts(
     rng: np.random.Generator, running: dict[str, float], kinds: Sequence[str], total: int
 ) -> dict[str, int]:
-    """How often each kind is asked: by chance, in proportion to how much of it goes wrong."""
+    """Draw how often each kind is asked, in proportion to how often its answers are wrong."""
     wrong = np.array([max(0.06, 1 - running[kind]) for kind in kinds])
     drawn = rng.multinomial(total, wrong / wrong.sum())
     return {kind: int(count) for kind, count in zip(kinds, drawn, strict=True)}
 
 
 def accuracy_by_kind(logits: Tensor, labels: Tensor, batch: Batch, end_of_turn: int) -> dict[str, float]:
-    """Share of questions of each kind whose answer word is right."""
+    """Return the share of questions of each kind whose answer word is right."""
     right = (logits.argmax(-1) == labels)[labels != end_of_turn].float()
     kinds = np.array([q.kind for row in batch.questions for q in row])
     return {kind: right[torch.from_numpy(kinds == kind)].mean().item() for kind in dict.fromkeys(kinds.tolist())}
@@ -174,7 +174,7 @@ class Training:
         self.progress = Progress(seed)
 
     def step(self) -> dict[str, float]:
-        """One optimiser step; what a person watching wants to see."""
+        """Take one optimiser step, and return what the progress bar shows."""
         now = self.progress
         rng = np.random.default_rng([now.seed, now.step])
         for group in self.optimiser.param_groups:
@@ -188,7 +188,8 @@ class Training:
         return shown
 
     def _align(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        layout, pool = Layout(*(int(side) for side in rng.integers(3, 8, 2))), load_digits("train")
+        height, width = (int(side) for side in rng.integers(3, 8, 2))
+        layout, pool = Layout(height, width), load_digits("train")
         scenes = [draw_patchwork(rng, pool, layout) for _ in range(round(ALIGN_CELLS / layout.cells))]
         patches, grid = self.encoder.pixels(render(scenes, pool, rng), layout)
         visual = self.model.model.visual(patches, grid_thw=grid).pooler_output.view(len(scenes), layout.cells, -1)
@@ -274,7 +275,7 @@ def train(seed: int, state: Path | None = None, show_progress: bool = True) -> T
 
 
 def versions() -> dict[str, str]:
-    """The versions that a rerun would need to come out the same."""
+    """Return the versions that a rerun needs for the same bytes."""
     import sklearn
     import transformers
 
@@ -288,11 +289,9 @@ def versions() -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: train, save, evaluate on held-out digits, and write `training.json` beside the weights."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tinyvqa.train", description=__doc__)
-    parser.add_argument("--out", type=output_folder, required=True, help="folder of the checkpoint")
-    parser.add_argument("--seed", type=whole_number(0), default=0)
-    parser.add_argument("--threads", type=whole_number(1), default=1, help="one repeats the shipped weights")
+    """Train, save, evaluate on held-out digits, and write `training.json` next to the weights."""
+    parser = cli.parser("bench.tinyvqa.train", __doc__, seed=(0, "weights and batches"), threads=1)
+    parser.add_argument("--out", type=cli.output_folder, required=True, help="folder of the checkpoint")
     parser.add_argument("--half", action="store_true", help="store the parameters in float16, in half the space")
     parser.add_argument("--no-progress", action="store_true")
     args = parser.parse_args(argv)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hawk_kernels.methods.view import PlainLayer
+from hawk_kernels.methods.prefill_view import PlainLayer
 
 
 class LayerProjections(ABC):

@@ -15,7 +15,7 @@ from hawk_kernels.hf.prompt import Prompt, padded_positions
 from hawk_kernels.hf.rotary import Rotary
 from hawk_kernels.hf.upload import upload
 from hawk_kernels.hf.vision_attention import PromptAttention
-from hawk_kernels.methods.view import EncoderAttention, HiddenStates, LastQuery, PrefillView, Segments
+from hawk_kernels.methods.prefill_view import EncoderAttention, HiddenStates, LastQuery, PrefillView, Segments
 
 
 @dataclass(frozen=True)

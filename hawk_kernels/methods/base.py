@@ -1,36 +1,44 @@
-"""What every pruning method has in common."""
+"""The class that every pruning method derives from, and what methods share."""
 
 from __future__ import annotations
 
+import numbers
 from abc import ABC, abstractmethod
 
 import torch
 
-from hawk_kernels.methods.view import PrefillView, Segments
+from hawk_kernels.methods.prefill_view import PrefillView, Segments
 from hawk_kernels.ops.select_topk import select_topk
-from hawk_kernels.selection import ROUNDINGS, Selection, kept_count
+from hawk_kernels.selection import Selection, kept_count
 
 
 class Method(ABC):
     """Scores the visual tokens of a prompt and chooses those that stay.
 
-    A method keeps exactly `kept_count(r, M_b)` tokens of a row (or of each image, with segments): the shapes that
-    follow are computed from that number on the host, without waiting for the device.
+    A method keeps exactly `kept_count(r, M_b)` tokens of a row (or of each image, with segments): all later shapes are
+    computed from that number on the host, without waiting for the device. Decorate a class with `register` to let
+    `prune` know it by its name; an object of a class that is not registered works as well.
 
     Attributes:
         name: what `prune(method=...)` calls it.
-        uses_head_weights: whether `PrefillView.head_weights` must be there.
+        summary: what it keeps, in one sentence that begins with a verb and ends with a full stop.
+        paper: the arXiv id of its paper, or None.
+        signal: what it looks at, a few words.
+        uses_head_weights: whether it reads `PrefillView.head_weights`.
         uses_text: whether a row with visual tokens must have text queries.
-        uses_encoder_attention: whether `PrefillView.encoder_attention` must be there; the layer is `object_layer`.
-        uses_grids: whether `PrefillView.frames` must be there.
-        uses_positions: whether the view must tell queries and keys after RoPE.
-        hidden_from_layer: None where dropped tokens are removed before the first layer. Else layers 1 to this one see
-            every token, the last of them ranks the visual ones, and the layers behind it do not see the dropped ones,
+        uses_encoder_attention: whether it calls `PrefillView.encoder_attention`, of the layer `object_layer`.
+        uses_grids: whether it calls `PrefillView.frames`.
+        uses_positions: whether it asks for queries and keys after RoPE.
+        hidden_from_layer: None for a method whose dropped tokens are removed before the first layer. Otherwise layers 1
+            to this one see every token, this layer ranks the visual ones, and later layers do not see the dropped ones,
             which stay in the sequence. `view` then is that of the ranking layer.
         rounding: "floor" or "ceil", how a keep ratio becomes a number of tokens.
     """
 
     name: str
+    summary: str = ""
+    paper: str | None = None
+    signal: str = ""
     uses_head_weights: bool = False
     uses_text: bool = False
     uses_encoder_attention: bool = False
@@ -42,41 +50,41 @@ class Method(ABC):
 
     @abstractmethod
     def score(self, view: PrefillView) -> torch.Tensor:
-        """Importance of each visual token, float32 `[B, M]`; `-inf` where `view.candidates` is False."""
+        """Return the importance of each visual token, float32 `[B, M]`; `-inf` where `view.candidates` is False."""
 
     def select(self, view: PrefillView, r: float | int) -> Selection:
-        """The tokens that stay: the highest scores of each row, or of each of its images."""
+        """Choose the tokens that stay: those with the highest scores of each row, or of each of its images."""
         scores = self.score(view)
         if view.segments is not None:
             return select_in_segments(scores, r, view.segments, self.rounding)
         return select_topk(scores, r, mask=view.candidates, rounding=self.rounding)
 
     def kept_count(self, r: float | int, num_candidates: int) -> int:
-        """How many of `num_candidates` tokens `select` keeps."""
+        """Return how many of `num_candidates` tokens `select` keeps."""
         return kept_count(r, num_candidates, self.rounding)
 
     def options(self) -> dict[str, object]:
-        """The options this method was made with, for statistics; what JSON cannot hold is described."""
+        """Return the options that this method was made with, for statistics; `repr` of what JSON cannot hold."""
         plain = (str, int, float, bool, type(None))
         public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return {name: value if isinstance(value, plain) else repr(value) for name, value in public.items()}
 
 
 class JointMethod(Method):
-    """A method that chooses tokens together: what one of them is worth depends on the others and on the budget."""
+    """A method that chooses tokens jointly: the worth of a token depends on the other kept ones and on the budget."""
 
     def score(self, view: PrefillView) -> torch.Tensor:
         raise NotImplementedError(
-            f"method {self.name!r} has no scores before it has chosen; use select(view, r).scores"
+            f"method {self.name!r} cannot score tokens before it has chosen; use select(view, r).scores"
         )
 
     @abstractmethod
     def select(self, view: PrefillView, r: float | int) -> Selection:
-        """The tokens that stay, and what each was worth in that choice."""
+        """Choose the tokens that stay, and score each by its worth in that choice."""
 
 
 def select_in_segments(scores: torch.Tensor, r: float | int, segments: Segments, rounding: str) -> Selection:
-    """`select_topk` with `r` applied to each segment instead of each row.
+    """Select like `select_topk`, with `r` applied to each segment instead of each row.
 
     Args:
         scores: float32 `[B, M]`.
@@ -90,7 +98,7 @@ def select_in_segments(scores: torch.Tensor, r: float | int, segments: Segments,
 
 
 def merged_segments(kept: torch.Tensor, scores: torch.Tensor, segments: Segments) -> Selection:
-    """The rows' selection from that of their segments.
+    """Return the selection of the rows from that of their segments.
 
     Args:
         kept: bool `[S, L]`, the tokens of each segment that stay.
@@ -98,7 +106,7 @@ def merged_segments(kept: torch.Tensor, scores: torch.Tensor, segments: Segments
         segments: which tokens make up an image.
     """
     batch, num_tokens = scores.shape
-    # padding of shorter segments lands in one cell behind the end
+    # the padding of shorter segments lands in one extra cell after the end
     target = torch.where(segments.mask, segments.index, batch * num_tokens)
     mask = kept.new_zeros(batch * num_tokens + 1).scatter_(0, target.reshape(-1), kept.reshape(-1))
     mask = mask[:-1].view(batch, num_tokens)
@@ -108,25 +116,38 @@ def merged_segments(kept: torch.Tensor, scores: torch.Tensor, segments: Segments
     return Selection(mask, indices[:, :-1], scores)
 
 
-def check_rounding(rounding: str) -> str:
-    """`rounding`, or a ValueError where it is none."""
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding: expected 'floor' (paper) or 'ceil' (release), got {rounding!r}")
-    return rounding
+def checked_int(value: object, least: int, expected: str, remedy: str) -> int:
+    """Return an option of a method as an int.
+
+    Args:
+        value: what the caller gave.
+        least: the smallest value allowed.
+        expected, remedy: how an error message begins and ends.
+
+    Raises:
+        TypeError: not an integer (a bool is none).
+        ValueError: less than `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{expected}, got {type(value).__name__}; {remedy}")
+    number = int(value)
+    if number < least:
+        raise ValueError(f"{expected}, got {number}; {remedy}")
+    return number
 
 
 def of_units(tensor: torch.Tensor, view: PrefillView) -> torch.Tensor:
-    """`[B, M, ...]` as `[U, L, ...]`, one row for each unit that has a budget: a row of the batch, or an image."""
+    """Turn `[B, M, ...]` into `[U, L, ...]`, one row for each unit with a budget: a row of the batch, or an image."""
     return tensor if view.segments is None else tensor.flatten(0, 1)[view.segments.index]
 
 
 def candidates_of_units(view: PrefillView) -> torch.Tensor:
-    """Which tokens of the units are no padding, bool `[U, L]`."""
+    """Tell which tokens of the units are not padding, bool `[U, L]`."""
     return view.candidates if view.segments is None else view.segments.mask
 
 
 def of_rows(selection: Selection, view: PrefillView) -> Selection:
-    """The rows' selection from that of their units, scores included."""
+    """Return the selection of the rows from that of their units, scores included."""
     if view.segments is None:
         return selection
     shape, mask = view.candidates.shape, view.segments.mask

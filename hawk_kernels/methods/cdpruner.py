@@ -1,17 +1,20 @@
-"""CDPruner: tokens that bear on the question and differ from each other (arXiv 2506.10967)."""
+"""CDPruner: tokens that are relevant to the question and differ from each other (arXiv 2506.10967)."""
 
 from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import JointMethod, candidates_of_units, check_rounding, of_rows, of_units
-from hawk_kernels.methods.view import PrefillView
+from hawk_kernels.methods.base import JointMethod, candidates_of_units, of_rows, of_units
+from hawk_kernels.methods.prefill_view import PrefillView
+from hawk_kernels.methods.registry import register
 from hawk_kernels.ops.greedy import greedy_dpp
 from hawk_kernels.selection import Selection
+from hawk_kernels.validation import check_rounding
 
 _LEAST = 1e-6
 
 
+@register
 class CDPruner(JointMethod):
     """Keeps the visual tokens of largest conditional diversity: greedy MAP of a determinantal point process.
 
@@ -21,12 +24,12 @@ class CDPruner(JointMethod):
     Diversity for Token Pruning in MLLMs", NeurIPS 2025, arXiv 2506.10967, and github Theia-4869/CDPruner; greedy MAP by
     Chen et al., arXiv 1709.05135).
 
-    For LLaVA the authors take relevance from CLIP's own text encoder, which a language model does not bring along, and
-    turn its sign, since CLIP's patches are least similar to the text that they show; for models without such an encoder
-    it comes, as here, from the embeddings that enter the language model.
+    For LLaVA the authors take relevance from CLIP's own text encoder, which a checkpoint of the language model does not
+    contain, and negate it, since CLIP's patches are least similar to the text that they show. For models without such
+    an encoder they take it from the embeddings that enter the language model, as this class always does.
 
     Args:
-        negate: whether the least similar tokens count as the most relevant, as the release has it for CLIP.
+        negate: whether the least similar tokens count as the most relevant, as in the release for CLIP.
         rounding: "floor" or "ceil".
 
     Raises:
@@ -34,13 +37,17 @@ class CDPruner(JointMethod):
     """
 
     name = "cdpruner"
+    summary = "Keeps tokens that are relevant to the question and differ from each other."
+    paper = "2506.10967"
+    signal = "embeddings of the image and of the text"
     uses_text = True
 
     def __init__(self, negate: bool = False, rounding: str = "floor") -> None:
         if not isinstance(negate, bool):
-            raise TypeError(f"negate: expected a bool, got {type(negate).__name__}; True turns the sign of relevance")
+            raise TypeError(f"negate: expected a bool, got {type(negate).__name__}; True negates the relevance")
         self.negate = negate
-        self.rounding = check_rounding(rounding)
+        check_rounding(rounding)
+        self.rounding = rounding
 
     def select(self, view: PrefillView, r: float | int) -> Selection:
         visual, candidates = view.visual_embeddings(), candidates_of_units(view)
@@ -50,7 +57,7 @@ class CDPruner(JointMethod):
 
 
 def mean_cosine(visual: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
-    """Mean over text of the cosine with each visual token, float32 `[B, M]`; 0 where there is no text.
+    """Average over the text the cosine with each visual token, float32 `[B, M]`; 0 for a row without text.
 
     Args:
         visual: `[B, M, hidden]`.
@@ -63,7 +70,7 @@ def mean_cosine(visual: torch.Tensor, text: torch.Tensor, text_mask: torch.Tenso
 
 
 def relevance(similarity: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """Similarity `[U, L]` min-max scaled over the candidates of each unit; 1 for all where they are equal."""
+    """Scale similarity `[U, L]` by its minimum and maximum over the candidates of each unit; 1 if all are equal."""
     lowest = similarity.masked_fill(~candidates, torch.inf).amin(dim=1, keepdim=True)
     highest = similarity.masked_fill(~candidates, -torch.inf).amax(dim=1, keepdim=True)
     # a unit without candidates is infinite on both sides

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 
-from hawk_kernels.methods.base import JointMethod, candidates_of_units, check_rounding, of_rows, of_units
-from hawk_kernels.methods.view import PrefillView
+from hawk_kernels.methods.base import JointMethod, candidates_of_units, checked_int, of_rows, of_units
+from hawk_kernels.methods.prefill_view import PrefillView
+from hawk_kernels.methods.registry import register
 from hawk_kernels.ranking import order_key, rank
 from hawk_kernels.selection import Selection, kept_counts, max_kept
+from hawk_kernels.validation import check_rounding
 
 
+@register
 class Dart(JointMethod):
     """Keeps pivots with large keys and, for each pivot, the visual tokens that are least similar to it.
 
@@ -19,8 +20,8 @@ class Dart(JointMethod):
     are kept; the rest of the budget is divided evenly among all pivots, visual ones first, the largest first; each in
     turn takes the tokens with the smallest cosine to it that are still there (Wen et al., "Stop Looking for Important
     Tokens in Multimodal Language Models: Duplication Matters More", EMNLP 2025, arXiv 2502.11494, and github
-    ZichenWen1/DART, with four pivots of each kind). The authors do this behind the second decoder layer; here it is
-    done before the first, with its keys before RoPE and the embeddings that enter it.
+    ZichenWen1/DART, with four pivots of each kind). The authors prune after the second decoder layer; this
+    is done before the first, with its keys before RoPE and the embeddings that enter it.
 
     Args:
         pivots: visual pivots, at least one.
@@ -32,18 +33,17 @@ class Dart(JointMethod):
     """
 
     name = "dart"
+    summary = "Keeps the tokens that duplicate a few pivot tokens least."
+    paper = "2502.11494"
+    signal = "keys in the first layer; embeddings of the image and of the text"
     uses_text = True
 
     def __init__(self, pivots: int = 4, text_pivots: int = 4, rounding: str = "floor") -> None:
-        for option, value, least in (("pivots", pivots, 1), ("text_pivots", text_pivots, 0)):
-            expected = f"{option}: expected an int >= {least}"
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-                raise TypeError(f"{expected}, got {type(value).__name__}; the release takes 4")
-            if value < least:
-                raise ValueError(f"{expected}, got {value}; the release takes 4")
-        self.pivots = int(pivots)
-        self.text_pivots = int(text_pivots)
-        self.rounding = check_rounding(rounding)
+        remedy = "the release takes 4"
+        self.pivots = checked_int(pivots, 1, "pivots: expected an int >= 1", remedy)
+        self.text_pivots = checked_int(text_pivots, 0, "text_pivots: expected an int >= 0", remedy)
+        check_rounding(rounding)
+        self.rounding = rounding
 
     def select(self, view: PrefillView, r: float | int) -> Selection:
         text, text_mask = view.text_embeddings()
@@ -67,7 +67,7 @@ class Dart(JointMethod):
 
 
 def key_norm(keys: torch.Tensor) -> torch.Tensor:
-    """`|k|_1` of keys `[B, Hkv, N, D]` with all heads taken together, float32 `[B, N]`."""
+    """Return `|k|_1` of keys `[B, Hkv, N, D]` with all heads taken together, float32 `[B, N]`."""
     return keys.float().abs().sum(dim=(1, 3))
 
 
@@ -84,7 +84,7 @@ def dart_select(
     text_pivots: int = 4,
     rounding: str = "floor",
 ) -> Selection:
-    """DART's choice, one step of whole rows for each pivot.
+    """Choose as DART does, in one step over whole rows for each pivot.
 
     Args:
         visual: `[B, M, hidden]`, embeddings.
@@ -135,5 +135,5 @@ def dart_select(
 
 
 def _by_norm(norm: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` tokens of each row with the largest norm, the largest first, int64 `[B, at most count]`."""
+    """Return the `count` tokens of each row with the largest norm, the largest first, int64 `[B, at most count]`."""
     return order_key(norm, mask).argsort(dim=1, descending=True, stable=True)[:, :count]

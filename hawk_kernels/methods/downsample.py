@@ -1,4 +1,4 @@
-"""Uniform down-sampling: what a smaller picture would have cost, whatever is asked and shown."""
+"""Uniform down-sampling: an even grid of tokens, whatever the picture shows and the question asks."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import math
 
 import torch
 
-from hawk_kernels.methods.base import JointMethod, candidates_of_units, check_rounding, of_rows
-from hawk_kernels.methods.view import PrefillView
+from hawk_kernels.methods.base import JointMethod, candidates_of_units, of_rows
+from hawk_kernels.methods.prefill_view import PrefillView
+from hawk_kernels.methods.registry import register
 from hawk_kernels.selection import Selection, max_kept
+from hawk_kernels.validation import check_rounding
 
 Frame = tuple[int, int]
 
 
+@register
 class Downsample(JointMethod):
     """Keeps tokens that are evenly spread over every image and video.
 
-    A budget is shared by the images of a row, and by the frames of a video, in proportion to their tokens. `k` tokens
-    of an `h x w` frame stand on `round(sqrt(k h / w))` evenly spaced lines, evenly spaced on each.
+    A budget is shared by the images of a row, and by the frames of a video, in proportion to their tokens. The `k`
+    kept tokens of an `h x w` frame stand on `round(sqrt(k h / w))` evenly spaced lines, evenly spaced on each.
 
     Args:
         rounding: "floor" or "ceil".
@@ -27,10 +30,13 @@ class Downsample(JointMethod):
     """
 
     name = "downsample"
+    summary = "Keeps an even grid of each image, as a smaller picture would have."
+    signal = "where the tokens stand in their image"
     uses_grids = True
 
     def __init__(self, rounding: str = "floor") -> None:
-        self.rounding = check_rounding(rounding)
+        check_rounding(rounding)
+        self.rounding = rounding
 
     def select(self, view: PrefillView, r: float | int) -> Selection:
         candidates = candidates_of_units(view)
@@ -41,7 +47,7 @@ class Downsample(JointMethod):
         indices = torch.full((len(images), max_kept(r, candidates.shape[1], self.rounding)), -1)
         for row, frames in enumerate(images):
             count = self.kept_count(r, sum(math.prod(frame) for frame in frames))
-            places = torch.tensor(evenly_spread(frames, count), dtype=torch.int64)
+            places = torch.tensor(downsample_places(frames, count), dtype=torch.int64)
             kept[row, places] = True
             indices[row, : len(places)] = places
         kept, indices = (x.to(candidates.device, non_blocking=True) for x in (kept, indices))
@@ -49,8 +55,8 @@ class Downsample(JointMethod):
         return of_rows(Selection(kept, indices, scores), view)
 
 
-def evenly_spread(frames: list[Frame], count: int) -> list[int]:
-    """`count` of the tokens of successive frames, ascending."""
+def downsample_places(frames: list[Frame], count: int) -> list[int]:
+    """Return the places of `count` tokens spread over successive frames, ascending."""
     places, start = [], 0
     for (height, width), share in zip(frames, _shares([h * w for h, w in frames], count), strict=True):
         if share:
@@ -67,7 +73,7 @@ def _cells(height: int, width: int, count: int) -> list[tuple[int, int]]:
 
 
 def _shares(sizes: list[int], count: int) -> list[int]:
-    """`count` divided in proportion to `sizes`, none more than its size where `count` is at most their sum."""
+    """Divide `count` in proportion to `sizes`; no share exceeds its size if `count` is at most their sum."""
     total, before, shares = sum(sizes), 0, []
     for size in sizes:
         shares.append((before + size) * count // total - before * count // total)
@@ -76,5 +82,5 @@ def _shares(sizes: list[int], count: int) -> list[int]:
 
 
 def _centres(length: int, count: int) -> list[int]:
-    """The middles of `count` equal parts of a line."""
+    """Return the middles of `count` equal parts of a line."""
     return [(2 * part + 1) * length // (2 * count) for part in range(count)]

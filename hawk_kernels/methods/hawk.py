@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import Method, check_rounding, select_in_segments
-from hawk_kernels.methods.view import HiddenStates, PrefillView
+from hawk_kernels.methods.base import Method, select_in_segments
+from hawk_kernels.methods.prefill_view import HiddenStates, PrefillView
+from hawk_kernels.methods.registry import register
 from hawk_kernels.ops.score_and_select import score_and_select, score_tokens
 from hawk_kernels.ops.score_hidden import score_hidden, score_hidden_and_select
 from hawk_kernels.selection import Selection
-from hawk_kernels.validation import check_normalize
+from hawk_kernels.validation import check_normalize, check_rounding
 
 
+@register
 class Hawk(Method):
-    """Keeps the visual tokens that the text attends to, each head counted by its importance.
+    """Keeps the visual tokens that the text attends to, each head weighted by its importance.
 
     Args:
         normalize: how a head's scores are normalised over the visual tokens: "l2" (the authors' release), None
@@ -25,13 +27,17 @@ class Hawk(Method):
     """
 
     name = "hawk"
+    summary = "Keeps what the text attends to in the first layer, before RoPE, each head weighted by its importance."
+    paper = "2604.07812"
+    signal = "queries of the text and keys of the image in the first layer"
     uses_head_weights = True
     uses_text = True
 
     def __init__(self, normalize: str | None = "l2", rounding: str = "floor") -> None:
         check_normalize(normalize)
         self.normalize = normalize
-        self.rounding = check_rounding(rounding)
+        check_rounding(rounding)
+        self.rounding = rounding
 
     def score(self, view: PrefillView) -> torch.Tensor:
         hidden = view.hidden_states()
@@ -82,7 +88,7 @@ class Hawk(Method):
 
 
 def _among_visual(whole: Selection, hidden: HiddenStates, candidates: torch.Tensor) -> Selection:
-    """A selection among all tokens of a prompt as one among its visual tokens, `[B, M]`."""
+    """Turn a selection among all tokens of a prompt into one among its visual tokens, `[B, M]`."""
     mask = whole.mask.gather(1, hidden.visual) & candidates
     scores = whole.scores.gather(1, hidden.visual).masked_fill(~candidates, -torch.inf)
     width = min(whole.indices.shape[1], candidates.shape[1])
@@ -91,7 +97,7 @@ def _among_visual(whole: Selection, hidden: HiddenStates, candidates: torch.Tens
 
 
 def _projected(view: PrefillView) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Queries, keys and the queries' mask; a float64 model is scored in float32, as the kernels are."""
+    """Return queries, keys and the queries' mask; a float64 model is scored in float32, as in the kernels."""
     queries, query_mask = view.mean_text_query()
     keys = view.visual_keys()
     if keys.dtype == torch.float64:

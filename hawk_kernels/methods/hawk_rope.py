@@ -6,10 +6,12 @@ import torch
 
 from hawk_kernels.methods.base import Method
 from hawk_kernels.methods.hawk import Hawk
-from hawk_kernels.methods.view import PrefillView
+from hawk_kernels.methods.prefill_view import PrefillView
+from hawk_kernels.methods.registry import register
 from hawk_kernels.ops.score_and_select import score_tokens
 
 
+@register
 class HawkRope(Hawk):
     """HAWK's score of queries and keys after RoPE: `c[i, m] = mean_n R(p_n) q[i, n] . R(p_m) k[i, m] / sqrt(d)`.
 
@@ -18,8 +20,11 @@ class HawkRope(Hawk):
     """
 
     name = "hawk_rope"
+    summary = "Keeps what HAWK would keep if queries and keys were rotated first, the ablation of its paper."
+    paper = "2604.07812"
+    signal = "queries of the text and keys of the image in the first layer, after RoPE"
     uses_positions = True
-    # a selection by scores that are made here, not by the fused kernel of plain HAWK
+    # the fused kernel behind Hawk.select knows no positions, so the scores of this class are ranked instead
     select = Method.select
 
     def score(self, view: PrefillView) -> torch.Tensor:

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import math
-import numbers
 
 import torch
 
-from hawk_kernels.methods.base import Method, check_rounding, merged_segments
-from hawk_kernels.methods.view import PrefillView
+from hawk_kernels.methods.base import Method, checked_int, merged_segments
+from hawk_kernels.methods.prefill_view import PrefillView
+from hawk_kernels.methods.registry import register
 from hawk_kernels.ops.hiprune_select import HiPruneChoice, checked_alpha, choose, grid_neighbours, num_anchors
 from hawk_kernels.selection import Selection
+from hawk_kernels.validation import check_rounding
 
 
+@register
 class HiPrune(Method):
     """Keeps anchors of a middle encoder layer, the buffers around them, and registers of a deep one.
 
     As in the authors' release, a token's attention is what all query rows of the encoder give it, CLS among them, and
-    the deep layer is the last one that the visual tokens come from: 23 of the 24 of CLIP-L in LLaVA, where the output
-    of the last but one is taken. Unlike there, a row keeps exactly its budget, counted over all its images. Tokens
-    that stand for no cell, such as the image newlines of LLaVA-NeXT, always stay and do not count.
+    the deep layer is the last one that the visual tokens come from: 23 of the 24 of CLIP-L in LLaVA, which takes the
+    output of the layer before the last. Unlike the release, a row keeps exactly its budget, counted over all its
+    images. Tokens without a cell in the image, such as the image newlines of LLaVA-NeXT, always stay and do not count.
 
     Args:
         alpha: share of the budget for anchors and their neighbours, in [0, 5].
         object_layer: encoder layer of the anchors, counted from 1; None takes the published one (9 of the 24 of CLIP-L,
-            16 of the 32 of Qwen2.5-VL), in another CLIP the same share of its depth, elsewhere the middle.
+            16 of the 32 of Qwen2.5-VL), in another CLIP the same share of its depth, in other encoders the middle.
         rounding: "floor" or "ceil".
 
     Raises:
@@ -32,19 +34,19 @@ class HiPrune(Method):
     """
 
     name = "hiprune"
+    summary = "Keeps what the vision encoder itself attends to, with its surroundings, whatever the question."
+    paper = "2508.00553"
+    signal = "attention inside the vision encoder"
     uses_encoder_attention = True
 
     def __init__(self, alpha: float = 0.1, object_layer: int | None = None, rounding: str = "floor") -> None:
         self.alpha = checked_alpha(alpha)
         expected = "object_layer: expected a layer of the vision encoder, counted from 1, or None for the middle one"
-        if object_layer is not None and (
-            isinstance(object_layer, bool) or not isinstance(object_layer, numbers.Integral)
-        ):
-            raise TypeError(f"{expected}, got {type(object_layer).__name__}; the paper takes 16 of Qwen2.5-VL")
-        if object_layer is not None and object_layer < 1:
-            raise ValueError(f"{expected}, got {object_layer}; the paper takes 16 of Qwen2.5-VL")
-        self.object_layer = None if object_layer is None else int(object_layer)
-        self.rounding = check_rounding(rounding)
+        if object_layer is not None:
+            object_layer = checked_int(object_layer, 1, expected, "the paper takes 16 of Qwen2.5-VL")
+        self.object_layer = object_layer
+        check_rounding(rounding)
+        self.rounding = rounding
 
     def score(self, view: PrefillView) -> torch.Tensor:
         return view.encoder_attention().deep.masked_fill(~view.candidates, -torch.inf)
@@ -67,7 +69,7 @@ class HiPrune(Method):
         grids: list[list[tuple[int, int, int]]],
         r: float | int,
     ) -> HiPruneChoice:
-        """The choice in each unit, a row or an image, and why each token is in it.
+        """Choose in each unit, a row or an image, and say why each token was chosen.
 
         Args:
             of_object: float32 `[U, L]`, attention received in the object layer.
@@ -81,7 +83,7 @@ class HiPrune(Method):
         for unit, inside in zip(around, grids, strict=True):
             length = sum(math.prod(grid) for grid in inside)
             if length:
-                # what is no neighbour counts as the place behind the padding
+                # a missing neighbour is written as the place after the padding
                 near = grid_neighbours(inside, device)[0]
                 unit[:length] = near.masked_fill_(near == length, width)
         kept = [self.kept_count(r, sum(math.prod(grid) for grid in inside)) for inside in grids]

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import Method, check_rounding
-from hawk_kernels.methods.view import PrefillView
+from hawk_kernels.methods.base import Method
+from hawk_kernels.methods.prefill_view import PrefillView
+from hawk_kernels.methods.registry import register
+from hawk_kernels.validation import check_rounding
 
 KEEPS = ("longest", "shortest")
 
 
+@register
 class KeyNorm(Method):
-    """Keeps visual tokens by the length of their keys in the first layer, whatever is asked.
+    """Keeps visual tokens by the length of their keys in the first layer, whatever the question.
 
-    `I[m] = mean over heads of |k[h, m]|_2`: a longer key makes more of a difference to whoever asks, which is also how
-    DART (arXiv 2502.11494) finds its pivots. Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache
-    Compression", arXiv 2406.11430, observe the opposite in the caches of language models, where tokens with short keys
-    get most of the attention, and keep these; `keep="shortest"` is their order.
+    The score is `I[m] = mean over heads of |k[h, m]|_2`: a longer key changes the attention of any query more, and DART
+    (arXiv 2502.11494) finds its pivots in the same way. Devoto et al., "A Simple and Effective L2 Norm-Based Strategy
+    for KV Cache Compression", arXiv 2406.11430, observe the opposite in the caches of language models, where tokens
+    with short keys get most of the attention, and keep those; `keep="shortest"` is their order.
 
     Args:
         keep: "longest" or "shortest".
@@ -27,14 +30,18 @@ class KeyNorm(Method):
     """
 
     name = "key_norm"
+    summary = "Keeps the tokens with the longest keys, whatever the question."
+    paper = "2406.11430"
+    signal = "keys of the image in the first layer"
 
     def __init__(self, keep: str = "longest", rounding: str = "floor") -> None:
         if keep not in KEEPS:
             raise ValueError(f"keep: expected 'longest' or 'shortest' (arXiv 2406.11430), got {keep!r}")
         self.keep = keep
-        self.rounding = check_rounding(rounding)
+        check_rounding(rounding)
+        self.rounding = rounding
 
     def score(self, view: PrefillView) -> torch.Tensor:
-        length = torch.linalg.vector_norm(view.visual_keys().float(), dim=-1).mean(dim=1)
+        length: torch.Tensor = torch.linalg.vector_norm(view.visual_keys().float(), dim=-1).mean(dim=1)
         score = -length if self.keep == "shortest" else length
         return score.masked_fill(~view.candidates, -torch.inf)

@@ -1,11 +1,11 @@
-"""Uniform down-sampling: each kept token is the middle of its part, by exact fractions."""
+"""Uniform down-sampling: each kept token is the middle of its part of the image, by exact fractions."""
 
 import math
 from fractions import Fraction
 
 
-def evenly_spread(frames, count):
-    """`count` tokens of successive `(h, w)` frames, ascending: shares by size, then lines, then places on a line."""
+def downsample_places(frames, count):
+    """Choose `count` tokens of `(h, w)` frames, ascending: shares by size, then lines, then places on a line."""
     places, start = [], 0
     total = sum(height * width for height, width in frames)
     for height, width in frames:
@@ -22,5 +22,5 @@ def evenly_spread(frames, count):
 
 
 def _share(before, size, total, count):
-    """What lies between `before` and `before + size` of `total`, of `count` things spread evenly over it."""
+    """Count how many of `count` points, spread evenly over `total`, lie between `before` and `before + size`."""
     return math.floor(Fraction(before + size, total) * count) - math.floor(Fraction(before, total) * count)

@@ -1,4 +1,4 @@
-"""What a method may see of a prompt before the first decoder layer."""
+"""What a method may ask about a prompt before the first decoder layer runs."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class EncoderAttention:
 
 @dataclass(frozen=True)
 class LastQuery:
-    """The last token of each prompt, as it looks at the tokens before it in one layer, after RoPE.
+    """The query of the last token of each prompt and the keys of all tokens in one layer, after RoPE.
 
     Attributes:
         query: `[B, H, 1, D]`.
-        keys: `[B, Hkv, T, D]`; where `visible` is False, a copy of one that is visible.
-        visible: bool `[B, T]`, the tokens that it sees.
+        keys: `[B, Hkv, T, D]`; a position that is not visible holds a copy of a visible one.
+        visible: bool `[B, T]`, the tokens that the last one sees.
         visual: int64 `[B, M]`, where the visual tokens stand among the T; meaningless at padding.
         scale: what the layer multiplies the products by.
     """
@@ -78,7 +78,7 @@ class PlainLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """The first layer's input and weights, of which `score_hidden` makes scores without projecting a token.
+    """The first layer's input and weights, from which `score_hidden` computes scores without projecting a token.
 
     Attributes:
         x: `[B, T, hidden]`, whole prompts.
@@ -115,61 +115,61 @@ class PrefillView(ABC):
 
     @abstractmethod
     def text_queries(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries of the text tokens `[B, H, N, D]` and which of them count, bool `[B, N]`."""
+        """Return the queries of the text tokens `[B, H, N, D]` and which of them count, bool `[B, N]`."""
 
     @abstractmethod
     def mean_text_query(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Queries `[B, H, N', D]` whose masked mean is that of all text queries, and their mask `[B, N']` or None.
+        """Return queries `[B, H, N', D]` whose masked mean is that of all text queries, and a mask `[B, N']` or None.
 
-        Where queries are an affine map of the normalised hidden state, averaging commutes with it and `N'` is 1.
+        If queries are an affine map of the normalised hidden state, averaging commutes with the map and `N'` is 1.
         """
 
     @abstractmethod
     def visual_keys(self) -> torch.Tensor:
-        """Keys of the visual tokens `[B, Hkv, M, D]`; finite but meaningless where `candidates` is False."""
+        """Return the keys of the visual tokens `[B, Hkv, M, D]`; finite but meaningless where `candidates` is False."""
 
     def hidden_states(self) -> HiddenStates | None:
-        """What `score_hidden` takes, where the layer's queries and keys are linear in its normalised input; else None.
+        """Return what `score_hidden` takes if queries and keys are linear in the normalised input; otherwise None.
 
-        The cheapest way to scores by first-layer attention: no token is projected, copied or gathered.
+        This is the cheapest way to scores by first-layer attention: no token is projected, copied or gathered.
         """
         return None
 
     @abstractmethod
     def visual_embeddings(self) -> torch.Tensor:
-        """Embeddings of the visual tokens `[B, M, hidden]`; finite but meaningless where `candidates` is False."""
+        """Return the visual tokens' embeddings `[B, M, hidden]`; finite but meaningless where `candidates` is False."""
 
     @abstractmethod
     def encoder_attention(self) -> EncoderAttention:
-        """Attention inside the vision encoder; only for a method that declares `uses_encoder_attention`."""
+        """Return the attention inside the vision encoder; only for a method that declares `uses_encoder_attention`."""
 
     @abstractmethod
     def text_keys(self) -> torch.Tensor:
-        """Keys of the text queries' tokens `[B, Hkv, N, D]`; finite but meaningless at padding."""
+        """Return the keys of the text tokens `[B, Hkv, N, D]`; finite but meaningless at padding."""
 
     @abstractmethod
     def text_embeddings(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings of the text queries' tokens `[B, N, hidden]` and which of them count, bool `[B, N]`."""
+        """Return the embeddings of the text tokens `[B, N, hidden]` and which of them count, bool `[B, N]`."""
 
     @abstractmethod
     def rotated_text_queries(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`text_queries` after RoPE; only for a method that declares `uses_positions`."""
+        """Return `text_queries` after RoPE; only for a method that declares `uses_positions`."""
 
     @abstractmethod
     def rotated_visual_keys(self) -> torch.Tensor:
-        """`visual_keys` after RoPE; only for a method that declares `uses_positions`."""
+        """Return `visual_keys` after RoPE; only for a method that declares `uses_positions`."""
 
     @abstractmethod
     def last_query(self) -> LastQuery:
-        """The last token in layer `hidden_from_layer`, counted from 1; only for a method that declares one."""
+        """Return the last token in layer `hidden_from_layer`, counted from 1; only for a method that declares one."""
 
     @abstractmethod
     def frames(self) -> list[list[list[tuple[int, int]]]]:
-        """For each row, for each of its images, the grids `(h, w)` of its frames.
+        """Return, for each row and each of its images, the grids `(h, w)` of its frames.
 
         Only for a method that declares `uses_grids`.
         """
 
     @abstractmethod
     def row_keys(self) -> list[int]:
-        """For each row a number that depends on its own token ids only, not on padding nor on other rows."""
+        """Return a number for each row that depends on its own token ids only, not on padding or other rows."""
