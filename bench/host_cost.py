@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,12 +29,11 @@ from triton.runtime.jit import JITFunction
 import hawk_kernels
 from bench.cases import QWEN_7B, Case
 from bench.environment import environment, results_folder, write_json
-from bench.inputs import FirstLayer, make_inputs
+from bench.inputs import make_inputs
 from bench.timing import rotate, spread, synchronize
 from hawk_kernels.backends.choose import load_backend
-from hawk_kernels.ops import registration as ops
 
-# each operator, and the module of a backend that computes it
+# each operator, and the module that defines it, of the same name among the operators and in each backend
 OPERATORS = {
     "attention_column_mean": "attention_column_mean",
     "compact": "compact",
@@ -70,20 +70,15 @@ def public_calls(device: torch.device) -> dict[str, Callable[[], object]]:
     q_mask, k_mask, layer = hidden.q_mask, hidden.k_mask, hidden.layer
     calls["score_hidden_and_select"] = lambda: hawk_kernels.score_hidden_and_select(
         hidden.x,
-        *_weights(layer),
+        layer,
         hidden.w,
         0.2,
-        num_key_value_heads=QWEN_7B.num_key_value_heads,
         q_mask=q_mask,
         k_mask=k_mask,
         normalize="l2",
         **backend,
     )
     return calls
-
-
-def _weights(layer: FirstLayer) -> tuple[Any, ...]:
-    return layer.norm_weight, layer.norm_eps, layer.wq, layer.bq, layer.wk, layer.bk
 
 
 @contextmanager
@@ -111,7 +106,8 @@ class Recorder:
 
 def layers(call: Callable[[], object], device: torch.device) -> dict[str, Callable[[], object]]:
     """The same call entered at each level: public function, operator, backend; and its allocations and launches."""
-    operators = {name: Recorder(getattr(ops, name)) for name in OPERATORS}
+    modules = {name: import_module(f"hawk_kernels.ops.{stem}") for name, stem in OPERATORS.items()}
+    operators = {name: Recorder(getattr(module, f"_{name}")) for name, module in modules.items()}
     functions = {name: Recorder(getattr(load_backend("triton", stem), name)) for name, stem in OPERATORS.items()}
     kernels: list[tuple[Any, tuple, dict]] = []
     allocations: list[tuple[tuple, dict]] = []
@@ -128,13 +124,13 @@ def layers(call: Callable[[], object], device: torch.device) -> dict[str, Callab
     with launches(no_launch):
         call()
     with (
-        mock.patch.multiple(ops, **operators),
         ExitStack() as patches,
         mock.patch.object(torch, "empty", record_allocation),
         launches(record_launch),
     ):
-        for name, function in functions.items():
-            patches.enter_context(mock.patch.object(load_backend("triton", OPERATORS[name]), name, function))
+        for name, module in modules.items():
+            patches.enter_context(mock.patch.object(module, f"_{name}", operators[name]))
+            patches.enter_context(mock.patch.object(load_backend("triton", OPERATORS[name]), name, functions[name]))
         call()
     entered = {"call": call}
     for level, recorders in (("operator", operators), ("backend", functions)):

@@ -196,14 +196,11 @@ def _check_hidden(case: Case, device: torch.device, home: torch.device) -> str:
 
 
 def _hidden_selection(inputs: HiddenStates, case: Case) -> Selection:
-    layer = inputs.layer
-    weights = (layer.norm_weight, layer.norm_eps, layer.wq, layer.bq, layer.wk, layer.bk)
     return hawk_kernels.score_hidden_and_select(
         inputs.x,
-        *weights,
+        inputs.layer,
         inputs.w,
         0.2,
-        num_key_value_heads=case.decoder.num_key_value_heads,
         q_mask=inputs.q_mask,
         k_mask=inputs.k_mask,
         normalize=case.normalize,

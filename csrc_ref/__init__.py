@@ -10,16 +10,14 @@ from csrc_ref.compact import Compacted, compact
 from csrc_ref.dart_select import dart_select
 from csrc_ref.evenly_spread import evenly_spread
 from csrc_ref.fastv_scores import fastv_scores
-from csrc_ref.greedy_dpp import greedy_dpp
-from csrc_ref.greedy_max_min import greedy_max_min
+from csrc_ref.greedy import greedy_dpp, greedy_max_min
 from csrc_ref.head_importance import head_importance
 from csrc_ref.hiprune_select import hiprune_select
 from csrc_ref.key_norm_scores import key_norm_scores
 from csrc_ref.random_scores import random_scores
 from csrc_ref.rotated import rotated
-from csrc_ref.score_and_select import score_and_select
-from csrc_ref.score_hidden import score_hidden_and_select
-from csrc_ref.score_tokens import score_tokens
+from csrc_ref.score_and_select import score_and_select, score_tokens
+from csrc_ref.score_hidden import score_hidden, score_hidden_and_select
 from csrc_ref.select_topk import Selection, select_topk
 
 __all__ = [
@@ -39,6 +37,7 @@ __all__ = [
     "random_scores",
     "rotated",
     "score_and_select",
+    "score_hidden",
     "score_hidden_and_select",
     "score_tokens",
     "select_topk",

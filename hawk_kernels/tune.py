@@ -30,6 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hawk_kernels.layer import Layer
+
 if TYPE_CHECKING:
     from hawk_kernels.backends.kernels.configs import Shape
     from hawk_kernels.selection import Selection
@@ -142,8 +144,8 @@ def problem(kernel: str, shape: Shape, device: torch.device, model: Model) -> Pr
         wq, wk = (normal(count, model.hidden_size, scale=model.hidden_size**-0.5) for count in outputs)
         visual = (torch.arange(num_tokens, device=device) < shape.tokens).expand(shape.rows, -1)
         gamma = normal(model.hidden_size)
-        layer = (x, gamma, 1e-6, wq, normal(outputs[0]), wk, normal(outputs[1]), w)
-        arguments = (*layer, _KEEP_RATIO, model.num_key_value_heads, ~visual, visual, "l2", head_dim**-0.5, "floor")
+        layer = Layer(gamma, 1e-6, wq, normal(outputs[0]), wk, normal(outputs[1]))
+        arguments = (x, layer, w, _KEEP_RATIO, ~visual, visual, "l2", head_dim**-0.5, "floor")
     name = "score_and_select" if kernel == "score_and_select" else "score_hidden_and_select"
     reference, backend = load_backend("torch", kernel), load_backend("triton", kernel)
     expected = getattr(reference, name)(*arguments).scores
