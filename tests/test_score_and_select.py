@@ -144,7 +144,7 @@ BAD_CALLS = {
     "device": (dict(k=K.to("meta")), ValueError, "k: expected device cpu as q, got meta; use k.to"),
     "mask device": (dict(k_mask=torch.ones(2, 5, device="meta") > 0), ValueError, "k_mask: expected device cpu"),
     "rounding": (dict(rounding="round"), ValueError, "rounding: expected 'floor' .* or 'ceil' .*, got 'round'"),
-    "r zero": (dict(r=0.0), ValueError, r"r: expected a float in \(0, 1\].*got 0.0; a fraction .* kept, not removed"),
+    "r zero": (dict(r=0.0), ValueError, r"r: expected a float in \(0, 1\].*got 0.0; it is the fraction kept, not"),
     "r above one": (dict(r=1.5), ValueError, "for a budget pass the int 2"),
     "r percent": (dict(r=20.0), ValueError, "for a budget pass the int 20"),
     "r nan": (dict(r=float("nan")), ValueError, "got nan"),

@@ -8,7 +8,7 @@ import torch
 
 from hawk_kernels.methods.view import PrefillView, Segments
 from hawk_kernels.ops.select_topk import select_topk
-from hawk_kernels.selection import ROUNDINGS, Selection, kept_count
+from hawk_kernels.selection import Selection, kept_count
 
 
 class Method(ABC):
@@ -106,13 +106,6 @@ def merged_segments(kept: torch.Tensor, scores: torch.Tensor, segments: Segments
     slot = torch.where(mask, mask.cumsum(1) - 1, segments.kept_per_row)
     indices = slot.new_full((batch, segments.kept_per_row + 1), -1).scatter_(1, slot, order)
     return Selection(mask, indices[:, :-1], scores)
-
-
-def check_rounding(rounding: str) -> str:
-    """`rounding`, or a ValueError where it is none."""
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding: expected 'floor' (paper) or 'ceil' (release), got {rounding!r}")
-    return rounding
 
 
 def of_units(tensor: torch.Tensor, view: PrefillView) -> torch.Tensor:

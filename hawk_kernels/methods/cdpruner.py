@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import JointMethod, candidates_of_units, check_rounding, of_rows, of_units
+from hawk_kernels.methods.base import JointMethod, candidates_of_units, of_rows, of_units
 from hawk_kernels.methods.view import PrefillView
 from hawk_kernels.ops.greedy import greedy_dpp
 from hawk_kernels.selection import Selection
+from hawk_kernels.validation import check_rounding
 
 _LEAST = 1e-6
 

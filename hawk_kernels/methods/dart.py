@@ -6,10 +6,11 @@ import numbers
 
 import torch
 
-from hawk_kernels.methods.base import JointMethod, candidates_of_units, check_rounding, of_rows, of_units
+from hawk_kernels.methods.base import JointMethod, candidates_of_units, of_rows, of_units
 from hawk_kernels.methods.view import PrefillView
 from hawk_kernels.ranking import order_key, rank
 from hawk_kernels.selection import Selection, kept_counts, max_kept
+from hawk_kernels.validation import check_rounding
 
 
 class Dart(JointMethod):

@@ -6,9 +6,10 @@ import math
 
 import torch
 
-from hawk_kernels.methods.base import JointMethod, candidates_of_units, check_rounding, of_rows
+from hawk_kernels.methods.base import JointMethod, candidates_of_units, of_rows
 from hawk_kernels.methods.view import PrefillView
 from hawk_kernels.selection import Selection, max_kept
+from hawk_kernels.validation import check_rounding
 
 Frame = tuple[int, int]
 

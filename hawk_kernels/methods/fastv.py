@@ -6,9 +6,10 @@ import numbers
 
 import torch
 
-from hawk_kernels.methods.base import Method, check_rounding
+from hawk_kernels.methods.base import Method
 from hawk_kernels.methods.view import PrefillView
 from hawk_kernels.ops.attention_column_mean import attention_column_mean
+from hawk_kernels.validation import check_rounding
 
 
 class FastV(Method):

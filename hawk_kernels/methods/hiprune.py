@@ -7,10 +7,11 @@ import numbers
 
 import torch
 
-from hawk_kernels.methods.base import Method, check_rounding, merged_segments
+from hawk_kernels.methods.base import Method, merged_segments
 from hawk_kernels.methods.view import PrefillView
 from hawk_kernels.ops.hiprune_select import HiPruneChoice, checked_alpha, choose, grid_neighbours, num_anchors
 from hawk_kernels.selection import Selection
+from hawk_kernels.validation import check_rounding
 
 
 class HiPrune(Method):

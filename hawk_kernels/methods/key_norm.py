@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import Method, check_rounding
+from hawk_kernels.methods.base import Method
 from hawk_kernels.methods.view import PrefillView
+from hawk_kernels.validation import check_rounding
 
 KEEPS = ("longest", "shortest")
 

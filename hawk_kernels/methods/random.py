@@ -7,8 +7,9 @@ import numbers
 import numpy as np
 import torch
 
-from hawk_kernels.methods.base import Method, check_rounding
+from hawk_kernels.methods.base import Method
 from hawk_kernels.methods.view import PrefillView
+from hawk_kernels.validation import check_rounding
 
 _STEP = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
