@@ -15,10 +15,10 @@ import torch
 
 import hawk_kernels
 from bench.cases import KEEP_RATIO, Case
-from bench.inputs import FirstLayer, HiddenStates, Inputs, QueriesAndKeys, Scores
+from bench.inputs import HiddenStates, Inputs, QueriesAndKeys, Scores, projected
 from bench.parity import Parity, check_kept, check_selection
 from bench.released import released_steps, released_steps_from_hidden
-from hawk_kernels import Selection
+from hawk_kernels import Layer, Selection
 
 OURS, RELEASED, STRONG = "ours", "released steps", "strong PyTorch"
 # What computing in the inputs' dtype may cost, relative to the largest score.
@@ -81,8 +81,9 @@ def strong_projections(inputs: HiddenStates) -> tuple[torch.Tensor, torch.Tensor
     """Project `q [B, H, 1, D]` of the averaged text and `k [B, Hkv, M, D]` of the visual tokens alone."""
     x, layer = inputs.x, inputs.layer
     text, visual = (_norm(x[:, positions], layer) for positions in (inputs.queries, inputs.visual))
-    q = layer.projected(text.mean(dim=1, keepdim=True), layer.wq, layer.bq)
-    return q, layer.projected(visual, layer.wk, layer.bk)
+    head_dim = layer.wq.shape[0] // inputs.w.shape[0]
+    q = projected(text.mean(dim=1, keepdim=True), layer.wq, layer.bq, head_dim)
+    return q, projected(visual, layer.wk, layer.bk, head_dim)
 
 
 def top_k_sorted(scores: torch.Tensor, r: float) -> torch.Tensor:
@@ -167,5 +168,5 @@ def _from_hidden(case: Case, inputs: HiddenStates) -> list[Contender]:
     return found
 
 
-def _norm(x: torch.Tensor, layer: FirstLayer) -> torch.Tensor:
+def _norm(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     return torch.nn.functional.rms_norm(x, x.shape[-1:], layer.norm_weight, layer.norm_eps)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,9 +32,8 @@ from bench.environment import environment, write_json
 from bench.inputs import HiddenStates, QueriesAndKeys, Scores, make_inputs
 from bench.timing import rotate, spread, synchronize
 from hawk_kernels.backends.choose import load_backend
-from hawk_kernels.ops import registration as ops
 
-# each operator, and the module of a backend that computes it
+# each operator, and the module that defines it, of the same name among the operators and in each backend
 OPERATORS = {
     "attention_column_mean": "attention_column_mean",
     "compact": "compact",
@@ -100,7 +100,8 @@ class Recorder:
 
 def layers(call: Callable[[], object], device: torch.device) -> dict[str, Callable[[], object]]:
     """Return one call entered at each level (public function, operator, backend), its allocations and its launches."""
-    operators: dict[str, Any] = {name: Recorder(getattr(ops, name)) for name in OPERATORS}
+    modules = {name: import_module(f"hawk_kernels.ops.{stem}") for name, stem in OPERATORS.items()}
+    operators: dict[str, Any] = {name: Recorder(getattr(module, f"_{name}")) for name, module in modules.items()}
     functions = {name: Recorder(getattr(load_backend("triton", stem), name)) for name, stem in OPERATORS.items()}
     kernels: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     allocations: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -117,13 +118,13 @@ def layers(call: Callable[[], object], device: torch.device) -> dict[str, Callab
     with launches(no_launch):
         call()
     with (
-        mock.patch.multiple(ops, **operators),
         ExitStack() as patches,
         mock.patch.object(torch, "empty", record_allocation),
         launches(record_launch),
     ):
-        for name, function in functions.items():
-            patches.enter_context(mock.patch.object(load_backend("triton", OPERATORS[name]), name, function))
+        for name, module in modules.items():
+            patches.enter_context(mock.patch.object(module, f"_{name}", operators[name]))
+            patches.enter_context(mock.patch.object(load_backend("triton", OPERATORS[name]), name, functions[name]))
         call()
     entered = {"call": call}
     for level, recorders in (("operator", operators), ("backend", functions)):

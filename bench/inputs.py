@@ -9,6 +9,7 @@ import torch
 
 import csrc_ref
 from bench.cases import Case
+from hawk_kernels import Layer
 
 # Tokens of text before the image and after the question, which are not scored.
 _BEFORE, _AFTER = 15, 5
@@ -39,34 +40,11 @@ class QueriesAndKeys:
 
 
 @dataclass(frozen=True)
-class FirstLayer:
-    """The weights of a decoder's first layer that scoring needs."""
-
-    norm_weight: torch.Tensor
-    norm_eps: float
-    wq: torch.Tensor
-    bq: torch.Tensor
-    wk: torch.Tensor
-    bk: torch.Tensor
-    head_dim: int
-
-    def projected(self, normalized: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Project `[B, T, C]` to `[B, heads, T, D]`."""
-        projected = torch.nn.functional.linear(normalized, weight, bias)
-        return projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
-
-    def to(self, target: torch.device | torch.dtype) -> FirstLayer:
-        """Copy the weights to another device or dtype."""
-        norm_weight, wq, bq, wk, bk = (x.to(target) for x in (self.norm_weight, self.wq, self.bq, self.wk, self.bk))
-        return FirstLayer(norm_weight, self.norm_eps, wq, bq, wk, bk, self.head_dim)
-
-
-@dataclass(frozen=True)
 class HiddenStates:
     """The input of the first decoder layer, `x [B, T, C]`: text, image, question, text."""
 
     x: torch.Tensor
-    layer: FirstLayer
+    layer: Layer
     w: torch.Tensor
     queries: slice
     visual: slice
@@ -88,12 +66,8 @@ class HiddenStates:
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `score_hidden` and `score_hidden_and_select` that these inputs determine."""
-        layer = self.layer
-        weights = {"norm_weight": layer.norm_weight, "norm_eps": layer.norm_eps}
-        weights |= {"wq": layer.wq, "bq": layer.bq, "wk": layer.wk, "bk": layer.bk}
-        num_key_value_heads = len(layer.wk) // layer.head_dim
         masks = {"q_mask": self.q_mask, "k_mask": self.k_mask}
-        return {"x": self.x, **weights, "w": self.w, "num_key_value_heads": num_key_value_heads, **masks}
+        return {"x": self.x, "layer": self.layer, "w": self.w, **masks}
 
     def _mask(self, positions: slice) -> torch.Tensor:
         mask = torch.zeros(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
@@ -102,8 +76,9 @@ class HiddenStates:
 
     def expected(self, case: Case) -> torch.Tensor:
         layer = self.layer.to(torch.float64)
+        head_dim = layer.wq.shape[0] // self.w.shape[0]
         q, k = (
-            layer.projected(_rms_norm(self.x[:, positions].double(), layer), weight, bias)
+            projected(_rms_norm(self.x[:, positions].double(), layer), weight, bias, head_dim)
             for positions, weight, bias in ((self.queries, layer.wq, layer.bq), (self.visual, layer.wk, layer.bk))
         )
         scores: torch.Tensor = csrc_ref.score_tokens(q, k, self.w.double(), normalize=case.normalize)
@@ -112,7 +87,12 @@ class HiddenStates:
         return everywhere
 
 
-def _rms_norm(x: torch.Tensor, layer: FirstLayer) -> torch.Tensor:
+def projected(normalized: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, head_dim: int) -> torch.Tensor:
+    """Project `[B, T, C]` to the heads of a layer, `[B, heads, T, D]`."""
+    return torch.nn.functional.linear(normalized, weight, bias).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def _rms_norm(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + layer.norm_eps) * layer.norm_weight
 
 
@@ -135,14 +115,14 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         q = random(batch, num_heads, case.num_queries, head_dim)
         return QueriesAndKeys(q, random(batch, num_key_value_heads, case.num_keys, head_dim), w)
     hidden = decoder.hidden_size
-    layer = FirstLayer(
+    layer = Layer(
         norm_weight=1 + random(hidden, scale=0.1),
         norm_eps=1e-6,
         wq=random(num_heads * head_dim, hidden, scale=hidden**-0.5),
         bq=random(num_heads * head_dim, scale=0.1),
         wk=random(num_key_value_heads * head_dim, hidden, scale=hidden**-0.5),
         bk=random(num_key_value_heads * head_dim, scale=0.1),
-        head_dim=head_dim,
+        num_key_value_heads=num_key_value_heads,
     )
     visual = slice(_BEFORE, _BEFORE + case.num_keys)
     queries = slice(visual.stop, visual.stop + case.num_queries)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.inputs import FirstLayer
+from bench.inputs import projected
+from hawk_kernels import Layer
 
 
 def released_steps(
@@ -38,7 +39,7 @@ def released_steps(
 
 def released_steps_from_hidden(
     x: torch.Tensor,
-    layer: FirstLayer,
+    layer: Layer,
     w: torch.Tensor,
     queries: slice,
     visual: slice,
@@ -47,8 +48,9 @@ def released_steps_from_hidden(
 ) -> torch.Tensor:
     """Return ascending indices `[B, K]` among the visual tokens of `x [B, T, C]`; all tokens are projected."""
     normalized = torch.nn.functional.rms_norm(x, x.shape[-1:], layer.norm_weight, layer.norm_eps)
-    q = layer.projected(normalized, layer.wq, layer.bq)
-    k = layer.projected(normalized, layer.wk, layer.bk)
+    head_dim = layer.wq.shape[0] // w.shape[0]
+    q = projected(normalized, layer.wq, layer.bq, head_dim)
+    k = projected(normalized, layer.wk, layer.bk, head_dim)
     return released_steps(q[:, :, queries], k[:, :, visual], w, keep_ratio, normalize)
 
 

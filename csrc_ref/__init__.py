@@ -7,13 +7,11 @@ operators are exported below; the test of a method imports the reference of that
 
 from csrc_ref.attention_column_mean import attention_column_mean
 from csrc_ref.compact import Compacted, compact
-from csrc_ref.greedy_dpp import greedy_dpp
-from csrc_ref.greedy_max_min import greedy_max_min
+from csrc_ref.greedy import greedy_dpp, greedy_max_min
 from csrc_ref.head_importance import head_importance
 from csrc_ref.hiprune_select import hiprune_select
-from csrc_ref.score_and_select import score_and_select
-from csrc_ref.score_hidden import score_hidden_and_select
-from csrc_ref.score_tokens import score_tokens
+from csrc_ref.score_and_select import score_and_select, score_tokens
+from csrc_ref.score_hidden import score_hidden, score_hidden_and_select
 from csrc_ref.select_topk import Selection, select_topk
 
 __all__ = [
@@ -26,6 +24,7 @@ __all__ = [
     "head_importance",
     "hiprune_select",
     "score_and_select",
+    "score_hidden",
     "score_hidden_and_select",
     "score_tokens",
     "select_topk",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hawk_kernels.layer import Layer
 from hawk_kernels.ops.attention_column_mean import attention_column_mean
 from hawk_kernels.ops.compact import Compacted, compact
 from hawk_kernels.ops.greedy import greedy_dpp, greedy_max_min
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Compacted",
+    "Layer",
     "Pruning",
     "Selection",
     "attention_column_mean",

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hawk_kernels.argument_types import whole_number
 from hawk_kernels.checkpoint import TINY_MODEL, CheckpointError, ask_about, find_device, first_line, load_checkpoint
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
-    parser.add_argument("--max-new-tokens", type=_positive, default=64, help="longest answer (default: 64)")
+    parser.add_argument("--max-new-tokens", type=whole_number(1), default=64, help="longest answer (default: 64)")
     parser.add_argument("--output", default=None, help="where the overlay goes (default: overlay_METHOD.png here)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
@@ -278,12 +279,6 @@ def _keep_ratio(text: str) -> float | int:
             f"{text} is out of range; give a share above 0 and up to 1.0, or a whole number of tokens from 1."
         )
     return value
-
-
-def _positive(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1.")
-    return int(text)
 
 
 def _need_packages() -> None:

@@ -10,9 +10,10 @@ import torch
 
 ROUNDINGS = ("floor", "ceil")
 
-# Row lengths are below 2**31, so a fraction with a denominator below 2**31 gives every row the exact
-# count and `length * numerator` still fits in int64 on a device.
+# A row length below 2**31 times a numerator below 2**31 still fits into an int64 on a device.
 _MAX_DENOMINATOR = 2**31 - 1
+# Two fractions with denominators up to this differ by more than twice _ROUNDING, so at most one of them is meant.
+_MAX_SIMPLE_DENOMINATOR = 2**25
 _ROUNDING = Fraction(1, 2**52)
 
 
@@ -30,48 +31,34 @@ class Selection(NamedTuple):
     scores: torch.Tensor
 
 
-def _simplest_between(low: Fraction, high: Fraction) -> Fraction:
-    """The fraction with the smallest denominator in `[low, high]`, `0 <= low <= high` (Stern-Brocot descent)."""
-    whole = low.numerator // low.denominator
-    if low == whole:
-        return Fraction(whole)
-    if high >= whole + 1:
-        return Fraction(whole + 1)
-    return whole + 1 / _simplest_between(1 / (high - whole), 1 / (low - whole))
-
-
 @lru_cache(maxsize=1024)
 def keep_fraction(keep_ratio: float, rounding: str) -> tuple[int, int]:
-    """The keep ratio as `(numerator, denominator)`, both below 2**31, as a person meant it.
+    """Read a keep ratio as the fraction that its author meant, `(numerator, denominator)`, both below 2**31.
 
-    0.29 is not a binary fraction: `int(0.29 * 100)` is 28. A person who writes `0.29` means 29/100, one who writes
-    `1 / 3` a third and one who writes `1 - 0.8` a fifth, so the ratio is read as the simplest fraction within the
-    rounding of such a subtraction, 2**-52. Where that fraction needs a larger denominator, its neighbour below
-    (`floor`) or above (`ceil`) among the fractions with denominators below 2**31 gives the same count for every row
-    length below 2**31.
+    0.29 is not a binary fraction, and `int(0.29 * 100)` is 28. Whoever writes `0.29` means 29/100, whoever writes
+    `1 / 3` means a third, and whoever writes `1 - 0.8` means a fifth. So a ratio is read as the fraction with a
+    denominator up to 2**25 that lies within the rounding error of such a subtraction, 2**-52. If there is none, its
+    neighbour below (`floor`) or above (`ceil`) among the fractions with denominators below 2**31 is taken instead,
+    which gives the count of the ratio itself for every row of fewer than 2**25 tokens.
     """
     exact = Fraction(keep_ratio)
     tolerance = _ROUNDING if exact * 2**12 >= 1 else exact / 2**40
-    meant = _simplest_between(exact - tolerance, exact + tolerance)
-    if meant.denominator <= _MAX_DENOMINATOR:
-        return meant.numerator, meant.denominator
-    lower, upper = _farey_neighbours(meant)
-    return lower if rounding == "floor" else upper
+    meant = exact.limit_denominator(_MAX_SIMPLE_DENOMINATOR)
+    if abs(meant - exact) > tolerance:
+        meant = _neighbour(exact, rounding)
+    return meant.numerator, meant.denominator
 
 
-def _farey_neighbours(x: Fraction) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The nearest fractions below and above `x` with denominators up to `_MAX_DENOMINATOR` (continued fractions)."""
-    p_before, q_before, p, q = 0, 1, 1, 0
-    numerator, denominator = x.numerator, x.denominator
-    while True:
-        digit = numerator // denominator
-        if q_before + digit * q > _MAX_DENOMINATOR:
-            break
-        p_before, q_before, p, q = p, q, p_before + digit * p, q_before + digit * q
-        numerator, denominator = denominator, numerator - digit * denominator
-    steps = (_MAX_DENOMINATOR - q_before) // q
-    one, other = (p, q), (p_before + steps * p, q_before + steps * q)
-    return (one, other) if Fraction(*one) <= x else (other, one)
+def _neighbour(exact: Fraction, rounding: str) -> Fraction:
+    """The nearest fraction not above (`floor`) or not below (`ceil`) `exact`, its denominator below 2**31."""
+    nearest = exact.limit_denominator(_MAX_DENOMINATOR)
+    step = 1 if rounding == "ceil" else -1
+    if nearest == exact or (nearest > exact) == (step == 1):
+        return nearest
+    # p/q is on the other side of `exact`, and for its neighbour a/b on this side a * q - p * b = step
+    p, q = nearest.numerator, nearest.denominator
+    denominator = _MAX_DENOMINATOR - (_MAX_DENOMINATOR + step * pow(p, -1, q)) % q
+    return Fraction((p * denominator + step) // q, denominator)
 
 
 def kept_count(r: float | int, num_candidates: int, rounding: str = "floor") -> int:

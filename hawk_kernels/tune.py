@@ -3,11 +3,11 @@
     python -m hawk_kernels.tune [--out FILE] [--kernel score_and_select|score_hidden] [--quick] [--fresh]
     python -m hawk_kernels.tune --dry-run [--json]
 
-Every candidate must first select what the PyTorch backend selects; one that fails, does not compile or spills registers
-is not timed. Times are medians of CUDA graph replays with a cold L2 cache, one of each candidate a round so that all
-meet the same machine; after a first look only the best go on. What was measured is kept beside the table as it comes,
-so a run that was killed goes on where it stopped. The table is used where HAWK_KERNELS_CONFIGS names its file.
-`--dry-run` needs no GPU: it lists the candidates and checks some of them at tiny sizes, in Triton's interpreter.
+Every candidate must first select what the PyTorch backend selects. One that fails, does not compile or spills registers
+is not timed. Times come from `triton.testing.do_bench_cudagraph` with a cold L2 cache. Results are written as they come
+to a partial table beside the table, so that a run that was killed can be repeated and continues where it stopped.
+Kernels use the table where HAWK_KERNELS_CONFIGS names its file.
+`--dry-run` needs no GPU: it lists the candidates and checks some of them at tiny sizes in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,12 +29,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hawk_kernels.layer import Layer
+
 if TYPE_CHECKING:
     from hawk_kernels.backends.kernels.configs import Shape
     from hawk_kernels.selection import Selection
 
 PER_MULTIPROCESSOR = "programs_per_multiprocessor"
-# What is not tried out.
+# The same in every candidate.
 _SCORE = {"query_elements": 8192, "sum_block": 256, "max_registers": 255}
 _HIDDEN = {
     "text_parts": 64,
@@ -48,11 +49,10 @@ _HIDDEN = {
 }
 _KERNELS = ("score_and_select", "score_hidden")
 _KEEP_RATIO = 0.2
-# Of the largest score: float32 sums in another order.
+# Relative to the largest score, because float32 sums are taken in another order.
 _TOLERANCE = 2e-5
-_FIRST_ROUNDS, _FIRST_KEPT, _ROUNDS = 5, 6, 30
-_CALLS_IN_A_GRAPH = 5
-# Rows of more tokens than this are measured alone, and what would not fit beside the rest not at all.
+_QUANTILES = {"median": 0.5, "p20": 0.2, "p80": 0.8}
+# Rows of more tokens than this are measured one at a time; inputs that take a larger share of the memory are left out.
 _LONGEST_IN_A_BATCH = 16384
 _MEMORY_SHARE = 0.4
 
@@ -72,7 +72,7 @@ _TINY = Model(4, 2, 64, 3)
 
 
 def candidates(kernel: str, dtype: str, quick: bool = False) -> list[dict[str, int]]:
-    """Configurations worth a try, as tables have them."""
+    """List the configurations that are worth a try, in the form that tables have."""
     programs = (1, 2, 4) if quick else (1, 2, 3, 4, 6)
     if kernel == "score_and_select":
         return [
@@ -98,7 +98,7 @@ def candidates(kernel: str, dtype: str, quick: bool = False) -> list[dict[str, i
 
 
 def shapes(kernel: str, quick: bool = False) -> list[Shape]:
-    """What a table is measured at."""
+    """List the shapes that a table is measured at."""
     from hawk_kernels.backends.kernels.configs import Shape
 
     head_dims = (0,) if kernel == "score_hidden" else (128,) if quick else (128, 256)
@@ -118,7 +118,7 @@ class Problem:
 
 
 def problem(kernel: str, shape: Shape, device: torch.device, model: Model) -> Problem:
-    """Random inputs of a shape, and what the PyTorch backend makes of them."""
+    """Make random inputs of a shape, and compute on them what the PyTorch backend selects."""
     from hawk_kernels.backends.choose import load_backend
 
     generator = torch.Generator(device).manual_seed(0)
@@ -129,7 +129,7 @@ def problem(kernel: str, shape: Shape, device: torch.device, model: Model) -> Pr
 
     w = torch.rand(model.num_heads, generator=generator, device=device)
     head_dim = shape.head_dim or 128
-    arguments: tuple
+    arguments: tuple[Any, ...]
     if kernel == "score_and_select":
         batch = max(1, shape.rows // model.num_key_value_heads)
         q = normal(batch, model.num_heads, model.num_queries, head_dim)
@@ -142,8 +142,8 @@ def problem(kernel: str, shape: Shape, device: torch.device, model: Model) -> Pr
         wq, wk = (normal(count, model.hidden_size, scale=model.hidden_size**-0.5) for count in outputs)
         visual = (torch.arange(num_tokens, device=device) < shape.tokens).expand(shape.rows, -1)
         gamma = normal(model.hidden_size)
-        layer = (x, gamma, 1e-6, wq, normal(outputs[0]), wk, normal(outputs[1]), w)
-        arguments = (*layer, _KEEP_RATIO, model.num_key_value_heads, ~visual, visual, "l2", head_dim**-0.5, "floor")
+        layer = Layer(gamma, 1e-6, wq, normal(outputs[0]), wk, normal(outputs[1]))
+        arguments = (x, layer, w, _KEEP_RATIO, ~visual, visual, "l2", head_dim**-0.5, "floor")
     name = "score_and_select" if kernel == "score_and_select" else "score_hidden_and_select"
     reference, backend = load_backend("torch", kernel), load_backend("triton", kernel)
     expected = getattr(reference, name)(*arguments).scores
@@ -165,7 +165,7 @@ def problem(kernel: str, shape: Shape, device: torch.device, model: Model) -> Pr
 
 
 def refusal(kernel: str, config: dict[str, int], given: Problem, device: torch.device) -> str | None:
-    """Why a candidate is not timed: it does not compile, spills, or selects something else. None where it may be."""
+    """Say why a candidate is not timed: it does not compile, spills, or selects something else; None if it may be."""
     try:
         with launched(kernel) as codes:
             wrong = given.check(given.run(_resolved(kernel, config, device)))
@@ -181,7 +181,7 @@ def refusal(kernel: str, config: dict[str, int], given: Problem, device: torch.d
 
 @contextmanager
 def launched(kernel: str) -> Iterator[list[Any]]:
-    """What Triton has compiled for the launches of a kernel inside; nothing in the interpreter."""
+    """Collect what Triton compiles for the launches of a kernel inside the block; nothing in the interpreter."""
     from hawk_kernels.backends.kernels import score_and_select, score_hidden
 
     module: Any = score_and_select if kernel == "score_and_select" else score_hidden
@@ -207,89 +207,32 @@ def _resolved(kernel: str, config: dict[str, int], device: torch.device) -> Any:
     return resolve(kernel, Entry(Shape("", 0, 0, 0), config), count)
 
 
-class Replay:
-    """Microseconds of a call from a CUDA graph of several, each after a flush of the L2 cache; `None`: of the flush."""
+def microseconds(run: Callable[[], object], flush: Callable[[], object]) -> dict[str, float]:
+    """Median, 20th and 80th percentile of what a call takes on the GPU after `flush`, less what `flush` takes."""
+    from triton.testing import do_bench_cudagraph
 
-    def __init__(self, run: Callable[[], object] | None, flush: Callable[[], object]) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.graph(self._graph):
-            for _ in range(_CALLS_IN_A_GRAPH):
-                flush()
-                if run is not None:
-                    run()
+    def flush_and_run() -> None:
+        flush()
+        run()
 
-    def __call__(self) -> float:
-        self._begin.record()
-        self._graph.replay()
-        self._end.record()
-        self._end.synchronize()
-        return self._begin.elapsed_time(self._end) * 1e3 / _CALLS_IN_A_GRAPH
-
-
-def race(samplers: dict[int, Callable[[], float]], nothing: Callable[[], float]) -> dict[int, dict[str, float]]:
-    """Median, 20th and 80th percentile in microseconds of the candidates that got to the end.
-
-    Args:
-        samplers: of each candidate; one of each is taken a round.
-        nothing: what the clock shows without a call, which is subtracted.
-    """
-    nothing()
-    taken: dict[int, list[float]] = {}
-    for rounds, most in ((_FIRST_ROUNDS, _FIRST_KEPT), (_ROUNDS, len(samplers))):
-        taken = {key: [] for key in samplers}
-        empty = []
-        for _ in range(rounds):
-            empty.append(nothing())
-            for key, sample in samplers.items():
-                taken[key].append(sample())
-        best = sorted(taken, key=lambda key: statistics.median(taken[key]))[:most]
-        samplers = {key: samplers[key] for key in best}
-    base = statistics.median(empty)
-    result = {}
-    for key, samples in taken.items():
-        low, *_, high = statistics.quantiles(samples, n=5, method="inclusive")
-        result[key] = {"median": statistics.median(samples) - base, "p20": low - base, "p80": high - base}
-    return result
-
-
-class Journal:
-    """Shapes that are done, a line each, so that a run can be killed; those of another machine or version are void."""
-
-    def __init__(self, path: Path, about: dict[str, Any], fresh: bool) -> None:
-        self._path = path
-        self._about = about
-        self.lines: dict[str, dict[str, Any]] = {}
-        if fresh:
-            path.unlink(missing_ok=True)
-        for text in path.read_text().splitlines() if path.exists() else []:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # the process was killed while it wrote
-            if line["about"] == about:
-                self.lines[line["key"]] = line
-
-    def add(self, key: str, line: dict[str, Any]) -> None:
-        """Keep what is known of a shape."""
-        self.lines[key] = {"key": key, "about": self._about, **line}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.write("\n" * _ends_in_a_line(self._path) + json.dumps(self.lines[key]) + "\n")
-
-    def remove(self) -> None:
-        """The table holds it all."""
-        self._path.unlink(missing_ok=True)
-
-
-def _ends_in_a_line(path: Path) -> bool:
-    """Whether the last line was cut off."""
-    content = path.read_bytes() if path.exists() else b""
-    return bool(content) and not content.endswith(b"\n")
+    base = do_bench_cudagraph(flush, return_mode="median")
+    times = do_bench_cudagraph(flush_and_run, quantiles=list(_QUANTILES.values()))
+    return {name: (time - base) * 1e3 for name, time in zip(_QUANTILES, times, strict=True)}
 
 
 def measure(kernel: str, shape: Shape, device: torch.device, tried: list[dict[str, int]]) -> dict[str, Any]:
-    """The fastest candidate of a shape, its times and those of the table that is in use; and what was refused."""
+    """Find the fastest candidate of a shape.
+
+    Args:
+        kernel: its name.
+        shape: what is measured.
+        device: a GPU.
+        tried: the candidates, of which the first is what the table in use has.
+
+    Returns:
+        `config` and its `microseconds`, and `in_use`, the microseconds of the first candidate; without these where no
+        candidate may be used. `refused` says which may not, and why.
+    """
     given = problem(kernel, shape, device, _QWEN_7B)
     refused, allowed = [], {}
     for number, config in enumerate(tried):
@@ -307,18 +250,16 @@ def measure(kernel: str, shape: Shape, device: torch.device, tried: list[dict[st
     def flush() -> None:
         torch.sum(buffer, dim=0, out=total)
 
-    flush()
-    torch.cuda.synchronize(device)
-    samplers: dict[int, Callable[[], float]] = {}
-    for number, config in allowed.items():
-        samplers[number] = Replay(partial(given.run, _resolved(kernel, config, device)), flush)
-    times = race(samplers, Replay(None, flush))
+    times = {
+        number: microseconds(partial(given.run, _resolved(kernel, config, device)), flush)
+        for number, config in allowed.items()
+    }
     best = min(times, key=lambda number: times[number]["median"])
     return {"config": tried[best], "microseconds": times[best], "in_use": times.get(0), "refused": refused}
 
 
 def in_use(kernel: str, shape: Shape, architecture: str) -> dict[str, int] | None:
-    """The entry that a launch of this shape takes now, from the package's tables."""
+    """Look up what a launch of this shape uses now, from the package's tables."""
     from hawk_kernels.backends.kernels.configs import committed_table, find_entry, nearest_architecture
 
     entry, _ = find_entry(committed_table(nearest_architecture(architecture)), kernel, shape)
@@ -326,7 +267,7 @@ def in_use(kernel: str, shape: Shape, architecture: str) -> dict[str, int] | Non
 
 
 def bytes_of(kernel: str, shape: Shape) -> int:
-    """About what the inputs of a shape and their reference take."""
+    """Estimate the bytes of a shape's inputs and of their reference."""
     wide = 4 if shape.dtype == "fp32" else 2
     if kernel == "score_and_select":
         return shape.rows * shape.tokens * shape.head_dim * (wide + 4)
@@ -334,62 +275,85 @@ def bytes_of(kernel: str, shape: Shape) -> int:
 
 
 def tune(kernels: Sequence[str], out: Path, quick: bool, fresh: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure all shapes on the current GPU, write the table to `out` and return it."""
-    import triton
+    """Measure all shapes on the current GPU, write the table to `out` and return it.
 
-    from hawk_kernels.backends.kernels import configs
+    Args:
+        kernels: their names.
+        out: where the table goes.
+        quick: measure few shapes and candidates.
+        fresh: forget what a run that was killed had measured.
+        say: takes a line about each shape.
+    """
+    from hawk_kernels.backends.kernels.configs import load_table
 
     device = torch.device("cuda", torch.cuda.current_device())
-    properties = torch.cuda.get_device_properties(device)
-    architecture = configs.architecture_of(device)
-    about = {
+    memory = torch.cuda.get_device_properties(device).total_memory
+    partial_out = out.with_suffix(".partial.json")
+    table = _empty_table(device, quick)
+    measured = {} if fresh else _measured_before(partial_out, table)
+    wanted = [(kernel, shape) for kernel in kernels for shape in shapes(kernel, quick)]
+    for number, (kernel, shape) in enumerate(wanted, 1):
+        about_shape = " ".join(f"{name}={value}" for name, value in shape._asdict().items())
+        label = f"[{number}/{len(wanted)}] {kernel} {about_shape}"
+        if (kernel, *shape) in measured:
+            table[kernel].append(measured[(kernel, *shape)])
+            say(f"{label}: measured before")
+            continue
+        if bytes_of(kernel, shape) > memory * _MEMORY_SHARE:
+            say(f"{label}: left out, does not fit this GPU's memory")
+            continue
+        start = time.perf_counter()
+        tried = candidates(kernel, shape.dtype, quick)
+        now = in_use(kernel, shape, table["architecture"])
+        tried = [] if now is None else [now, *(config for config in tried if config != now)]
+        try:
+            found = measure(kernel, shape, device, tried)
+        except torch.OutOfMemoryError:
+            say(f"{label}: left out, does not fit this GPU's memory")
+            continue
+        if "config" in found:
+            entry = {"shape": shape._asdict(), **{name: found[name] for name in ("config", "microseconds", "in_use")}}
+            table[kernel].append(entry)
+            _write(partial_out, table)
+        say(f"{label}: {_summary(found)} ({time.perf_counter() - start:.0f} s)")
+    _write(partial_out, table)
+    load_table(partial_out)
+    partial_out.replace(out)
+    return table
+
+
+def _empty_table(device: torch.device, quick: bool) -> dict[str, Any]:
+    import triton
+
+    from hawk_kernels.backends.kernels.configs import architecture_of
+
+    return {
+        "architecture": architecture_of(device),
+        "source": f"measured by python -m hawk_kernels.tune{' --quick' if quick else ''}, cold L2, graph replay",
+        "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
         "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "kernels": _digest(),
-    }
-    journal = Journal(out.with_suffix(".partial.jsonl"), about, fresh)
-    wanted = [(kernel, shape) for kernel in kernels for shape in shapes(kernel, quick)]
-    table: dict[str, Any] = {
-        "architecture": architecture,
-        "source": f"measured by python -m hawk_kernels.tune{' --quick' if quick else ''}, cold L2, graph replay",
-        "multiprocessors": properties.multi_processor_count,
-        **about,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **{kernel: [] for kernel in _KERNELS},
     }
-    for number, (kernel, shape) in enumerate(wanted, 1):
-        about_shape = " ".join(f"{name}={value}" for name, value in shape._asdict().items())
-        label = f"[{number}/{len(wanted)}] {kernel} {about_shape}"
-        key = json.dumps([kernel, *shape, quick])
-        line = journal.lines.get(key)
-        if line is not None:
-            say(f"{label}: measured before")
-        elif bytes_of(kernel, shape) > properties.total_memory * _MEMORY_SHARE:
-            say(f"{label}: left out, does not fit this GPU's memory")
-            continue
-        else:
-            start = time.perf_counter()
-            tried = candidates(kernel, shape.dtype, quick)
-            now = in_use(kernel, shape, architecture)
-            tried = [] if now is None else [now, *(config for config in tried if config != now)]
-            try:
-                line = measure(kernel, shape, device, tried)
-            except torch.OutOfMemoryError:
-                say(f"{label}: left out, does not fit this GPU's memory")
-                continue
-            journal.add(key, line)
-            say(f"{label}: {_summary(line)} ({time.perf_counter() - start:.0f} s)")
-        if "config" in line:
-            entry = {"shape": shape._asdict(), **{name: line[name] for name in ("config", "microseconds", "in_use")}}
-            table[kernel].append(entry)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    written = out.with_suffix(".tmp")
+
+
+def _measured_before(path: Path, table: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The entries of a partial table, by kernel and shape; none where it is of another machine, version or code."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if any(before.get(name) != value for name, value in table.items() if name not in ("date", *_KERNELS)):
+        return {}
+    return {(kernel, *entry["shape"].values()): entry for kernel in _KERNELS for entry in before[kernel]}
+
+
+def _write(path: Path, table: dict[str, Any]) -> None:
+    """Write a table whole: whoever reads the file finds the table before or this one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(".tmp")
     written.write_text(json.dumps(table, indent=1) + "\n")
-    configs.load_table(written)
-    written.replace(out)
-    journal.remove()
-    return table
+    written.replace(path)
 
 
 def _summary(line: dict[str, Any]) -> str:
@@ -401,7 +365,7 @@ def _summary(line: dict[str, Any]) -> str:
 
 
 def _digest() -> str:
-    """Of the kernels' code, as times of other code say nothing."""
+    """Hash the kernels' code, because times of other code say nothing about it."""
     sources = sorted((Path(__file__).parent / "backends" / "kernels").glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
@@ -419,14 +383,14 @@ def rehearse(kernels: Sequence[str], device: torch.device) -> Iterator[dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m hawk_kernels.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="the table; default: ~/.cache/hawk_kernels/ARCHITECTURE.json")
     parser.add_argument("--kernel", choices=_KERNELS, action="append", help="default: all")
     parser.add_argument("--quick", action="store_true", help="the shapes that matter most, few candidates: minutes")
-    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run had measured")
+    parser.add_argument("--fresh", action="store_true", help="forget what a run that was killed had measured")
     parser.add_argument("--dry-run", action="store_true", help="list and check candidates, measure nothing")
     parser.add_argument("--json", action="store_true", help="print the result as JSON; progress goes to stderr")
     options = parser.parse_args(arguments)

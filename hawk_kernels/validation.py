@@ -52,10 +52,11 @@ def check_normalize(normalize: object) -> None:
         )
 
 
-def check_rounding(rounding: object) -> None:
-    """`rounding` is a known name."""
+def check_rounding(rounding: str) -> str:
+    """Return `rounding`, or raise a ValueError if it is not a known name."""
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding: expected 'floor' (paper) or 'ceil' (release), got {rounding!r}")
+    return rounding
 
 
 def as_written(ratio: Any) -> float:
@@ -65,28 +66,41 @@ def as_written(ratio: Any) -> float:
     return float(ratio)
 
 
-def checked_keep(r: object, num_keys: int, masked: bool) -> tuple[float, int | torch.SymInt]:
-    """A keep ratio as `(ratio, 0)`, a budget as `(1.0, budget)`."""
-    expected = "r: expected a float in (0, 1] (the fraction kept) or an int >= 1 (a budget)"
-    if isinstance(r, bool) or not isinstance(r, (numbers.Real, torch.SymInt, torch.SymFloat)):
-        remedy = "read it first: r.item() waits for the device" if isinstance(r, torch.Tensor) else "0.2 keeps a fifth"
-        raise TypeError(f"{expected}, got {type(r).__name__}; {remedy}")
-    if isinstance(r, (numbers.Integral, torch.SymInt)):
-        budget = r if isinstance(r, torch.SymInt) else min(int(r), _MAX_BUDGET)
+def checked_keep_ratio(name: str, value: object) -> float | int:
+    """Return what says how much is kept, a float in (0, 1] or an int >= 1, or raise an error that calls it `name`.
+
+    A symbolic int, as `torch.compile` passes one, stays symbolic.
+    """
+    expected = f"{name}: expected a float in (0, 1] (the fraction kept) or an int >= 1 (a budget)"
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        has_item = hasattr(value, "item")
+        remedy = f"read it first: {name}.item() waits for the device" if has_item else "0.2 keeps a fifth"
+        raise TypeError(f"{expected}, got {type(value).__name__}; {remedy}")
+    if isinstance(value, (numbers.Integral, torch.SymInt)):
+        budget: Any = value if isinstance(value, torch.SymInt) else int(value)
         if budget < 1:
-            raise ValueError(f"{expected}, got {r}; to keep everything use 1.0")
-        if not masked and budget > num_keys:
-            raise ValueError(
-                f"r: expected a budget of at most {num_keys} keys, got {r}; use a float, or min(budget, {num_keys})"
-            )
-        return 1.0, budget
-    ratio = as_written(r)
+            raise ValueError(f"{expected}, got {value}; to keep everything use 1.0")
+        kept: int = budget
+        return kept
+    ratio = as_written(value)
     if not 0.0 < ratio <= 1.0:
-        remedy = "a fraction of the candidates is kept, not removed"
+        remedy = "it is the fraction kept, not the fraction removed"
         if math.isfinite(ratio) and ratio > 1.0:
             remedy += f"; for a budget pass the int {max(1, round(ratio))}"
-        raise ValueError(f"{expected}, got {r}; {remedy}")
-    return ratio, 0
+        raise ValueError(f"{expected}, got {value}; {remedy}")
+    return ratio
+
+
+def checked_keep(r: object, num_keys: int, masked: bool) -> tuple[float, int]:
+    """Return a keep ratio as `(ratio, 0)` and a budget as `(1.0, budget)`."""
+    kept = checked_keep_ratio("r", r)
+    if isinstance(kept, float):
+        return kept, 0
+    if not masked and kept > num_keys:
+        raise ValueError(
+            f"r: expected a budget of at most {num_keys} keys, got {r}; use a float, or min(budget, {num_keys})"
+        )
+    return 1.0, kept if isinstance(kept, torch.SymInt) else min(kept, _MAX_BUDGET)
 
 
 def check_queries_and_keys(q: torch.Tensor, k: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hawk_kernels
 from hawk_kernels.hf import watched_method
-from hawk_kernels.ops import registration as ops
+from hawk_kernels.ops.library import implementations
 
 _PACKAGE = str(Path(hawk_kernels.__file__).parent)
 # What a watched method of a model reads is the model's.
@@ -89,7 +89,7 @@ class _Operators(TorchDispatchMode):
         if operator.namespace == "hawk_kernels":
             # modes are off while an operator runs, and ours are the last that may go unwatched
             with self._reads:
-                return getattr(ops, f"_{operator._opname}")(*args, **(kwargs or {}))
+                return implementations[operator._opname](*args, **(kwargs or {}))
         name = operator._schema.name.removeprefix("aten::")
         overload = f"{name}.{operator._overloadname}"
         by_mask = name in _INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import csrc_ref
 from hawk_kernels import compact, prune
 from hawk_kernels.backends.eager import compact as torch_compaction
-from hawk_kernels.ops import registration
+from hawk_kernels.ops import compact as operator
 from tests.compact_cases import DTYPES, assert_same, prompt
 from tests.host_reads import HostReads
 from tests.tiny_families import batch, tiny_model
@@ -468,7 +468,7 @@ def test_every_grid_covers_its_outputs(batch, num_tokens, length, hidden_size, e
 def as_on_a_gpu(monkeypatch, device):
     """On a CPU the code paths of a GPU, whose kernels Triton's interpreter runs, and no reading that is free there."""
     if device.type == "cpu":
-        monkeypatch.setattr(registration, "check_fits", lambda keep_mask, length: None)
+        monkeypatch.setattr(operator, "_check_fits", lambda keep_mask, length: None)
         for name, module in list(sys.modules.items()):
             if name.startswith("hawk_kernels.") and hasattr(module, "choose_backend"):
                 monkeypatch.setattr(module, "choose_backend", lambda *_: "triton")

@@ -22,7 +22,7 @@ from hawk_kernels.backends.kernels import score_hidden as score_hidden_kernel
 from hawk_kernels.backends.kernels import select_topk as select_topk_kernel
 from hawk_kernels.backends.kernels.configs import HiddenConfig, ScoreConfig
 from tests.cases import NORMALIZATIONS, assert_matches_reference, make_case
-from tests.test_score_hidden import Layer
+from tests.test_score_hidden import HiddenCase
 
 BACKENDS = ("torch", "triton")
 GPU = torch.device("cuda", 0)
@@ -34,7 +34,7 @@ def queries_and_keys(num_keys=70, **options):
 
 
 def hidden_states(num_tokens=70, **options):
-    layer = Layer(num_tokens=num_tokens)
+    layer = HiddenCase(num_tokens=num_tokens)
     return score_hidden_and_select(*layer.arguments(), 0.3, **layer.options(), backend="triton", **options)
 
 
@@ -334,7 +334,7 @@ class TestFarOffsets:
         ],
     )
     def test_hidden_states_and_weights(self, name, strides):
-        layer = Layer(2, 9, 16, 4, 2, 16, torch.float16)
+        layer = HiddenCase(2, 9, 16, 4, 2, 16, torch.float16)
         layer.w = layer.w.half()
 
         def run():
@@ -397,7 +397,7 @@ class TestStrides:
         assert_matches_reference(case, score_and_select(case.q, case.k, case.w, 0.3, **case.options, backend=backend))
 
     def test_hidden_states_and_weights_in_any_order(self, backend):
-        layer = Layer()
+        layer = HiddenCase()
         expected = score_hidden_and_select(*layer.arguments(), 0.3, **layer.options(), backend=backend)
         for name in ("x", "norm_weight", "wq", "bq", "wk", "bk", "w", "q_mask", "k_mask"):
             setattr(layer, name, strided(getattr(layer, name)))
@@ -406,7 +406,7 @@ class TestStrides:
         assert torch.equal(selection.mask, expected.mask)
 
     def test_expanded_hidden_states(self, backend):
-        layer = Layer(batch=1)
+        layer = HiddenCase(batch=1)
         expected = score_hidden_and_select(*layer.arguments(), 0.3, **layer.options(), backend=backend)
         for name in ("x", "q_mask", "k_mask"):
             value = getattr(layer, name)
@@ -442,7 +442,7 @@ class TestNothingThere:
 
     @pytest.mark.parametrize(("batch", "num_tokens"), [(0, 7), (2, 0), (0, 0)])
     def test_hidden_states(self, backend, batch, num_tokens):
-        layer = Layer(batch=batch, num_tokens=num_tokens)
+        layer = HiddenCase(batch=batch, num_tokens=num_tokens)
         mask, indices, scores = score_hidden_and_select(*layer.arguments(), 0.5, **layer.options(), backend=backend)
         assert mask.shape == scores.shape == (batch, num_tokens)
         assert indices.shape[0] == batch
@@ -451,7 +451,7 @@ class TestNothingThere:
 
     @pytest.mark.parametrize("empty", ["q_mask", "k_mask"])
     def test_hidden_states_without_text_or_without_candidates(self, backend, empty):
-        layer = Layer(batch=2)
+        layer = HiddenCase(batch=2)
         getattr(layer, empty)[1] = False
         mask, _, scores = score_hidden_and_select(*layer.arguments(), 0.5, **layer.options(), backend=backend)
         assert torch.isfinite(scores[1]).equal(layer.k_mask[1])
@@ -513,7 +513,7 @@ class TestGuardZones:
     )
     @pytest.mark.parametrize("normalize", [None, "softmax"])
     def test_hidden_states(self, guarded, num_tokens, hidden_size, head_dim, normalize, device):
-        layer = Layer(2, num_tokens, hidden_size, 3, 1, head_dim)
+        layer = HiddenCase(2, num_tokens, hidden_size, 3, 1, head_dim)
         arguments, options = layer.arguments(device=device), layer.options(device)
         score_hidden_and_select(*arguments, 0.7, **options, normalize=normalize, backend="triton")
         guarded(5)

@@ -7,6 +7,7 @@ import torch
 
 import csrc_ref
 import hawk_kernels
+from tests.test_operators import OPERATORS
 
 # Two heads of one dimension, two queries each: their means are 2 and 1. Keys 3, -1, 0.
 Q = torch.tensor([[[1.0], [3.0]], [[0.0], [2.0]]])
@@ -94,7 +95,7 @@ def test_ragged_rows_are_padded_with_minus_one():
     assert selection.scores[1].tolist() == [-torch.inf, 3.0, -torch.inf, -torch.inf]
 
 
-@pytest.mark.parametrize("name", ["score_and_select", "score_tokens", "select_topk"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_reference_and_package_have_the_same_signatures(name):
     def signature(module):
         return [(p.name, p.default, p.kind) for p in inspect.signature(getattr(module, name)).parameters.values()]

@@ -6,7 +6,8 @@ from torch import nn
 
 from hawk_kernels import prune
 from hawk_kernels.hf.families import dissect
-from hawk_kernels.hf.projections import LayerProjections, _recognised_rms_norm
+from hawk_kernels.hf.projections import LayerProjections
+from hawk_kernels.layer import recognised_rms_norm
 from tests.tiny_families import BY_NAME, batch, tiny_model
 from tests.tiny_models import END_OF_TURN, Picture
 
@@ -91,13 +92,13 @@ class Centred(Shifted):
 
 
 def test_norms_are_recognised_by_what_they_do():
-    assert _recognised_rms_norm(nn.RMSNorm(8, eps=1e-5)) == (0.0, 1e-5)
-    assert _recognised_rms_norm(nn.RMSNorm(8, eps=1e-5).bfloat16()) == (0.0, 1e-5)
-    assert _recognised_rms_norm(Shifted(8)) == (1.0, 1e-6)
-    assert _recognised_rms_norm(Centred(8)) is None
-    assert _recognised_rms_norm(nn.LayerNorm(8)) is None
-    assert _recognised_rms_norm(nn.Identity()) is None
-    assert _recognised_rms_norm(nn.RMSNorm(8, eps=1e-5, device="meta")) is None
+    assert recognised_rms_norm(nn.RMSNorm(8, eps=1e-5)) == (0.0, 1e-5)
+    assert recognised_rms_norm(nn.RMSNorm(8, eps=1e-5).bfloat16()) == (0.0, 1e-5)
+    assert recognised_rms_norm(Shifted(8)) == (1.0, 1e-6)
+    assert recognised_rms_norm(Centred(8)) is None
+    assert recognised_rms_norm(nn.LayerNorm(8)) is None
+    assert recognised_rms_norm(nn.Identity()) is None
+    assert recognised_rms_norm(nn.RMSNorm(8, eps=1e-5, device="meta")) is None
 
 
 def test_half_precision_models_score_nearer_to_the_exact_ones(monkeypatch):

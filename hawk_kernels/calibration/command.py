@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hawk_kernels.argument_types import whole_number
 from hawk_kernels.calibration.processes import is_first_process, launched_alone, local_rank
 from hawk_kernels.calibration.result import check_target
 from hawk_kernels.calibration.sources import FORMS, load_tasks
@@ -50,11 +51,14 @@ def build_parser() -> argparse.ArgumentParser:
         "layers; both: measure both and take the weights of the first (default: first)",
     )
     parser.add_argument(
-        "--limit", type=_positive, default=None, help="samples of each benchmark at most, drawn at random"
+        "--limit", type=whole_number(1), default=None, help="samples of each benchmark at most, drawn at random"
     )
     parser.add_argument("--seed", type=int, default=0, help="of that draw and of the standard errors (default: 0)")
     parser.add_argument(
-        "--batch-size", type=_positive, default=8, help="answers to one sample that are generated together (default: 8)"
+        "--batch-size",
+        type=whole_number(1),
+        default=8,
+        help="answers to one sample that are generated together (default: 8)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: this process's GPU if any)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
@@ -174,16 +178,6 @@ def weights_table(content: dict[str, Any]) -> list[str]:
         error = "" if errors is None else f" +- {errors[head]:.4f}"
         lines.append(f"{head:>4}  {weights[head]:.4f}{error}")
     return lines
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return value
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hawk_kernels.methods.prefill_view import PlainLayer
+from hawk_kernels.layer import Layer, is_plain_linear, recognised_rms_norm, runs_hooks
 
 
 class LayerProjections(ABC):
@@ -40,7 +40,7 @@ class LayerProjections(ABC):
     def keys(self, normalized: torch.Tensor) -> torch.Tensor:
         """`[..., hidden]` to `[..., Hkv, D]`."""
 
-    def plain(self) -> PlainLayer | None:
+    def plain(self) -> Layer | None:
         """The layer's weights, where calling its modules would do nothing but multiply by them; else None."""
         return None
 
@@ -66,23 +66,21 @@ class SeparateProjections(LayerProjections):
         self._head_dim: int = attention.head_dim
         self.num_heads = attention.config.num_attention_heads
         self.affine_queries = self._query_norm is None
-        self._rms_norm = _recognised_rms_norm(self._norm) if self.affine_queries and self._key_norm is None else None
+        self._rms_norm = recognised_rms_norm(self._norm) if self.affine_queries and self._key_norm is None else None
 
     def device(self, default: torch.device) -> torch.device:
         return _device_of(default, self._norm, self._query_projection)
 
-    def plain(self) -> PlainLayer | None:
+    def plain(self) -> Layer | None:
         query: Any = self._query_projection
         key: Any = self._key_projection
-        norm: Any = self._norm
-        if self._rms_norm is None or _runs_hooks(norm) or not (_is_plain(query) and _is_plain(key)):
+        if self._rms_norm is None or runs_hooks(self._norm) or not (is_plain_linear(query) and is_plain_linear(key)):
             return None
         # gated attention projects the gate of a head behind its query
         if query.weight.shape[0] != self.num_heads * self._head_dim:
             return None
-        offset, epsilon = self._rms_norm
-        norm_weight = norm.weight + 1.0 if offset else norm.weight
-        return PlainLayer(norm_weight, epsilon, query.weight, query.bias, key.weight, key.bias)
+        factor, epsilon = self._rms_norm.factor(self._norm), self._rms_norm.epsilon
+        return Layer(factor, epsilon, query.weight, query.bias, key.weight, key.bias)
 
     def normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self._norm(hidden_states)
@@ -128,48 +126,6 @@ class LatentProjections(LayerProjections):
         keys = attention.kv_b_proj(attention.kv_a_layernorm(latent)).unflatten(-1, (self.num_heads, -1))
         keys = keys[..., : attention.qk_nope_head_dim]
         return torch.cat([keys, rotary.unsqueeze(-2).expand(*keys.shape[:-1], -1)], dim=-1)
-
-
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether calling the module multiplies by its weight, adds its bias and does nothing else."""
-    if type(module) is not nn.Linear or _runs_hooks(module):
-        return False
-    parameters = [parameter for parameter in (module.weight, module.bias) if parameter is not None]
-    return all(
-        type(parameter) in (torch.Tensor, nn.Parameter) and parameter.dtype in _KERNEL_DTYPES
-        for parameter in parameters
-    ) and all(parameter.device.type != "meta" for parameter in parameters)
-
-
-def _runs_hooks(module: nn.Module) -> bool:
-    """Whether something runs around the module, such as an adapter or the loading of weights that are elsewhere."""
-    is_wrapped = "forward" in vars(module) or bool(module._forward_hooks) or bool(module._forward_pre_hooks)
-    return is_wrapped or hasattr(module, "parametrizations")
-
-
-@torch.no_grad()
-def _recognised_rms_norm(norm: nn.Module) -> tuple[float, float] | None:
-    """`(offset, epsilon)` of a norm that is `x / rms(x) * (weight + offset)`, found by running it; None of another."""
-    weight = getattr(norm, "weight", None)
-    epsilon = next((value for name in ("variance_epsilon", "eps") if (value := getattr(norm, name, None))), None)
-    if not isinstance(weight, torch.Tensor) or weight.dtype not in _KERNEL_DTYPES or weight.dim() != 1:
-        return None
-    if not isinstance(epsilon, float) or weight.device.type == "meta":
-        return None
-    # neither centred nor of unit length, so that subtracting the mean or leaving out the scale would show
-    probe = torch.linspace(-1.0, 3.0, weight.numel(), device=weight.device, dtype=weight.dtype)
-    with torch.autocast(weight.device.type, enabled=False):
-        normalized = norm(probe.unsqueeze(0)).squeeze(0).float()
-        expected = probe.float() * torch.rsqrt(probe.float().square().mean() + epsilon)
-    tolerance = 4 * torch.finfo(weight.dtype).eps
-    for offset in (0.0, 1.0):
-        scaled = expected * (weight.float() + offset)
-        if torch.allclose(normalized, scaled, rtol=tolerance, atol=tolerance):
-            return offset, epsilon
-    return None
 
 
 def _device_of(default: torch.device, *modules: nn.Module) -> torch.device:

@@ -10,7 +10,6 @@ call is kept with the cache.
 from __future__ import annotations
 
 import math
-import numbers
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +46,7 @@ from hawk_kernels.hf.view import Context
 from hawk_kernels.hf.vision_attention import PromptAttention, VisionRecorder, attention_of_prompt
 from hawk_kernels.hf.watched_method import WatchedMethod
 from hawk_kernels.methods import Method, resolve_method
-from hawk_kernels.validation import as_written
+from hawk_kernels.validation import checked_keep_ratio
 
 BUDGETS = ("shared", "per_image")
 
@@ -113,7 +112,7 @@ class Pruning:
         options: dict[str, Any],
     ) -> None:
         self._anatomy = dissect(model)
-        self._keep_ratio = _checked_keep_ratio(keep_ratio)
+        self._keep_ratio = checked_keep_ratio("keep_ratio", keep_ratio)
         self._method = resolve_method(method, options)
         if budget not in BUDGETS:
             raise ValueError(
@@ -514,20 +513,3 @@ def _encoder_recorder(anatomy: Anatomy, method: Method) -> VisionRecorder | None
             f"{method.name!r}, which reads its attention; that works for {supported}"
         )
     return VisionRecorder(encoder(anatomy.multimodal), method.object_layer)
-
-
-def _checked_keep_ratio(keep_ratio: float | int) -> float | int:
-    expected = "keep_ratio: expected a float in (0, 1] (the fraction kept) or an int >= 1 (a budget)"
-    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, numbers.Real):
-        remedy = "read it first: keep_ratio.item()" if hasattr(keep_ratio, "item") else "0.2 keeps a fifth"
-        raise TypeError(f"{expected}, got {type(keep_ratio).__name__}; {remedy}")
-    if isinstance(keep_ratio, numbers.Integral):
-        if keep_ratio < 1:
-            raise ValueError(f"{expected}, got {keep_ratio}; to keep everything use 1.0")
-        return int(keep_ratio)
-    if not 0.0 < keep_ratio <= 1.0:
-        remedy = "it is the fraction kept, not the fraction removed"
-        if keep_ratio > 1.0 and math.isfinite(keep_ratio):
-            remedy += f"; for a budget pass the int {max(1, round(keep_ratio))}"
-        raise ValueError(f"{expected}, got {keep_ratio}; {remedy}")
-    return as_written(keep_ratio)

@@ -102,7 +102,6 @@ class LayerView(PrefillView):
         return HiddenStates(
             x=self._embeds,
             layer=plain,
-            num_key_value_heads=plain.wk.shape[0] // (plain.wq.shape[0] // self._projections.num_heads),
             q_mask=upload(self._prompt.query, self._device),
             k_mask=upload(self._prompt.visual, self._device),
             visual=upload(positions, self._device),

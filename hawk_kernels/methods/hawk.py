@@ -44,9 +44,8 @@ class Hawk(Method):
         if hidden is not None:
             scores = score_hidden(
                 hidden.x,
-                *hidden.layer,
+                hidden.layer,
                 view.head_weights,
-                num_key_value_heads=hidden.num_key_value_heads,
                 q_mask=hidden.q_mask,
                 k_mask=hidden.k_mask,
                 normalize=self.normalize,
@@ -64,10 +63,9 @@ class Hawk(Method):
         if hidden is not None:
             whole = score_hidden_and_select(
                 hidden.x,
-                *hidden.layer,
+                hidden.layer,
                 view.head_weights,
                 r,
-                num_key_value_heads=hidden.num_key_value_heads,
                 q_mask=hidden.q_mask,
                 k_mask=hidden.k_mask,
                 normalize=self.normalize,

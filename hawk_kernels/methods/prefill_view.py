@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
+
+from hawk_kernels.layer import Layer
 
 
 @dataclass(frozen=True)
@@ -58,24 +59,6 @@ class LastQuery:
     scale: float
 
 
-class PlainLayer(NamedTuple):
-    """A layer whose queries and keys are linear in its RMS-normalised input: arguments of `score_hidden`.
-
-    Attributes:
-        norm_weight: `[hidden]`, what the normalised hidden state is multiplied by.
-        norm_eps: added to the mean square.
-        wq, bq: `[H * D, hidden]` and `[H * D]` or None.
-        wk, bk: `[Hkv * D, hidden]` and `[Hkv * D]` or None.
-    """
-
-    norm_weight: torch.Tensor
-    norm_eps: float
-    wq: torch.Tensor
-    bq: torch.Tensor | None
-    wk: torch.Tensor
-    bk: torch.Tensor | None
-
-
 @dataclass(frozen=True)
 class HiddenStates:
     """The first layer's input and weights, from which `score_hidden` computes scores without projecting a token.
@@ -83,15 +66,13 @@ class HiddenStates:
     Attributes:
         x: `[B, T, hidden]`, whole prompts.
         layer: what the layer does to them.
-        num_key_value_heads: key heads `Hkv`.
         q_mask: bool `[B, T]`, the text queries.
         k_mask: bool `[B, T]`, the visual tokens.
         visual: int64 `[B, M]`, where the visual tokens stand among the T; 0 at padding.
     """
 
     x: torch.Tensor
-    layer: PlainLayer
-    num_key_value_heads: int
+    layer: Layer
     q_mask: torch.Tensor
     k_mask: torch.Tensor
     visual: torch.Tensor

@@ -1,11 +1,12 @@
-"""What attention each token receives, without the attention matrix: the public function and its checks."""
+"""Compute how much attention each token receives, without storing the attention matrix."""
 
 from __future__ import annotations
 
 import torch
 
-from hawk_kernels.backends.choose import choose_backend
-from hawk_kernels.ops import registration as ops
+from hawk_kernels.backends.choose import choose_backend, load_backend
+from hawk_kernels.backends.visibility import segment_limits
+from hawk_kernels.ops.library import define, without_autocast
 from hawk_kernels.validation import (
     check_device,
     check_head_vector,
@@ -90,7 +91,7 @@ def attention_column_mean(
     q, k = q.detach(), k.detach()
     if not batched:
         q, k, q_rows = q.unsqueeze(0), k.unsqueeze(0), None if q_rows is None else q_rows.unsqueeze(0)
-    columns = ops.attention_column_mean(
+    columns: torch.Tensor = _attention_column_mean(
         q, k, cu_seqlens, causal, q_rows, head_weights, reduce_heads, reduction, scale, backend
     )
     return columns if batched else columns[0]
@@ -121,3 +122,45 @@ def _check_segments(cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor) 
             f"k: expected the {q.shape[-2]} tokens of q beside cu_seqlens, got {k.shape[-2]} (shape {shape_of(k)}); a "
             "query looks at its own segment"
         )
+
+
+def _run_attention_column_mean(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    causal: bool,
+    q_rows: torch.Tensor | None,
+    head_weights: torch.Tensor | None,
+    reduce_heads: bool,
+    reduction: str,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        segment_limits(cu_seqlens, k.shape[2])
+    compute = load_backend(backend, "attention_column_mean").attention_column_mean
+    with without_autocast(q):
+        columns: torch.Tensor = compute(q, k, cu_seqlens, causal, q_rows, head_weights, reduce_heads, reduction, scale)
+    return columns
+
+
+def _fake_attention_column_mean(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    causal: bool,
+    q_rows: torch.Tensor | None,
+    head_weights: torch.Tensor | None,
+    reduce_heads: bool,
+    *others: object,
+) -> torch.Tensor:
+    heads = () if reduce_heads else (q.shape[1],)
+    return k.new_empty((k.shape[0], *heads, k.shape[2]), dtype=torch.float32)
+
+
+_attention_column_mean = define(
+    "attention_column_mean(Tensor q, Tensor k, Tensor? cu_seqlens, bool causal, Tensor? q_rows, Tensor? head_weights, "
+    "bool reduce_heads, str reduction, float scale, str backend) -> Tensor",
+    _run_attention_column_mean,
+    _fake_attention_column_mean,
+)

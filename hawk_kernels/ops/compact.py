@@ -1,14 +1,14 @@
-"""The pruned prompt: tokens that stay, moved together, ready for the language model."""
+"""Build the pruned prompt: move the tokens that stay together, ready for the language model."""
 
 from __future__ import annotations
 
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from hawk_kernels.backends.choose import choose_backend
-from hawk_kernels.ops import registration as ops
+from hawk_kernels.backends.choose import choose_backend, load_backend
+from hawk_kernels.ops.library import LIBRARY, define
 from hawk_kernels.validation import check_mask, check_tensor, shape_of
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -81,7 +81,7 @@ def compact(
     if position_ids is not None:
         axes = position_ids if position_ids.dim() == 3 else position_ids.unsqueeze(0)
         axes = axes.expand(-1, *keep_mask.shape)
-    embeds, positions, attention_mask, source = ops.compact(inputs_embeds, keep_mask, axes, length, backend)
+    embeds, positions, attention_mask, source = _compact(inputs_embeds, keep_mask, axes, length, backend)
     if position_ids is None or position_ids.dim() == 2:
         positions = positions[0]
     if batched:
@@ -137,3 +137,57 @@ def _check_length(length: object) -> None:
         raise TypeError(f"{expected}, got {type(length).__name__}; {remedy}")
     if length < 0:
         raise ValueError(f"{expected}, got {length}; None counts")
+
+
+def _check_fits(keep_mask: torch.Tensor, length: int) -> None:
+    """Refuse rows that are too short; on a CPU reading `keep_mask` waits for nothing."""
+    fullest = _fullest_row(keep_mask)
+    if fullest > length:
+        raise ValueError(
+            f"length: expected at least {fullest}, as many as the fullest row keeps, got {length}; None counts"
+        )
+
+
+Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _run_compact(
+    inputs_embeds: torch.Tensor, keep_mask: torch.Tensor, position_ids: torch.Tensor | None, length: int, backend: str
+) -> Packed:
+    if keep_mask.device.type == "cpu":
+        _check_fits(keep_mask, length)
+    packed: Packed = load_backend(backend, "compact").compact(inputs_embeds, keep_mask, position_ids, length)
+    return packed
+
+
+def _fake_compact(
+    inputs_embeds: torch.Tensor, keep_mask: torch.Tensor, position_ids: torch.Tensor | None, length: int, backend: str
+) -> Packed:
+    batch, _, hidden_size = inputs_embeds.shape
+    positions = keep_mask.new_empty((1, batch, length), dtype=torch.int64)
+    if position_ids is not None:
+        positions = position_ids.new_empty((position_ids.shape[0], batch, length))
+    return (
+        inputs_embeds.new_empty((batch, length, hidden_size)),
+        positions,
+        keep_mask.new_empty((batch, length), dtype=torch.int64),
+        keep_mask.new_empty((batch, length), dtype=torch.int64),
+    )
+
+
+def _save_keep_mask(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _restore_gradient(ctx: Any, gradient: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    restore = load_backend("torch", "compact").restore
+    return restore(gradient, *ctx.saved_tensors), None, None, None, None
+
+
+_compact = define(
+    "compact(Tensor inputs_embeds, Tensor keep_mask, Tensor? position_ids, SymInt length, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _run_compact,
+    _fake_compact,
+)
+torch.library.register_autograd("hawk_kernels::compact", _restore_gradient, setup_context=_save_keep_mask, lib=LIBRARY)

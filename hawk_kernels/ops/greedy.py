@@ -1,15 +1,17 @@
-"""Greedy selection of tokens that differ: the public functions and their checks."""
+"""Keep tokens that differ from each other, picked greedily one after another."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from hawk_kernels.backends.choose import choose_backend
-from hawk_kernels.ops import registration as ops
+from hawk_kernels.backends.choose import choose_backend, load_backend
+from hawk_kernels.ops.library import Fields, as_selection, define, fake_selection, without_autocast
 from hawk_kernels.selection import Selection
 from hawk_kernels.validation import check_mask, check_rounding, check_tensor, checked_keep, shape_of
 
-# With one more behind the end, as many as fit the registers of a program.
+# With one token of padding, these are as many as fit into the registers of a program.
 MAX_TRITON_TOKENS = 8191
 
 
@@ -48,7 +50,7 @@ def greedy_max_min(
     """
     batched, features, mask, ratio, budget = _checked(features, r, mask, rounding)
     backend = _backend(backend, features)
-    return _selection(ops.greedy_max_min(features, mask, ratio, budget, rounding, backend), batched)
+    return as_selection(_greedy_max_min(features, mask, ratio, budget, rounding, backend), batched)
 
 
 def greedy_dpp(
@@ -98,7 +100,7 @@ def greedy_dpp(
     quality = quality.detach().float()
     backend = _backend(backend, features)
     quality = quality if batched else quality.unsqueeze(0)
-    return _selection(ops.greedy_dpp(features, quality, mask, ratio, budget, rounding, backend), batched)
+    return as_selection(_greedy_dpp(features, quality, mask, ratio, budget, rounding, backend), batched)
 
 
 def _checked(
@@ -136,6 +138,49 @@ def _backend(requested: str | None, features: torch.Tensor) -> str:
     return backend
 
 
-def _selection(selected: tuple[torch.Tensor, torch.Tensor, torch.Tensor], batched: bool) -> Selection:
-    mask, indices, scores = selected
-    return Selection(mask, indices, scores) if batched else Selection(mask[0], indices[0], scores[0])
+def _run_greedy_max_min(
+    features: torch.Tensor, mask: torch.Tensor | None, ratio: float, budget: int, rounding: str, backend: str
+) -> Selection:
+    compute = load_backend(backend, "greedy").greedy_max_min
+    with without_autocast(features):
+        selection: Selection = compute(features, budget or ratio, mask, rounding)
+    return selection
+
+
+def _fake_greedy_max_min(
+    features: torch.Tensor, mask: torch.Tensor | None, ratio: float, budget: int, rounding: str, backend: str
+) -> Fields:
+    return fake_selection(features, features.shape[1], ratio, budget, rounding)
+
+
+def _run_greedy_dpp(
+    features: torch.Tensor,
+    quality: torch.Tensor,
+    mask: torch.Tensor | None,
+    ratio: float,
+    budget: int,
+    rounding: str,
+    backend: str,
+) -> Selection:
+    compute = load_backend(backend, "greedy").greedy_dpp
+    with without_autocast(features):
+        selection: Selection = compute(features, quality, budget or ratio, mask, rounding)
+    return selection
+
+
+def _fake_greedy_dpp(features: torch.Tensor, quality: torch.Tensor, *others: Any) -> Fields:
+    return _fake_greedy_max_min(features, *others)
+
+
+_greedy_max_min = define(
+    "greedy_max_min(Tensor features, Tensor? mask, float ratio, SymInt budget, str rounding, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _run_greedy_max_min,
+    _fake_greedy_max_min,
+)
+_greedy_dpp = define(
+    "greedy_dpp(Tensor features, Tensor quality, Tensor? mask, float ratio, SymInt budget, str rounding, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _run_greedy_dpp,
+    _fake_greedy_dpp,
+)

@@ -1,12 +1,11 @@
-"""From queries and keys to the kept tokens: the public functions and their checks."""
+"""Score visual tokens by text queries, and keep the best."""
 
 from __future__ import annotations
 
 import torch
 
-from hawk_kernels.backends.choose import choose_backend
-from hawk_kernels.ops import registration as ops
-from hawk_kernels.ops.select_topk import as_selection
+from hawk_kernels.backends.choose import choose_backend, load_backend
+from hawk_kernels.ops.library import Fields, as_selection, define, fake_selection, without_autocast
 from hawk_kernels.selection import Selection
 from hawk_kernels.validation import (
     check_head_vector,
@@ -60,13 +59,10 @@ def score_and_select(
         ValueError: a shape, device, range or name does not fit.
         ImportError: `backend="triton"` without Triton.
     """
-    batched, q, k, w, q_mask, k_mask, scale, backend = _checked_scoring(
-        q, k, w, q_mask, k_mask, normalize, scale, backend
-    )
-    ratio, budget = checked_keep(r, k.shape[2], k_mask is not None)
+    batched, tensors, scale, backend = _checked(q, k, w, q_mask, k_mask, normalize, scale, backend)
+    ratio, budget = checked_keep(r, k.shape[-2], k_mask is not None)
     check_rounding(rounding)
-    selected = ops.score_and_select(q, k, w, q_mask, k_mask, ratio, budget, normalize, scale, rounding, backend)
-    return as_selection(selected, batched)
+    return as_selection(_score_and_select(*tensors, ratio, budget, normalize, scale, rounding, backend), batched)
 
 
 def score_tokens(
@@ -87,14 +83,12 @@ def score_tokens(
     Returns:
         float32 `[B, M]` (`[M]` unbatched), `-inf` at non-candidates, without grad.
     """
-    batched, q, k, w, q_mask, k_mask, scale, backend = _checked_scoring(
-        q, k, w, q_mask, k_mask, normalize, scale, backend
-    )
-    scores = ops.score_tokens(q, k, w, q_mask, k_mask, normalize, scale, backend)
+    batched, tensors, scale, backend = _checked(q, k, w, q_mask, k_mask, normalize, scale, backend)
+    scores: torch.Tensor = _score_tokens(*tensors, normalize, scale, backend)
     return scores if batched else scores[0]
 
 
-def _checked_scoring(
+def _checked(
     q: torch.Tensor,
     k: torch.Tensor,
     w: torch.Tensor,
@@ -103,8 +97,12 @@ def _checked_scoring(
     normalize: str | None,
     scale: float | None,
     backend: str | None,
-) -> tuple[bool, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, float, str]:
-    """The arguments, batched, without grad, with defaults filled in; first item: whether they came batched."""
+) -> tuple[bool, tuple[torch.Tensor | None, ...], float, str]:
+    """Check the arguments.
+
+    Returns:
+        Whether the input came batched; the five tensors, batched and without grad; the scale; the backend.
+    """
     check_queries_and_keys(q, k)
     check_head_vector("w", w, q)
     batched = q.dim() == 4
@@ -124,4 +122,73 @@ def _checked_scoring(
         q, k = q.unsqueeze(0), k.unsqueeze(0)
         q_mask = None if q_mask is None else q_mask.unsqueeze(0)
         k_mask = None if k_mask is None else k_mask.unsqueeze(0)
-    return batched, q, k, w, q_mask, k_mask, scale, backend
+    return batched, (q, k, w, q_mask, k_mask), scale, backend
+
+
+def _run_score_and_select(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    w: torch.Tensor,
+    q_mask: torch.Tensor | None,
+    k_mask: torch.Tensor | None,
+    ratio: float,
+    budget: int,
+    normalize: str | None,
+    scale: float,
+    rounding: str,
+    backend: str,
+) -> Selection:
+    compute = load_backend(backend, "score_and_select").score_and_select
+    with without_autocast(q):
+        selection: Selection = compute(q, k, w, budget or ratio, q_mask, k_mask, normalize, scale, rounding)
+    return selection
+
+
+def _fake_score_and_select(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    w: torch.Tensor,
+    q_mask: torch.Tensor | None,
+    k_mask: torch.Tensor | None,
+    ratio: float,
+    budget: int,
+    normalize: str | None,
+    scale: float,
+    rounding: str,
+    backend: str,
+) -> Fields:
+    return fake_selection(k, k.shape[2], ratio, budget, rounding)
+
+
+def _run_score_tokens(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    w: torch.Tensor,
+    q_mask: torch.Tensor | None,
+    k_mask: torch.Tensor | None,
+    normalize: str | None,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    compute = load_backend(backend, "score_and_select").score_tokens
+    with without_autocast(q):
+        scores: torch.Tensor = compute(q, k, w, q_mask, k_mask, normalize, scale)
+    return scores
+
+
+def _fake_score_tokens(q: torch.Tensor, k: torch.Tensor, *others: object) -> torch.Tensor:
+    return k.new_empty((k.shape[0], k.shape[2]), dtype=torch.float32)
+
+
+_score_and_select = define(
+    "score_and_select(Tensor q, Tensor k, Tensor w, Tensor? q_mask, Tensor? k_mask, float ratio, SymInt budget, "
+    "str? normalize, float scale, str rounding, str backend) -> (Tensor, Tensor, Tensor)",
+    _run_score_and_select,
+    _fake_score_and_select,
+)
+_score_tokens = define(
+    "score_tokens(Tensor q, Tensor k, Tensor w, Tensor? q_mask, Tensor? k_mask, str? normalize, float scale, "
+    "str backend) -> Tensor",
+    _run_score_tokens,
+    _fake_score_tokens,
+)

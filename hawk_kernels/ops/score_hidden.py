@@ -1,14 +1,16 @@
-"""Scores straight from the hidden states: for code bases that prune before the first layer has projected anything."""
+"""Score visual tokens from the hidden states that enter a layer, before it has projected anything."""
 
 from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 
-from hawk_kernels.backends.choose import choose_backend
-from hawk_kernels.ops import registration as ops
+from hawk_kernels.backends.choose import choose_backend, load_backend
+from hawk_kernels.layer import Layer
+from hawk_kernels.ops.library import Fields, as_selection, define, fake_selection, without_autocast
 from hawk_kernels.selection import Selection
 from hawk_kernels.validation import (
     FLOATS,
@@ -24,16 +26,10 @@ from hawk_kernels.validation import (
 
 def score_hidden_and_select(
     x: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_eps: float,
-    wq: torch.Tensor,
-    bq: torch.Tensor | None,
-    wk: torch.Tensor,
-    bk: torch.Tensor | None,
+    layer: Layer,
     w: torch.Tensor,
     r: float | int,
     *,
-    num_key_value_heads: int,
     q_mask: torch.Tensor,
     k_mask: torch.Tensor,
     normalize: str | None = None,
@@ -41,25 +37,20 @@ def score_hidden_and_select(
     rounding: str = "floor",
     backend: str | None = None,
 ) -> Selection:
-    """`score_and_select` of the queries and keys that a layer would make of `x`, without making them, in one launch.
+    """Do what `score_and_select` does with the queries and keys that `layer` would make of `x`, in one launch.
 
-    The layer is RMSNorm (`x / rms(x) * norm_weight`), then linear projections, without norms of single heads. The mean
-    over text is taken before `W_q`, and `W_k` is folded into the mean query, so only one vector a head meets the
-    visual tokens, each of which is read once; everything is accumulated in float32.
+    The queries and keys are never made. The mean over text is taken before `wq`, and `wk` is folded into the mean
+    query, so that one vector of each head meets the visual tokens, each of which is read once. Everything is
+    accumulated in float32.
 
     Args:
         x: hidden states before the layer, `[B, T, C]` or `[T, C]`, float32, float16 or bfloat16, any strides.
-        norm_weight: gamma of the RMSNorm, `[C]`, floating point (where a model adds 1 to its parameter, with the 1), or
-            None for ones.
-        norm_eps: its epsilon, at least 0.
-        wq: weight of the query projection, `[H * D, C]`, float32, float16 or bfloat16; `bq`: its bias `[H * D]`,
-            floating point, or None.
-        wk: weight of the key projection, `[Hkv * D, C]`, as `wq`; `bk`: its bias `[Hkv * D]` or None.
+        layer: RMSNorm and projections; `Layer.of(norm, q_proj, k_proj)` reads them from modules.
         w: head importance, `[H]`, floating point.
-        r: float in (0, 1] is the fraction of candidates **kept**; int >= 1 is a budget, clamped to a row's candidates.
-        num_key_value_heads: `Hkv`, a divisor of `H`.
-        q_mask: bool `[B, T]` (`[T]` unbatched), True = this token is text that asks.
-        k_mask: bool `[B, T]` (`[T]` unbatched), True = this token is visual, a candidate.
+        r: a float in (0, 1] is the fraction of the candidates that is **kept**; an int >= 1 is a budget, clamped to the
+            candidates of a row.
+        q_mask: bool `[B, T]` (`[T]` unbatched), True at the text tokens whose queries are averaged.
+        k_mask: bool `[B, T]` (`[T]` unbatched), True at the visual tokens, which are the candidates.
         normalize, scale, rounding, backend: as in `score_and_select`.
 
     Returns:
@@ -71,49 +62,155 @@ def score_hidden_and_select(
         ValueError: a shape, device, range or name does not fit.
         ImportError: `backend="triton"` without Triton.
     """
-    batched, layer, masks, scale, backend = _checked(
-        x, norm_weight, norm_eps, wq, bq, wk, bk, w, num_key_value_heads, q_mask, k_mask, normalize, scale, backend
-    )
+    batched, tensors, scale, backend = _checked(x, layer, w, q_mask, k_mask, normalize, scale, backend)
     ratio, budget = checked_keep(r, x.shape[-2], True)
     check_rounding(rounding)
-    mask, indices, scores = ops.score_hidden_and_select(
-        *layer, ratio, budget, num_key_value_heads, *masks, normalize, scale, rounding, backend
-    )
-    return Selection(mask, indices, scores) if batched else Selection(mask[0], indices[0], scores[0])
+    fields = _score_hidden_and_select(*tensors, ratio, budget, normalize, scale, rounding, backend)
+    return as_selection(fields, batched)
 
 
 def score_hidden(
     x: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_eps: float,
-    wq: torch.Tensor,
-    bq: torch.Tensor | None,
-    wk: torch.Tensor,
-    bk: torch.Tensor | None,
+    layer: Layer,
     w: torch.Tensor,
     *,
-    num_key_value_heads: int,
     q_mask: torch.Tensor,
     k_mask: torch.Tensor,
     normalize: str | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Importance of visual tokens from hidden states, the first half of `score_hidden_and_select`.
+    """Score visual tokens from hidden states; this is the first half of `score_hidden_and_select`.
 
-    Arguments and errors as there.
+    Arguments and errors are those of `score_hidden_and_select`.
 
     Returns:
         float32 `[B, T]` (`[T]` unbatched), `-inf` at non-candidates, without grad.
     """
-    batched, layer, masks, scale, backend = _checked(
-        x, norm_weight, norm_eps, wq, bq, wk, bk, w, num_key_value_heads, q_mask, k_mask, normalize, scale, backend
-    )
-    scores = ops.score_hidden(*layer, num_key_value_heads, *masks, normalize, scale, backend)
+    batched, tensors, scale, backend = _checked(x, layer, w, q_mask, k_mask, normalize, scale, backend)
+    scores: torch.Tensor = _score_hidden(*tensors, normalize, scale, backend)
     return scores if batched else scores[0]
 
 
 def _checked(
+    x: torch.Tensor,
+    layer: Layer,
+    w: torch.Tensor,
+    q_mask: torch.Tensor,
+    k_mask: torch.Tensor,
+    normalize: str | None,
+    scale: float | None,
+    backend: str | None,
+) -> tuple[bool, tuple[Any, ...], float, str]:
+    """Check the arguments.
+
+    Returns:
+        Whether the input came batched; `x`, the fields of the layer, `w` and the masks, batched and without grad; the
+        scale; the backend.
+    """
+    check_tensor("x", x)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x: expected dtype float32, float16 or bfloat16, got {x.dtype}; use x.float()")
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x: expected [B, T, C] or [T, C], got shape {shape_of(x)}; pass one hidden state a token")
+    if x.shape[-1] < 1:
+        raise ValueError(f"x: expected hidden states of at least one channel, got shape {shape_of(x)}; channels last")
+    _check_parameter("w", w, (None,), x.device, "one weight a head")
+    head_dim = _check_layer(layer, x, w.shape[0])
+    for name, mask in (("q_mask", q_mask), ("k_mask", k_mask)):
+        check_tensor(name, mask)
+        check_mask(name, mask, tuple(x.shape[:-1]), "one entry a token", x.device)
+    check_normalize(normalize)
+    scale = checked_scale(scale, head_dim)
+    backend = choose_backend(backend, x.device, head_dim)
+    batched = x.dim() == 3
+    if not batched:
+        x, q_mask, k_mask = x.unsqueeze(0), q_mask.unsqueeze(0), k_mask.unsqueeze(0)
+    gamma, bq, bk = (None if vector is None else vector.detach() for vector in (layer.norm_weight, layer.bq, layer.bk))
+    weights = (gamma, float(layer.norm_eps), layer.wq.detach(), bq, layer.wk.detach(), bk)
+    return batched, (x.detach(), *weights, w.detach(), q_mask, k_mask), scale, backend
+
+
+def _check_layer(layer: Layer, x: torch.Tensor, num_heads: int) -> int:
+    """Check the fields of a layer that is to project `x` to `num_heads` query heads, and return their dimension."""
+    if not isinstance(layer, Layer):
+        raise TypeError(
+            f"layer: expected a hawk_kernels.Layer, got {type(layer).__name__}; use Layer.of(norm, q_proj, k_proj)"
+        )
+    hidden_size, device = x.shape[-1], x.device
+    _check_parameter("layer.wq", layer.wq, (None, hidden_size), device, "outputs first, as in nn.Linear")
+    num_outputs = layer.wq.shape[0]
+    if num_outputs % num_heads != 0:
+        raise ValueError(
+            f"layer.wq: expected a multiple of w's {num_heads} heads as outputs, got shape {shape_of(layer.wq)}; w has "
+            "one weight a query head"
+        )
+    head_dim = num_outputs // num_heads
+    if layer.num_key_value_heads is None:
+        _check_parameter("layer.wk", layer.wk, (None, hidden_size), device, "outputs first, as in nn.Linear")
+        num_key_value_heads, remainder = divmod(layer.wk.shape[0], head_dim)
+        if remainder or num_heads % max(1, num_key_value_heads) != 0:
+            raise ValueError(
+                f"layer.wk: expected outputs of a number of heads that divides w's {num_heads}, each of {head_dim} as "
+                f"wq has, got shape {shape_of(layer.wk)}; see the model's config"
+            )
+    else:
+        _check_num_key_value_heads(layer.num_key_value_heads, num_heads)
+        meaning = f"{layer.num_key_value_heads} heads of {head_dim}"
+        shape = (layer.num_key_value_heads * head_dim, hidden_size)
+        _check_parameter("layer.wk", layer.wk, shape, device, meaning)
+    vectors = (
+        ("layer.norm_weight", layer.norm_weight, hidden_size),
+        ("layer.bq", layer.bq, num_outputs),
+        ("layer.bk", layer.bk, layer.wk.shape[0]),
+    )
+    for name, vector, length in vectors:
+        if vector is not None:
+            _check_parameter(name, vector, (length,), device, "or None")
+    _check_epsilon(layer.norm_eps)
+    return head_dim
+
+
+def _check_parameter(
+    name: str, parameter: torch.Tensor, shape: tuple[int | None, ...], device: torch.device, meaning: str
+) -> None:
+    """Check that `parameter` is a floating point tensor of this shape on this device; a length of None is any.
+
+    A matrix is multiplied as it is, so its dtype is one of those that have a kernel.
+    """
+    check_tensor(name, parameter)
+    if len(shape) > 1 and parameter.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected dtype float32, float16 or bfloat16, got {parameter.dtype}; use .float()")
+    if not parameter.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating point dtype, got {parameter.dtype}; use .float()")
+    fits = parameter.dim() == len(shape) and all(
+        length in (None, came) for length, came in zip(shape, parameter.shape, strict=True)
+    )
+    if not fits or 0 in parameter.shape:
+        shown = [length or "any" for length in shape]
+        raise ValueError(
+            f"{name}: expected shape {shown} ({meaning}), got {shape_of(parameter)}; see the model's config"
+        )
+    if parameter.device != device:
+        raise ValueError(f"{name}: expected device {device} as x, got {parameter.device}; use .to({str(device)!r})")
+
+
+def _check_num_key_value_heads(num_key_value_heads: object, num_heads: int) -> None:
+    expected = f"layer.num_key_value_heads: expected a divisor of w's {num_heads} heads, or None"
+    if isinstance(num_key_value_heads, bool) or not isinstance(num_key_value_heads, numbers.Integral):
+        raise TypeError(f"{expected}, got {type(num_key_value_heads).__name__}; the model's config has it")
+    if num_key_value_heads < 1 or num_heads % num_key_value_heads != 0:
+        raise ValueError(f"{expected}, got {num_key_value_heads}; the model's config has it")
+
+
+def _check_epsilon(norm_eps: object) -> None:
+    if isinstance(norm_eps, bool) or not isinstance(norm_eps, numbers.Real):
+        raise TypeError(f"layer.norm_eps: expected a float, got {type(norm_eps).__name__}; 1e-6 is usual")
+    if not (math.isfinite(norm_eps) and norm_eps >= 0):
+        raise ValueError(f"layer.norm_eps: expected a finite number of at least 0, got {norm_eps}; 1e-6 is usual")
+
+
+def _run_score_hidden_and_select(
     x: torch.Tensor,
     norm_weight: torch.Tensor | None,
     norm_eps: float,
@@ -122,89 +219,65 @@ def _checked(
     wk: torch.Tensor,
     bk: torch.Tensor | None,
     w: torch.Tensor,
-    num_key_value_heads: int,
+    q_mask: torch.Tensor,
+    k_mask: torch.Tensor,
+    ratio: float,
+    budget: int,
+    normalize: str | None,
+    scale: float,
+    rounding: str,
+    backend: str,
+) -> Selection:
+    layer = Layer(norm_weight, norm_eps, wq, bq, wk, bk)
+    compute = load_backend(backend, "score_hidden").score_hidden_and_select
+    with without_autocast(x):
+        selection: Selection = compute(x, layer, w, budget or ratio, q_mask, k_mask, normalize, scale, rounding)
+    return selection
+
+
+def _run_score_hidden(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_eps: float,
+    wq: torch.Tensor,
+    bq: torch.Tensor | None,
+    wk: torch.Tensor,
+    bk: torch.Tensor | None,
+    w: torch.Tensor,
     q_mask: torch.Tensor,
     k_mask: torch.Tensor,
     normalize: str | None,
-    scale: float | None,
-    backend: str | None,
-) -> tuple[bool, tuple, tuple[torch.Tensor, torch.Tensor], float, str]:
-    """Whether the input came batched; the layer and the masks, batched and without grad; scale and backend."""
-    check_tensor("x", x)
-    if x.dtype not in FLOATS:
-        raise TypeError(f"x: expected dtype float32, float16 or bfloat16, got {x.dtype}; use x.float()")
-    if x.dim() not in (2, 3):
-        raise ValueError(f"x: expected [B, T, C] or [T, C], got shape {shape_of(x)}; one hidden state a token")
-    hidden_size, device = x.shape[-1], x.device
-    if hidden_size < 1:
-        raise ValueError(f"x: expected hidden states of at least one channel, got shape {shape_of(x)}; channels last")
-    _check_parameter("w", w, None, device, "one weight a head")
-    num_heads = w.shape[0]
-    _check_heads(num_heads, num_key_value_heads)
-    _check_parameter("wq", wq, (None, hidden_size), device, "as nn.Linear keeps it: outputs first")
-    if wq.shape[0] < 1 or wq.shape[0] % num_heads != 0:
-        raise ValueError(
-            f"wq: expected a multiple of w's {num_heads} heads as outputs, got shape {shape_of(wq)}; w has one "
-            "weight a query head"
-        )
-    num_outputs = wq.shape[0]
-    head_dim = num_outputs // num_heads
-    num_key_outputs = num_key_value_heads * head_dim
-    _check_parameter("wk", wk, (num_key_outputs, hidden_size), device, f"{num_key_value_heads} heads of {head_dim}")
-    optional = (("norm_weight", norm_weight, hidden_size), ("bq", bq, num_outputs), ("bk", bk, num_key_outputs))
-    for name, parameter, length in optional:
-        if parameter is not None:
-            _check_parameter(name, parameter, (length,), device, "or None")
-    if isinstance(norm_eps, bool) or not isinstance(norm_eps, numbers.Real):
-        raise TypeError(f"norm_eps: expected a float, got {type(norm_eps).__name__}; 1e-6 is usual")
-    if not (math.isfinite(norm_eps) and norm_eps >= 0):
-        raise ValueError(f"norm_eps: expected a finite number of at least 0, got {norm_eps}; 1e-6 is usual")
-    for name, mask in (("q_mask", q_mask), ("k_mask", k_mask)):
-        check_tensor(name, mask)
-        check_mask(name, mask, tuple(x.shape[:-1]), "one entry a token", device)
-    check_normalize(normalize)
-    scale = checked_scale(scale, head_dim)
-    backend = choose_backend(backend, device, head_dim)
-    batched = x.dim() == 3
-    if not batched:
-        x, q_mask, k_mask = x.unsqueeze(0), q_mask.unsqueeze(0), k_mask.unsqueeze(0)
-    gamma, bq, bk = (None if parameter is None else parameter.detach() for parameter in (norm_weight, bq, bk))
-    layer = (x.detach(), gamma, float(norm_eps), wq.detach(), bq, wk.detach(), bk, w.detach())
-    return batched, layer, (q_mask, k_mask), scale, backend
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    layer = Layer(norm_weight, norm_eps, wq, bq, wk, bk)
+    compute = load_backend(backend, "score_hidden").score_hidden
+    with without_autocast(x):
+        scores: torch.Tensor = compute(x, layer, w, q_mask, k_mask, normalize, scale)
+    return scores
 
 
-def _check_parameter(
-    name: str, parameter: torch.Tensor, shape: tuple[int | None, ...] | None, device: torch.device, meaning: str
-) -> None:
-    """`parameter` is a floating point tensor of this shape on this device; None is a vector, None inside any length.
-
-    A matrix is multiplied as it is, so its dtype is one of those that have a kernel.
-    """
-    check_tensor(name, parameter)
-    expected = (None,) if shape is None else shape
-    if len(expected) > 1 and parameter.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected dtype float32, float16 or bfloat16, got {parameter.dtype}; use .float()")
-    if not parameter.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating point dtype, got {parameter.dtype}; use .float()")
-    fits = parameter.dim() == len(expected) and all(
-        length in (None, came) for length, came in zip(expected, parameter.shape, strict=True)
-    )
-    if not fits or 0 in parameter.shape:
-        shown = [length or "any" for length in expected]
-        raise ValueError(
-            f"{name}: expected shape {shown} ({meaning}), got {shape_of(parameter)}; see the layer's config"
-        )
-    if parameter.device != device:
-        raise ValueError(f"{name}: expected device {device} as x, got {parameter.device}; use .to({str(device)!r})")
+def _fake_score_hidden_and_select(x: torch.Tensor, *others: Any) -> Fields:
+    *_, ratio, budget, _normalize, _scale, rounding, _backend = others
+    return fake_selection(x, x.shape[1], ratio, budget, rounding)
 
 
-def _check_heads(num_heads: int, num_key_value_heads: object) -> None:
-    if isinstance(num_key_value_heads, bool) or not isinstance(num_key_value_heads, numbers.Integral):
-        raise TypeError(
-            f"num_key_value_heads: expected an int, got {type(num_key_value_heads).__name__}; the config has it"
-        )
-    if num_key_value_heads < 1 or num_heads % num_key_value_heads != 0:
-        raise ValueError(
-            f"num_key_value_heads: expected a divisor of w's {num_heads} heads, got {num_key_value_heads}; the config "
-            "has it"
-        )
+def _fake_score_hidden(x: torch.Tensor, *others: object) -> torch.Tensor:
+    return x.new_empty((x.shape[0], x.shape[1]), dtype=torch.float32)
+
+
+_TENSORS = (
+    "Tensor x, Tensor? norm_weight, float norm_eps, Tensor wq, Tensor? bq, Tensor wk, Tensor? bk, Tensor w, "
+    "Tensor q_mask, Tensor k_mask"
+)
+_score_hidden_and_select = define(
+    f"score_hidden_and_select({_TENSORS}, float ratio, SymInt budget, str? normalize, float scale, str rounding, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    _run_score_hidden_and_select,
+    _fake_score_hidden_and_select,
+)
+_score_hidden = define(
+    f"score_hidden({_TENSORS}, str? normalize, float scale, str backend) -> Tensor",
+    _run_score_hidden,
+    _fake_score_hidden,
+)

@@ -1,11 +1,11 @@
-"""Top-k of given scores with a defined order: the public function and its checks."""
+"""Keep the tokens with the highest scores, in an order that is defined for ties and NaN."""
 
 from __future__ import annotations
 
 import torch
 
-from hawk_kernels.backends.choose import choose_backend
-from hawk_kernels.ops import registration as ops
+from hawk_kernels.backends.choose import choose_backend, load_backend
+from hawk_kernels.ops.library import Fields, as_selection, define, fake_selection
 from hawk_kernels.selection import Selection
 from hawk_kernels.validation import check_mask, check_rounding, check_tensor, checked_keep, shape_of
 
@@ -44,13 +44,26 @@ def select_topk(
     check_rounding(rounding)
     if not batched:
         scores, mask = scores.unsqueeze(0), None if mask is None else mask.unsqueeze(0)
-    selected = ops.select_topk(
-        scores.detach().float(), mask, ratio, budget, rounding, choose_backend(None, scores.device)
-    )
-    return as_selection(selected, batched)
+    backend = choose_backend(None, scores.device)
+    return as_selection(_select_topk(scores.detach().float(), mask, ratio, budget, rounding, backend), batched)
 
 
-def as_selection(selected: tuple[torch.Tensor, torch.Tensor, torch.Tensor], batched: bool) -> Selection:
-    """What an operator returned, without the batch axis where the caller gave none."""
-    mask, indices, scores = selected
-    return Selection(mask, indices, scores) if batched else Selection(mask[0], indices[0], scores[0])
+def _run_select_topk(
+    scores: torch.Tensor, mask: torch.Tensor | None, ratio: float, budget: int, rounding: str, backend: str
+) -> Selection:
+    selection: Selection = load_backend(backend, "select_topk").select_topk(scores, budget or ratio, mask, rounding)
+    return selection
+
+
+def _fake_select_topk(
+    scores: torch.Tensor, mask: torch.Tensor | None, ratio: float, budget: int, rounding: str, backend: str
+) -> Fields:
+    return fake_selection(scores, scores.shape[1], ratio, budget, rounding)
+
+
+_select_topk = define(
+    "select_topk(Tensor scores, Tensor? mask, float ratio, SymInt budget, str rounding, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _run_select_topk,
+    _fake_select_topk,
+)

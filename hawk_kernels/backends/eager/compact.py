@@ -11,15 +11,6 @@ def slots(keep_mask: torch.Tensor, length: int) -> torch.Tensor:
     return torch.where(keep_mask, keep_mask.cumsum(dim=1) + (length - 1 - counts), -1)
 
 
-def check_fits(keep_mask: torch.Tensor, length: int) -> None:
-    """Refuse rows that are too short; reading `keep_mask` is no host sync where it is on a CPU."""
-    fullest = int(keep_mask.sum(dim=1).max()) if keep_mask.shape[0] else 0
-    if fullest > length:
-        raise ValueError(
-            f"length: expected at least {fullest}, as many as the fullest row keeps, got {length}; None counts"
-        )
-
-
 def compact(
     inputs_embeds: torch.Tensor, keep_mask: torch.Tensor, position_ids: torch.Tensor | None, length: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

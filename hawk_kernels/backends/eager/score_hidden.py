@@ -6,6 +6,7 @@ import torch
 
 from hawk_kernels.backends.eager.score_and_select import COLUMNS, weighted_sum
 from hawk_kernels.backends.eager.select_topk import select
+from hawk_kernels.layer import Layer
 from hawk_kernels.selection import Selection
 
 # Tokens that are in float32 at once.
@@ -14,21 +15,17 @@ _TOKENS = 2048
 
 def score_hidden(
     x: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_eps: float,
-    wq: torch.Tensor,
-    bq: torch.Tensor | None,
-    wk: torch.Tensor,
-    bk: torch.Tensor | None,
+    layer: Layer,
     w: torch.Tensor,
-    num_key_value_heads: int,
     q_mask: torch.Tensor,
     k_mask: torch.Tensor,
     normalize: str | None,
     scale: float,
 ) -> torch.Tensor:
     """Importance `[B, T]` float32 by validated hidden states `[B, T, C]`."""
+    norm_weight, norm_eps, wq, bq, wk, bk, _ = layer
     num_heads = w.shape[0]
+    num_key_value_heads = wk.shape[0] * num_heads // wq.shape[0]
     gamma = None if norm_weight is None else norm_weight.float()
     mean = _mean_text(x, q_mask, norm_eps)
     if gamma is not None:
@@ -52,15 +49,9 @@ def score_hidden(
 
 def score_hidden_and_select(
     x: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_eps: float,
-    wq: torch.Tensor,
-    bq: torch.Tensor | None,
-    wk: torch.Tensor,
-    bk: torch.Tensor | None,
+    layer: Layer,
     w: torch.Tensor,
     r: float | int,
-    num_key_value_heads: int,
     q_mask: torch.Tensor,
     k_mask: torch.Tensor,
     normalize: str | None,
@@ -68,10 +59,7 @@ def score_hidden_and_select(
     rounding: str,
 ) -> Selection:
     """Selection over T by validated hidden states `[B, T, C]`."""
-    scores = score_hidden(
-        x, norm_weight, norm_eps, wq, bq, wk, bk, w, num_key_value_heads, q_mask, k_mask, normalize, scale
-    )
-    return select(scores, r, k_mask, rounding)
+    return select(score_hidden(x, layer, w, q_mask, k_mask, normalize, scale), r, k_mask, rounding)
 
 
 def _matrix_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,7 @@ from hawk_kernels.backends.kernels.phases import (
 from hawk_kernels.backends.kernels.radix import clear_histograms, load_candidates
 from hawk_kernels.backends.kernels.score_and_select import HEADS_PER_PROGRAM, Plan
 from hawk_kernels.backends.kernels.select_topk import keep_arguments
+from hawk_kernels.layer import Layer
 from hawk_kernels.selection import Selection, max_kept
 
 # Rows of a batch that meet a tile of W_q together; tl.dot takes at least 16 columns.
@@ -515,15 +516,9 @@ def make_plan(
 
 def score_hidden_and_select(
     x: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_eps: float,
-    wq: torch.Tensor,
-    bq: torch.Tensor | None,
-    wk: torch.Tensor,
-    bk: torch.Tensor | None,
+    layer: Layer,
     w: torch.Tensor,
     r: float | int,
-    num_key_value_heads: int,
     q_mask: torch.Tensor,
     k_mask: torch.Tensor,
     normalize: str | None,
@@ -539,21 +534,15 @@ def score_hidden_and_select(
         torch.empty((batch, num_tokens), dtype=torch.float32, device=x.device),
     )
     if batch and num_tokens:
-        layer = (x, norm_weight, norm_eps, wq, bq, wk, bk, w, num_key_value_heads, q_mask, k_mask, normalize, scale)
-        _launch(*layer, selection, True, keep_arguments(r, rounding), rounding == "ceil", config)
+        keep, ceil = keep_arguments(r, rounding), rounding == "ceil"
+        _launch(x, layer, w, q_mask, k_mask, normalize, scale, selection, True, keep, ceil, config)
     return selection
 
 
 def score_hidden(
     x: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_eps: float,
-    wq: torch.Tensor,
-    bq: torch.Tensor | None,
-    wk: torch.Tensor,
-    bk: torch.Tensor | None,
+    layer: Layer,
     w: torch.Tensor,
-    num_key_value_heads: int,
     q_mask: torch.Tensor,
     k_mask: torch.Tensor,
     normalize: str | None,
@@ -562,21 +551,15 @@ def score_hidden(
     """Importance `[B, T]` float32 by validated hidden states, in one launch."""
     scores = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
     if scores.numel():
-        layer = (x, norm_weight, norm_eps, wq, bq, wk, bk, w, num_key_value_heads, q_mask, k_mask, normalize, scale)
-        _launch(*layer, Selection(scores, scores, scores), False, (1, 1, 0), False, None)
+        nothing = Selection(scores, scores, scores)
+        _launch(x, layer, w, q_mask, k_mask, normalize, scale, nothing, False, (1, 1, 0), False, None)
     return scores
 
 
 def _launch(
     x: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_eps: float,
-    wq: torch.Tensor,
-    bq: torch.Tensor | None,
-    wk: torch.Tensor,
-    bk: torch.Tensor | None,
+    layer: Layer,
     w: torch.Tensor,
-    num_key_value_heads: int,
     q_mask: torch.Tensor,
     k_mask: torch.Tensor,
     normalize: str | None,
@@ -587,9 +570,11 @@ def _launch(
     ceil: bool,
     config: HiddenConfig | None,
 ) -> None:
+    norm_weight, norm_eps, wq, bq, wk, bk, _ = layer
     batch, num_tokens, hidden_size = x.shape
     num_heads = w.shape[0]
     head_dim = wq.shape[0] // num_heads
+    num_key_value_heads = wk.shape[0] // head_dim
     shape = (batch, num_tokens, hidden_size, num_heads, num_key_value_heads, head_dim, normalize, selects)
     plan = _plan(x.device, x.dtype, *shape) if config is None else make_plan(*shape, config)
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
