@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from hawk_kernels.backends.kernels import (
 )
 from hawk_kernels.backends.kernels.configs import Shape, config_for
 from hawk_kernels.backends.kernels.head_norms import MODES
+from hawk_kernels.backends.kernels.plan import Plan
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -46,16 +47,28 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
-# Where the kernels that select leave what they work with.
-SELECTING = {"words_ptr": "*i32", "counters_ptr": "*i32", "mask_ptr": "*i1", "indices_ptr": "*i64"}
+# What the kernels that select work with, and where they write.
+MEMORY = finish.Memory(floats="*fp32", words="*i32", counters="*i32")
+OUTPUTS = finish.Outputs(scores="*fp32", mask="*i1", indices="*i64")
 _INT64 = {"numerator", "denominator"}
 # Integers that are multiples of 16 for every model, as strides are.
 _MULTIPLES = {"hidden_size", "columns_per_program"}
+_BY_16 = [["tt.divisibility", 16]]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation of one kernel."""
+    """One specialisation of one kernel.
+
+    Attributes:
+        name: what the table calls it.
+        kernel: the jitted function.
+        pointers: types of pointers by argument, where they are not float32.
+        constants: values of constants by argument.
+        num_warps: warps of a program.
+        max_registers: of a thread, None leaves their number to the compiler.
+        groups: arguments that are tuples; a field is a type, or the number that it always has.
+    """
 
     name: str
     kernel: Any
@@ -63,6 +76,7 @@ class Variant:
     constants: dict[str, Any]
     num_warps: int
     max_registers: int | None = None
+    groups: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -166,19 +180,16 @@ def _fused(
 ) -> Variant:
     config = config_for(target, "score_and_select", Shape("fp32" if dtype == "fp32" else "half", head_dim, 4, num_keys))
     plan = score_and_select.make_plan(1, 28, 4, num_queries, num_keys, head_dim, mode, selects, config)
-    constants = {
-        "HAS_Q_MASK": masked,
-        "HAS_K_MASK": masked,
-        "CEIL": False,
-        "INTERPRETED": False,
-        "q_stride_d": 1,
-        "k_stride_d": 1,
-        "w_stride": 1,
-        **plan.constants,
+    options = dict.fromkeys(("HAS_Q_MASK", "HAS_K_MASK"), masked) | {"CEIL": False, "INTERPRETED": False}
+    pointer = DTYPES[dtype]
+    groups = {
+        "tensors": score_and_select.Tensors(q=pointer, k=pointer, w="*fp32", q_mask="*i1", k_mask="*i1"),
+        "strides": score_and_select.Strides("i32", 1, "i32", 1, w=1, q_mask_n="i32", k_mask_m="i32"),
+        "memory": MEMORY,
+        "outputs": OUTPUTS,
     }
-    pointers = {"q_ptr": DTYPES[dtype], "k_ptr": DTYPES[dtype], "q_mask_ptr": "*i1", "k_mask_ptr": "*i1", **SELECTING}
     name = f"score_and_select {dtype} {mode} D={head_dim} N={num_queries} M={num_keys}{' masked' if masked else ''}"
-    return _planned(name, score_and_select._score_and_select_kernel, pointers, constants, plan)
+    return _planned(name, score_and_select._score_and_select_kernel, groups, options, plan)
 
 
 def _hidden(
@@ -194,50 +205,57 @@ def _hidden(
     shape = (num_tokens, hidden_size, num_heads, num_key_value_heads, head_dim)
     config = config_for(target, "score_hidden", Shape("fp32" if dtype == "fp32" else "half", 0, 1, num_tokens))
     plan = score_hidden.make_plan(1, *shape, mode, True, config)
-    constants = {
-        "HAS_NORM_WEIGHT": True,
-        "HAS_QUERY_BIAS": True,
-        "HAS_KEY_BIAS": True,
-        "CEIL": False,
-        "INTERPRETED": False,
-        **dict.fromkeys(("x_stride_c", "wq_stride_c", "wk_stride_c", "bq_stride", "bk_stride", "w_stride"), 1),
-        **plan.constants,
+    options = dict.fromkeys(("HAS_NORM_WEIGHT", "HAS_QUERY_BIAS", "HAS_KEY_BIAS"), True)
+    options |= {"CEIL": False, "INTERPRETED": False}
+    pointer = DTYPES[dtype]
+    tensors = score_hidden.Tensors(*[pointer] * 6, w="*fp32", q_mask="*i1", k_mask="*i1")
+    strides = dict.fromkeys(score_hidden.Strides._fields, 1)
+    strides |= dict.fromkeys(("x_t", "wq_o", "wk_o", "q_mask_t", "k_mask_t"), "i32")
+    groups = {
+        "tensors": tensors,
+        "strides": score_hidden.Strides(**strides),
+        "memory": score_hidden.Memory(*MEMORY, terms=pointer),
+        "outputs": OUTPUTS,
     }
-    typed = ("x_ptr", "norm_weight_ptr", "wq_ptr", "bq_ptr", "wk_ptr", "bk_ptr", "terms_ptr")
-    pointers = dict.fromkeys(typed, DTYPES[dtype]) | {"q_mask_ptr": "*i1", "k_mask_ptr": "*i1", **SELECTING}
     name = f"score_hidden {dtype} {mode} C={hidden_size} H={num_heads} D={head_dim} T={num_tokens}"
-    return _planned(name, score_hidden._score_hidden_kernel, pointers, constants, plan)
+    return _planned(name, score_hidden._score_hidden_kernel, groups, options, plan)
 
 
-def _planned(
-    name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], plan: score_and_select.Plan
-) -> Variant:
-    return Variant(name, kernel, pointers, constants, plan.options["num_warps"], plan.options.get("maxnreg"))
+def _planned(name: str, kernel: Any, groups: dict[str, Any], options: dict[str, bool], plan: Plan) -> Variant:
+    constants = {**options, "STATIC": plan.static}
+    return Variant(name, kernel, {}, constants, plan.options["num_warps"], plan.options.get("maxnreg"), groups)
 
 
 def _select(num_keys: int) -> Variant:
-    constants = {
-        "HAS_MASK": True,
-        "CEIL": False,
-        "IN_REGISTERS": num_keys <= finish.MAX_ROW_IN_REGISTERS,
-        "BLOCK": finish.row_block(num_keys),
-        "NUM_BLOCKS": triton.next_power_of_2(finish.num_blocks(num_keys)),
-    }
-    pointers = {"candidates_ptr": "*i1", **SELECTING}
-    return Variant(f"select M={num_keys}", select_topk._select_kernel, pointers, constants, select_topk._NUM_WARPS)
+    plan = select_topk.make_plan(1, num_keys)
+    constants = {"HAS_MASK": True, "CEIL": False, "STATIC": plan.static}
+    groups = {"memory": MEMORY, "outputs": OUTPUTS}
+    kernel, warps = select_topk._select_kernel, plan.options["num_warps"]
+    return Variant(f"select M={num_keys}", kernel, {"mask_ptr": "*i1"}, constants, warps, groups=groups)
 
 
 def build(variant: Variant, target_name: str) -> Any:
     """What Triton's compiler makes of a variant for a target, without a device."""
-    signature, divisible = {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    divisible: dict[tuple[int, ...], list[list[Any]]] = {}
     for position, name in enumerate(variant.kernel.arg_names):
+        group = variant.groups.get(name)
         if name in variant.constants:
             signature[name] = "constexpr"
-            continue
-        signature[name] = _type_of(name, variant.pointers)
-        if name.endswith("_ptr") or "stride" in name or name in _MULTIPLES:
-            divisible[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(variant.kernel, signature, variant.constants, divisible)
+            constants[(position,)] = variant.constants[name]
+        elif group is not None:
+            signature[name] = type(group)(*(leaf if isinstance(leaf, str) else "constexpr" for leaf in group))
+            for place, leaf in enumerate(group):
+                if not isinstance(leaf, str):
+                    constants[(position, place)] = leaf
+                elif leaf.startswith("*") or name == "strides":
+                    divisible[(position, place)] = _BY_16
+        else:
+            signature[name] = _type_of(name, variant.pointers)
+            if name.endswith("_ptr") or "stride" in name or name in _MULTIPLES:
+                divisible[(position,)] = _BY_16
+    source = ASTSource(variant.kernel, signature, constants, divisible)
     options = {"num_warps": variant.num_warps, "enable_fp_fusion": True}
     if variant.max_registers is not None and TARGETS[target_name].backend == "cuda":
         options["maxnreg"] = variant.max_registers

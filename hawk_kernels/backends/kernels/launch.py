@@ -23,6 +23,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from hawk_kernels.backends.kernels.phases import COUNTERS_PER_ROW
+
 _Made = TypeVar("_Made")
 
 # A mebibyte: enough for the counters of eight thousand captured launches of one row.
@@ -38,6 +40,8 @@ _LARGEST_KEPT_WORDS = 8 * 2**20
 
 # Of a grid's first dimension, and of int32.
 _MOST_PROGRAMS = 2**31 - 1
+# A kernel finds the counters of a row by an int32 offset.
+_MOST_ROWS = (_MOST_PROGRAMS - 1) // COUNTERS_PER_ROW.value
 # A program of the selection takes a power of two of columns, and one number of each block of them.
 _MOST_COLUMNS = 2**30
 
@@ -66,12 +70,13 @@ def compiler_options(num_warps: int, max_registers: int) -> dict[str, object]:
     return {**options, "maxnreg": max_registers} if max_registers and not torch.version.hip else options
 
 
-def check_limits(num_programs: int, num_columns: int, num_offsets: int) -> None:
-    """Raise ValueError for what a launch cannot number: programs by a grid, columns and the small offsets by int32."""
+def check_limits(num_programs: int, num_columns: int, num_offsets: int, num_rows: int) -> None:
+    """Raise ValueError for what a launch cannot number: programs in a grid, the rest in int32."""
     for what, count, limit, remedy in (
         ("tokens in a row", num_columns, _MOST_COLUMNS, "prune in several parts"),
         ("programs", num_programs, _MOST_PROGRAMS, "split the batch"),
         ("numbers of queries in the workspace", num_offsets, _MOST_PROGRAMS, "split the batch"),
+        ("rows", num_rows, _MOST_ROWS, "split the batch"),
     ):
         if count > limit:
             raise ValueError(f"backend='triton': expected at most {limit} {what} in a launch, got {count}; {remedy}")
