@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that are not there, and say what each costs: registers, spills, shared memory.
+"""Compile every kernel for GPUs that are not at hand, and report its registers, spills and shared memory.
 
     python -m bench.compile_only [--target sm_90 ...] [--json FILE] [--quick]
 
@@ -81,7 +81,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a variant costs on a target; AMD's registers are the vector ones."""
+    """What a variant costs on a target; on AMD these are the vector registers."""
 
     variant: str
     target: str
@@ -93,7 +93,19 @@ class Compiled:
 
 
 def variants(quick: bool = False, target: str = "sm_90") -> Iterator[Variant]:
-    """The shapes that differ in code: dtype, norm, head size, row length, masks; as the target's table cuts them."""
+    """Yield the shapes that differ in code: dtype, norm, head size, row length, masks; as the target's table cuts them.
+
+    The quick ones are one or two of each kernel, of those that need most registers.
+    """
+    if quick:
+        yield _fused(target, "bf16", "softmax", 72, 1024, 16384, True)
+        yield _fused(target, "fp32", None, 256, 64, 1296, True)
+        yield _select(131072)
+        yield _hidden(target, "bf16", "l2", 3584, 28, 4, 128, 5200)
+        yield from _columns("fp32", 128, 1, 16384, "causal rows max")
+        yield _compaction("bf16")
+        yield from _greedy(2896)
+        return
     fused = [(dtype, mode, 128, 64, 1296, True) for dtype in DTYPES for mode in MODES]
     fused += [("bf16", "l2", head_dim, 64, 1296, False) for head_dim in (16, 64, 72, 80, 96, 256)]
     fused += [("fp32", "l2", 256, 64, 1296, True)]
@@ -101,9 +113,6 @@ def variants(quick: bool = False, target: str = "sm_90") -> Iterator[Variant]:
         ("bf16", "l2", 128, 64, num_keys, False) for num_keys in (1, 576, 2048, 2880, 5120, 16384, 131072, 262144)
     ]
     fused += [(dtype, mode, 128, 1024, 16384, True) for dtype in ("bf16", "fp32") for mode in MODES]
-    if quick:
-        fused = [("bf16", "l2", 128, 64, 576, False), ("fp32", None, 256, 64, 1296, True)]
-        fused += [("bf16", "softmax", 72, 1024, 16384, True)]
     for dtype, mode, head_dim, num_queries, num_keys, masked in dict.fromkeys(fused):
         yield _fused(target, dtype, mode, head_dim, num_queries, num_keys, masked)
     yield _fused(target, "bf16", "l2", 128, 64, 131072, True, selects=False)
@@ -112,16 +121,16 @@ def variants(quick: bool = False, target: str = "sm_90") -> Iterator[Variant]:
     hidden_states = [(dtype, mode, 3584, 28, 4, 128, 1360) for dtype in DTYPES for mode in MODES]
     hidden_states += [("bf16", "l2", *layer) for layer in ((4096, 32, 32, 128, 640), (896, 14, 2, 64, 300))]
     hidden_states += [(dtype, "l2", 3584, 28, 4, 128, num_tokens) for dtype in DTYPES for num_tokens in (5200, 131200)]
-    for dtype, mode, *shape in hidden_states[5:6] + hidden_states[-2:-1] if quick else hidden_states:
+    for dtype, mode, *shape in hidden_states:
         yield _hidden(target, dtype, mode, *shape)
     columns = [(dtype, head_dim, 1024, 1024, "dense") for dtype in DTYPES for head_dim in (64, 72, 80, 96, 128, 256)]
     columns += [("bf16", 80, 6400, 6400, "segments"), ("fp32", 80, 6400, 6400, "segments")]
     columns += [(dtype, 128, 1, 16384, "causal rows max") for dtype in DTYPES]
-    for dtype, head_dim, num_queries, num_keys, kind in columns[4:5] + columns[-3:] if quick else columns:
+    for dtype, head_dim, num_queries, num_keys, kind in columns:
         yield from _columns(dtype, head_dim, num_queries, num_keys, kind)
-    for dtype in ("bf16",) if quick else (*DTYPES, "fp64"):
+    for dtype in (*DTYPES, "fp64"):
         yield _compaction(dtype)
-    for num_tokens in (2896,) if quick else (80, 592, 2896, 8192):
+    for num_tokens in (80, 592, 2896, 8192):
         yield from _greedy(num_tokens)
 
 
@@ -235,7 +244,7 @@ def _select(num_keys: int) -> Variant:
 
 
 def build(variant: Variant, target_name: str) -> Any:
-    """What Triton's compiler makes of a variant for a target, without a device."""
+    """Compile a variant for a target, without a device."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     divisible: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -289,7 +298,7 @@ def _last_number(pattern: str, text: str) -> int:
 
 
 def _ptxas_report(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers a thread and bytes spilled (stores and loads), as ptxas says."""
+    """Return the registers of a thread and the bytes spilled (stores and loads), as ptxas reports them."""
     tool = triton.knobs.nvidia.ptxas_blackwell if arch >= 100 else triton.knobs.nvidia.ptxas
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
@@ -309,9 +318,10 @@ def _ptxas_report(ptx: str, arch: int) -> tuple[int, int]:
 
 
 def _barrier_before_arrival(ttgir: str, ptx: str) -> bool | None:
-    """Whether a CTA-wide barrier stands between the last global store and each arrival atomic; None without one.
+    """Say whether a CTA-wide barrier stands between the last global store and each arrival; None without arrivals.
 
-    In both: PTX alone may show a barrier that Triton put there for its shared memory, and may drop again.
+    Both listings must show it: PTX alone may have a barrier that Triton put there for its shared memory and may drop
+    again.
     """
     own = _stands_between(ttgir, r"tt\.(?:store|atomic_rmw)", r"(?:ttg|gpu)\.barrier", r"atomic_rmw add, acq_rel")
     arrival = r"atom\.(?:acq_rel\.gpu|global\.gpu\.acq_rel)"
@@ -320,7 +330,7 @@ def _barrier_before_arrival(ttgir: str, ptx: str) -> bool | None:
 
 
 def _stands_between(code: str, store: str, barrier: str, arrival: str) -> bool | None:
-    """Whether every arrival that has something to publish has a barrier behind it; None without arrivals."""
+    """Say whether a barrier comes before every arrival that has something to publish; None without arrivals."""
     arrivals = list(re.finditer(arrival, code))
     published, begin = [], 0
     for found in arrivals:
@@ -336,7 +346,7 @@ def main() -> None:
     """Compile, print a row for each kernel and target, and write them as JSON if asked."""
     parser = argparse.ArgumentParser(prog="python -m bench.compile_only", description=__doc__.split("\n")[0])
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all of them")
-    parser.add_argument("--quick", action="store_true", help="a few variants of each kernel")
+    parser.add_argument("--quick", action="store_true", help="one or two variants of each kernel")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
 

@@ -72,7 +72,7 @@ class Memory(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """What the scoring programs leave: `c [B, num_rows, M]`, `statistics [B, num_rows, num_tiles, 2]`, by so many."""
+    """What the scoring programs of a row leave: `c [B, num_rows, M]` and `statistics [B, num_rows, num_tiles, 2]`."""
 
     c_ptr: Any
     statistics_ptr: Any
@@ -154,7 +154,7 @@ def _importance_of(
     c_ptr, statistics_ptr, w, columns, candidate, num_c_rows, num_tiles, num_keys,
     MODE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """`I[k]` of some columns of one row, `-inf` where there is no candidate."""
+    """Return `I[k]` of some columns of one row, `-inf` where there is no candidate."""
     importance = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_c_rows, BLOCK_H):
         rows = start + tl.arange(0, BLOCK_H)

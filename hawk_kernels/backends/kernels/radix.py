@@ -1,4 +1,4 @@
-"""Device functions that select the best of one row: an exact order, by radix, without a sort.
+"""Device functions that select the best of one row in an exact order: by radix, without a sort.
 
 The order is that of a stable descending sort: a float becomes a uint32 key that orders the same way, the key of the
 last token that is kept (the threshold) is found eight bits at a time, and tokens that tie with it are taken from
@@ -51,7 +51,7 @@ def load_candidates(mask, columns, num_keys, HAS_MASK: tl.constexpr):
 
 @triton.jit
 def budget_of(num_candidates, budget, CEIL: tl.constexpr):
-    """How many tokens a row keeps, int32; this is `selection.kept_count` on the device."""
+    """Return how many tokens a row keeps, int32; this is `selection.kept_count` on the device."""
     if budget.count > 0:
         kept = tl.minimum(num_candidates, budget.count)
     else:
@@ -64,7 +64,7 @@ def budget_of(num_candidates, budget, CEIL: tl.constexpr):
 
 @triton.jit
 def ordered_key(score, candidate):
-    """uint32 that orders as the score does: NaN is 1, below -inf; 0 is no candidate; -0 equals +0."""
+    """Return a uint32 that orders as the score does: NaN is 1, below -inf; 0 is no candidate; -0 equals +0."""
     score = tl.where(score == 0.0, 0.0, score)
     bits = score.to(tl.uint32, bitcast=True)
     key = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
@@ -74,7 +74,7 @@ def ordered_key(score, candidate):
 
 @triton.jit
 def _digit_counts(key, candidate, settled, prefix, DIGIT: tl.constexpr):
-    """Histogram of a digit of the keys that start as the threshold does; digit 0 is the highest."""
+    """Count a digit of the keys that start as the threshold does; digit 0 is the highest."""
     shift: tl.constexpr = 32 - RADIX_BITS * (DIGIT + 1)
     digit = ((key >> shift) & (RADIX_BINS - 1)).to(tl.int32)
     return tl.histogram(digit, RADIX_BINS, mask=candidate & ((key & settled) == prefix))
@@ -82,7 +82,7 @@ def _digit_counts(key, candidate, settled, prefix, DIGIT: tl.constexpr):
 
 @triton.jit
 def _settle_digit(threshold, settled, remaining, histogram, DIGIT: tl.constexpr):
-    """The threshold with one more digit: that of the `remaining`-th largest key; and what remains below this bin."""
+    """Give the threshold the digit of the `remaining`-th largest key, and subtract from `remaining` the keys above it."""
     shift: tl.constexpr = 32 - RADIX_BITS * (DIGIT + 1)
     above = tl.cumsum(histogram, 0, reverse=True) - histogram
     here = (above < remaining) & (above + histogram >= remaining)
@@ -129,7 +129,7 @@ def clear_histograms(histograms_ptr):
 
 @triton.jit
 def _settled_digits(histograms_ptr, budget, CEIL: tl.constexpr, DIGITS: tl.constexpr):
-    """The threshold as far as the first digits tell, what remains below it, and how many tokens the row keeps."""
+    """Return the threshold by its first digits, the digits settled, what remains, and how many tokens the row keeps."""
     bins = tl.arange(0, RADIX_BINS)
     histogram = tl.load(histograms_ptr + bins, cache_modifier=".cg")
     kept = budget_of(tl.sum(histogram, 0), budget, CEIL)
@@ -145,7 +145,7 @@ def _settled_digits(histograms_ptr, budget, CEIL: tl.constexpr, DIGITS: tl.const
 
 @triton.jit
 def count_first_digit(key, candidate, histograms_ptr):
-    """Add a block's keys to the row's histogram of the highest digit; integers, so the order does not matter."""
+    """Add a block's keys to the row's histogram of the highest digit; integers add up the same in any order."""
     zero = tl.sum(candidate.to(tl.int32), 0) * 0
     histogram = _digit_counts(key, candidate, zero.to(tl.uint32), zero.to(tl.uint32), 0)
     tl.atomic_add(histograms_ptr + tl.arange(0, RADIX_BINS), histogram, mask=histogram > 0, sem="relaxed", scope="gpu")

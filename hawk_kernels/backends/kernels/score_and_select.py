@@ -350,7 +350,7 @@ def score_and_select(
     rounding: str,
     config: ScoreConfig | None = None,
 ) -> Selection:
-    """Selection by validated `[B, H, N, D]` queries and `[B, Hkv, M, D]` keys in one launch, by default the table's."""
+    """Select by validated `[B, H, N, D]` queries and `[B, Hkv, M, D]` keys in one launch, by default the table's."""
     batch, _, num_keys, _ = k.shape
     selection = Selection(
         torch.empty((batch, num_keys), dtype=torch.bool, device=k.device),
@@ -372,7 +372,7 @@ def score_tokens(
     normalize: str | None,
     scale: float,
 ) -> torch.Tensor:
-    """Importance `[B, M]` float32 of validated arguments, in one launch."""
+    """Compute importance `[B, M]` float32 of validated arguments, in one launch."""
     batch, num_keys = k.shape[0], k.shape[2]
     scores = torch.empty((batch, num_keys), dtype=torch.float32, device=k.device)
     if batch and num_keys:

@@ -393,7 +393,7 @@ def score_hidden_and_select(
     rounding: str,
     config: HiddenConfig | None = None,
 ) -> Selection:
-    """Selection by validated hidden states `[B, T, C]`, in one launch, by default the table's."""
+    """Select by validated hidden states `[B, T, C]`, in one launch, by default the table's."""
     batch, num_tokens = x.shape[:2]
     selection = Selection(
         torch.empty((batch, num_tokens), dtype=torch.bool, device=x.device),
@@ -421,7 +421,7 @@ def score_hidden(
     normalize: str | None,
     scale: float,
 ) -> torch.Tensor:
-    """Importance `[B, T]` float32 by validated hidden states, in one launch."""
+    """Compute importance `[B, T]` float32 by validated hidden states, in one launch."""
     scores = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
     if scores.numel():
         layer = (x, norm_weight, norm_eps, wq, bq, wk, bk, w, num_key_value_heads, q_mask, k_mask, normalize, scale)
