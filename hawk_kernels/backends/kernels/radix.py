@@ -82,7 +82,7 @@ def _digit_counts(key, candidate, settled, prefix, DIGIT: tl.constexpr):
 
 @triton.jit
 def _settle_digit(threshold, settled, remaining, histogram, DIGIT: tl.constexpr):
-    """Give the threshold the digit of the `remaining`-th largest key, and subtract from `remaining` the keys above it."""
+    """Give the threshold the digit of the `remaining`-th largest key, and take the keys above it from `remaining`."""
     shift: tl.constexpr = 32 - RADIX_BITS * (DIGIT + 1)
     above = tl.cumsum(histogram, 0, reverse=True) - histogram
     here = (above < remaining) & (above + histogram >= remaining)
