@@ -147,7 +147,7 @@ def _compact_kernel(
 def compact(
     inputs_embeds: torch.Tensor, keep_mask: torch.Tensor, position_ids: torch.Tensor | None, length: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return packed embeddings `[B, T', C]`, positions `[A, B, T']`, mask and source `[B, T']` for checked arguments."""
+    """Return packed embeddings `[B, T', C]`, positions `[A, B, T']`, mask and source `[B, T']` of valid arguments."""
     batch, num_tokens, hidden_size = inputs_embeds.shape
     device = inputs_embeds.device
     num_axes, positions_dtype = (1, torch.int64) if position_ids is None else (len(position_ids), position_ids.dtype)
