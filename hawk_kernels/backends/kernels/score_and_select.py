@@ -196,6 +196,8 @@ def _score_and_select_kernel(
     HAS_Q_MASK: tl.constexpr, HAS_K_MASK: tl.constexpr, CEIL: tl.constexpr, INTERPRETED: tl.constexpr,
     STATIC: tl.constexpr,
 ):  # fmt: skip
+    # Named, because Triton 3.6 takes a nested tuple that is passed on unnamed for a tuple of values.
+    FINISH: tl.constexpr = STATIC.finish
     ticket = draw_ticket(memory.counters)
     num_partial_means = batch * num_heads * num_query_parts
     num_parts = (num_heads // num_heads_per_group) * tl.cdiv(num_heads_per_group, STATIC.block_heads)
@@ -220,9 +222,9 @@ def _score_and_select_kernel(
         place = (row * num_heads + head) * num_query_parts
         counters = counters_of_row(memory.counters, row)
         # nested, because Triton takes the outer condition at compile time
-        if STATIC.selects and not STATIC.finish.in_registers:  # noqa: SIM102
+        if STATIC.selects and not FINISH.in_registers:  # noqa: SIM102
             if (head == 0) & (part == 0):
-                clear_histograms(histograms_of_row(memory.words, row, num_keys, STATIC.finish.row, False))
+                clear_histograms(histograms_of_row(memory.words, row, num_keys, FINISH.row, False))
         q_ptr = tensors.q + row.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
         _partial_mean(
             Matrix(q_ptr, strides.q_n, strides.q_d), row_of(q_mask, row),
@@ -270,7 +272,7 @@ def _score_and_select_kernel(
             ticket - first_summing, batch, num_keys, width,
             Logits(c_ptr, statistics_ptr, num_c_rows, num_tiles, num_parts * num_tiles), w, k_mask,
             Budget(numerator, denominator, budget), outputs, memory, _LOGITS,
-            STATIC.mode, HAS_K_MASK, STATIC.selects, CEIL, STATIC.finish,
+            STATIC.mode, HAS_K_MASK, STATIC.selects, CEIL, FINISH,
         )  # fmt: skip
 
 

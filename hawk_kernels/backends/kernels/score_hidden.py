@@ -195,6 +195,8 @@ def _score_hidden_kernel(
     CEIL: tl.constexpr, INTERPRETED: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     ticket = draw_ticket(memory.counters)
+    # Named, because Triton 3.6 takes a nested tuple that is passed on unnamed for a tuple of values.
+    FINISH: tl.constexpr = STATIC.finish
     HIDDEN: tl.constexpr = STATIC.hidden_size
     BLOCK_B: tl.constexpr = STATIC.block_rows
     text_chunks: tl.constexpr = (HIDDEN + STATIC.text_channels - 1) // STATIC.text_channels
@@ -232,9 +234,9 @@ def _score_hidden_kernel(
         part = (ticket // text_chunks) % num_text_parts
         row = ticket // (text_chunks * num_text_parts)
         # nested, because Triton takes the outer condition at compile time
-        if STATIC.selects and not STATIC.finish.in_registers:  # noqa: SIM102
+        if STATIC.selects and not FINISH.in_registers:  # noqa: SIM102
             if (chunk == 0) & (part == 0):
-                clear_histograms(histograms_of_row(memory.words, row, num_tokens, STATIC.finish.row, False))
+                clear_histograms(histograms_of_row(memory.words, row, num_tokens, FINISH.row, False))
         sum_text(
             Matrix(x.ptr + row.to(tl.int64) * x_stride_b, x.row_stride, x.column_stride), row_of(q_mask, row),
             sums_ptr + row * num_text_parts * HIDDEN, counts_ptr + row * num_text_parts,
@@ -302,7 +304,7 @@ def _score_hidden_kernel(
             ticket - first_summing, batch, num_tokens, width,
             Logits(c_ptr, statistics_ptr, num_c_rows, num_tiles, num_parts * num_tiles), w, k_mask,
             Budget(numerator, denominator, budget), outputs, memory, _LOGITS,
-            STATIC.mode, True, STATIC.selects, CEIL, STATIC.finish,
+            STATIC.mode, True, STATIC.selects, CEIL, FINISH,
         )  # fmt: skip
 
 

@@ -2,6 +2,9 @@
 
 A kernel takes pointers and strides apart, as Triton specialises a launch by each of them, and puts them together in its
 first lines. That costs nothing: tuples are gone before the compiler's first pass.
+
+Triton keys its cache of compiled kernels by the source of jitted functions and knows nothing of these classes. Whoever
+changes the order of their fields must also change a function that builds them, or stale kernels may run.
 """
 
 from typing import Any, NamedTuple
