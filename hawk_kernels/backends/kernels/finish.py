@@ -96,29 +96,29 @@ def blocks_of(num_keys: int, sum_block: int) -> Blocks:
 def num_programs(num_keys: int, sum_block: int, selects: bool) -> int:
     """Return how many programs sum the heads of one row and select from it."""
     selecting = num_blocks(num_keys) * num_selecting_phases(num_keys) if selects else 0
-    return triton.cdiv(num_keys, sum_block) + selecting
+    return int(triton.cdiv(num_keys, sum_block)) + selecting
 
 
 def row_block(num_keys: int) -> int:
     """Return how many columns a selecting program holds."""
-    return SELECT_BLOCK if num_keys > MAX_ROW_IN_REGISTERS else max(256, triton.next_power_of_2(num_keys))
+    return SELECT_BLOCK if num_keys > MAX_ROW_IN_REGISTERS else int(max(256, triton.next_power_of_2(num_keys)))
 
 
 def num_selecting_phases(num_keys: int) -> int:
     """Return how many phases select from a row; of a long one, the first digit has been counted before."""
-    return NUM_DIGITS.value if num_keys > MAX_ROW_IN_REGISTERS else 1
+    return int(NUM_DIGITS.value) if num_keys > MAX_ROW_IN_REGISTERS else 1
 
 
 def num_blocks(num_keys: int) -> int:
     """Return how many programs one such phase has for one row."""
-    return triton.cdiv(num_keys, row_block(num_keys))
+    return int(triton.cdiv(num_keys, row_block(num_keys)))
 
 
 def num_histogram_words(num_keys: int) -> int:
     """Return how many int32 words the selection of one row needs: histograms, then the suffixes of its blocks."""
     if num_keys <= MAX_ROW_IN_REGISTERS:
         return 0
-    return NUM_DIGITS.value * RADIX_BINS.value + num_blocks(num_keys) * SUFFIXES.value
+    return int(NUM_DIGITS.value * RADIX_BINS.value + num_blocks(num_keys) * SUFFIXES.value)
 
 
 @triton.jit

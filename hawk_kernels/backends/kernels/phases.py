@@ -27,7 +27,7 @@ COUNTERS_PER_ROW = tl.constexpr(16)
 
 def num_counters(num_rows: int) -> int:
     """Return how many int32 zeros a launch over so many rows needs."""
-    return 1 + num_rows * COUNTERS_PER_ROW.value
+    return 1 + num_rows * int(COUNTERS_PER_ROW.value)
 
 
 @triton.jit
