@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that are not there, and say what each costs: registers, spills, shared memory.
+"""Compile every kernel for GPUs that are not at hand, and report its registers, spills and shared memory.
 
     python -m bench.compile_only [--target sm_90 ...] [--json FILE] [--quick]
 
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from hawk_kernels.backends.kernels import (
 )
 from hawk_kernels.backends.kernels.configs import Shape, config_for
 from hawk_kernels.backends.kernels.head_norms import MODES
+from hawk_kernels.backends.kernels.plan import Plan
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -46,16 +47,28 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
-# Where the kernels that select leave what they work with.
-SELECTING = {"words_ptr": "*i32", "counters_ptr": "*i32", "mask_ptr": "*i1", "indices_ptr": "*i64"}
+# What the kernels that select work with, and where they write.
+MEMORY = finish.Memory(floats="*fp32", words="*i32", counters="*i32")
+OUTPUTS = finish.Outputs(scores="*fp32", mask="*i1", indices="*i64")
 _INT64 = {"numerator", "denominator"}
 # Integers that are multiples of 16 for every model, as strides are.
 _MULTIPLES = {"hidden_size", "columns_per_program"}
+_BY_16 = [["tt.divisibility", 16]]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation of one kernel."""
+    """One specialisation of one kernel.
+
+    Attributes:
+        name: what the table calls it.
+        kernel: the jitted function.
+        pointers: types of pointers by argument, where they are not float32.
+        constants: values of constants by argument.
+        num_warps: warps of a program.
+        max_registers: of a thread, None leaves their number to the compiler.
+        groups: arguments that are tuples; a field is a type, or the number that it always has.
+    """
 
     name: str
     kernel: Any
@@ -63,11 +76,12 @@ class Variant:
     constants: dict[str, Any]
     num_warps: int
     max_registers: int | None = None
+    groups: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a variant costs on a target; AMD's registers are the vector ones."""
+    """What a variant costs on a target; on AMD these are the vector registers."""
 
     variant: str
     target: str
@@ -79,7 +93,19 @@ class Compiled:
 
 
 def variants(quick: bool = False, target: str = "sm_90") -> Iterator[Variant]:
-    """The shapes that differ in code: dtype, norm, head size, row length, masks; as the target's table cuts them."""
+    """Yield the shapes that differ in code: dtype, norm, head size, row length, masks; as the target's table cuts them.
+
+    The quick ones are one or two of each kernel, of those that need most registers.
+    """
+    if quick:
+        yield _fused(target, "bf16", "softmax", 72, 1024, 16384, True)
+        yield _fused(target, "fp32", None, 256, 64, 1296, True)
+        yield _select(131072)
+        yield _hidden(target, "bf16", "l2", 3584, 28, 4, 128, 5200)
+        yield from _columns("fp32", 128, 1, 16384, "causal rows max")
+        yield _compaction("bf16")
+        yield from _greedy(2896)
+        return
     fused = [(dtype, mode, 128, 64, 1296, True) for dtype in DTYPES for mode in MODES]
     fused += [("bf16", "l2", head_dim, 64, 1296, False) for head_dim in (16, 64, 72, 80, 96, 256)]
     fused += [("fp32", "l2", 256, 64, 1296, True)]
@@ -87,9 +113,6 @@ def variants(quick: bool = False, target: str = "sm_90") -> Iterator[Variant]:
         ("bf16", "l2", 128, 64, num_keys, False) for num_keys in (1, 576, 2048, 2880, 5120, 16384, 131072, 262144)
     ]
     fused += [(dtype, mode, 128, 1024, 16384, True) for dtype in ("bf16", "fp32") for mode in MODES]
-    if quick:
-        fused = [("bf16", "l2", 128, 64, 576, False), ("fp32", None, 256, 64, 1296, True)]
-        fused += [("bf16", "softmax", 72, 1024, 16384, True)]
     for dtype, mode, head_dim, num_queries, num_keys, masked in dict.fromkeys(fused):
         yield _fused(target, dtype, mode, head_dim, num_queries, num_keys, masked)
     yield _fused(target, "bf16", "l2", 128, 64, 131072, True, selects=False)
@@ -98,16 +121,16 @@ def variants(quick: bool = False, target: str = "sm_90") -> Iterator[Variant]:
     hidden_states = [(dtype, mode, 3584, 28, 4, 128, 1360) for dtype in DTYPES for mode in MODES]
     hidden_states += [("bf16", "l2", *layer) for layer in ((4096, 32, 32, 128, 640), (896, 14, 2, 64, 300))]
     hidden_states += [(dtype, "l2", 3584, 28, 4, 128, num_tokens) for dtype in DTYPES for num_tokens in (5200, 131200)]
-    for dtype, mode, *shape in hidden_states[5:6] + hidden_states[-2:-1] if quick else hidden_states:
+    for dtype, mode, *shape in hidden_states:
         yield _hidden(target, dtype, mode, *shape)
     columns = [(dtype, head_dim, 1024, 1024, "dense") for dtype in DTYPES for head_dim in (64, 72, 80, 96, 128, 256)]
     columns += [("bf16", 80, 6400, 6400, "segments"), ("fp32", 80, 6400, 6400, "segments")]
     columns += [(dtype, 128, 1, 16384, "causal rows max") for dtype in DTYPES]
-    for dtype, head_dim, num_queries, num_keys, kind in columns[4:5] + columns[-3:] if quick else columns:
+    for dtype, head_dim, num_queries, num_keys, kind in columns:
         yield from _columns(dtype, head_dim, num_queries, num_keys, kind)
-    for dtype in ("bf16",) if quick else (*DTYPES, "fp64"):
+    for dtype in (*DTYPES, "fp64"):
         yield _compaction(dtype)
-    for num_tokens in (2896,) if quick else (80, 592, 2896, 8192):
+    for num_tokens in (80, 592, 2896, 8192):
         yield from _greedy(num_tokens)
 
 
@@ -166,19 +189,16 @@ def _fused(
 ) -> Variant:
     config = config_for(target, "score_and_select", Shape("fp32" if dtype == "fp32" else "half", head_dim, 4, num_keys))
     plan = score_and_select.make_plan(1, 28, 4, num_queries, num_keys, head_dim, mode, selects, config)
-    constants = {
-        "HAS_Q_MASK": masked,
-        "HAS_K_MASK": masked,
-        "CEIL": False,
-        "INTERPRETED": False,
-        "q_stride_d": 1,
-        "k_stride_d": 1,
-        "w_stride": 1,
-        **plan.constants,
+    options = dict.fromkeys(("HAS_Q_MASK", "HAS_K_MASK"), masked) | {"CEIL": False, "INTERPRETED": False}
+    pointer = DTYPES[dtype]
+    groups = {
+        "tensors": score_and_select.Tensors(q=pointer, k=pointer, w="*fp32", q_mask="*i1", k_mask="*i1"),
+        "strides": score_and_select.Strides("i32", 1, "i32", 1, w=1, q_mask_n="i32", k_mask_m="i32"),
+        "memory": MEMORY,
+        "outputs": OUTPUTS,
     }
-    pointers = {"q_ptr": DTYPES[dtype], "k_ptr": DTYPES[dtype], "q_mask_ptr": "*i1", "k_mask_ptr": "*i1", **SELECTING}
     name = f"score_and_select {dtype} {mode} D={head_dim} N={num_queries} M={num_keys}{' masked' if masked else ''}"
-    return _planned(name, score_and_select._score_and_select_kernel, pointers, constants, plan)
+    return _planned(name, score_and_select._score_and_select_kernel, groups, options, plan)
 
 
 def _hidden(
@@ -194,50 +214,57 @@ def _hidden(
     shape = (num_tokens, hidden_size, num_heads, num_key_value_heads, head_dim)
     config = config_for(target, "score_hidden", Shape("fp32" if dtype == "fp32" else "half", 0, 1, num_tokens))
     plan = score_hidden.make_plan(1, *shape, mode, True, config)
-    constants = {
-        "HAS_NORM_WEIGHT": True,
-        "HAS_QUERY_BIAS": True,
-        "HAS_KEY_BIAS": True,
-        "CEIL": False,
-        "INTERPRETED": False,
-        **dict.fromkeys(("x_stride_c", "wq_stride_c", "wk_stride_c", "bq_stride", "bk_stride", "w_stride"), 1),
-        **plan.constants,
+    options = dict.fromkeys(("HAS_NORM_WEIGHT", "HAS_QUERY_BIAS", "HAS_KEY_BIAS"), True)
+    options |= {"CEIL": False, "INTERPRETED": False}
+    pointer = DTYPES[dtype]
+    tensors = score_hidden.Tensors(*[pointer] * 6, w="*fp32", q_mask="*i1", k_mask="*i1")
+    strides = dict.fromkeys(score_hidden.Strides._fields, 1)
+    strides |= dict.fromkeys(("x_t", "wq_o", "wk_o", "q_mask_t", "k_mask_t"), "i32")
+    groups = {
+        "tensors": tensors,
+        "strides": score_hidden.Strides(**strides),
+        "memory": score_hidden.Memory(*MEMORY, terms=pointer),
+        "outputs": OUTPUTS,
     }
-    typed = ("x_ptr", "norm_weight_ptr", "wq_ptr", "bq_ptr", "wk_ptr", "bk_ptr", "terms_ptr")
-    pointers = dict.fromkeys(typed, DTYPES[dtype]) | {"q_mask_ptr": "*i1", "k_mask_ptr": "*i1", **SELECTING}
     name = f"score_hidden {dtype} {mode} C={hidden_size} H={num_heads} D={head_dim} T={num_tokens}"
-    return _planned(name, score_hidden._score_hidden_kernel, pointers, constants, plan)
+    return _planned(name, score_hidden._score_hidden_kernel, groups, options, plan)
 
 
-def _planned(
-    name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], plan: score_and_select.Plan
-) -> Variant:
-    return Variant(name, kernel, pointers, constants, plan.options["num_warps"], plan.options.get("maxnreg"))
+def _planned(name: str, kernel: Any, groups: dict[str, Any], options: dict[str, bool], plan: Plan) -> Variant:
+    constants = {**options, "STATIC": plan.static}
+    return Variant(name, kernel, {}, constants, plan.options["num_warps"], plan.options.get("maxnreg"), groups)
 
 
 def _select(num_keys: int) -> Variant:
-    constants = {
-        "HAS_MASK": True,
-        "CEIL": False,
-        "IN_REGISTERS": num_keys <= finish.MAX_ROW_IN_REGISTERS,
-        "BLOCK": finish.row_block(num_keys),
-        "NUM_BLOCKS": triton.next_power_of_2(finish.num_blocks(num_keys)),
-    }
-    pointers = {"candidates_ptr": "*i1", **SELECTING}
-    return Variant(f"select M={num_keys}", select_topk._select_kernel, pointers, constants, select_topk._NUM_WARPS)
+    plan = select_topk.make_plan(1, num_keys)
+    constants = {"HAS_MASK": True, "CEIL": False, "STATIC": plan.static}
+    groups = {"memory": MEMORY, "outputs": OUTPUTS}
+    kernel, warps = select_topk._select_kernel, plan.options["num_warps"]
+    return Variant(f"select M={num_keys}", kernel, {"mask_ptr": "*i1"}, constants, warps, groups=groups)
 
 
 def build(variant: Variant, target_name: str) -> Any:
-    """What Triton's compiler makes of a variant for a target, without a device."""
-    signature, divisible = {}, {}
+    """Compile a variant for a target, without a device."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    divisible: dict[tuple[int, ...], list[list[Any]]] = {}
     for position, name in enumerate(variant.kernel.arg_names):
+        group = variant.groups.get(name)
         if name in variant.constants:
             signature[name] = "constexpr"
-            continue
-        signature[name] = _type_of(name, variant.pointers)
-        if name.endswith("_ptr") or "stride" in name or name in _MULTIPLES:
-            divisible[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(variant.kernel, signature, variant.constants, divisible)
+            constants[(position,)] = variant.constants[name]
+        elif group is not None:
+            signature[name] = type(group)(*(leaf if isinstance(leaf, str) else "constexpr" for leaf in group))
+            for place, leaf in enumerate(group):
+                if not isinstance(leaf, str):
+                    constants[(position, place)] = leaf
+                elif leaf.startswith("*") or name == "strides":
+                    divisible[(position, place)] = _BY_16
+        else:
+            signature[name] = _type_of(name, variant.pointers)
+            if name.endswith("_ptr") or "stride" in name or name in _MULTIPLES:
+                divisible[(position,)] = _BY_16
+    source = ASTSource(variant.kernel, signature, constants, divisible)
     options = {"num_warps": variant.num_warps, "enable_fp_fusion": True}
     if variant.max_registers is not None and TARGETS[target_name].backend == "cuda":
         options["maxnreg"] = variant.max_registers
@@ -271,7 +298,7 @@ def _last_number(pattern: str, text: str) -> int:
 
 
 def _ptxas_report(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers a thread and bytes spilled (stores and loads), as ptxas says."""
+    """Return the registers of a thread and the bytes spilled (stores and loads), as ptxas reports them."""
     tool = triton.knobs.nvidia.ptxas_blackwell if arch >= 100 else triton.knobs.nvidia.ptxas
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
@@ -291,9 +318,10 @@ def _ptxas_report(ptx: str, arch: int) -> tuple[int, int]:
 
 
 def _barrier_before_arrival(ttgir: str, ptx: str) -> bool | None:
-    """Whether a CTA-wide barrier stands between the last global store and each arrival atomic; None without one.
+    """Say whether a CTA-wide barrier stands between the last global store and each arrival; None without arrivals.
 
-    In both: PTX alone may show a barrier that Triton put there for its shared memory, and may drop again.
+    Both listings must show it: PTX alone may have a barrier that Triton put there for its shared memory and may drop
+    again.
     """
     own = _stands_between(ttgir, r"tt\.(?:store|atomic_rmw)", r"(?:ttg|gpu)\.barrier", r"atomic_rmw add, acq_rel")
     arrival = r"atom\.(?:acq_rel\.gpu|global\.gpu\.acq_rel)"
@@ -302,7 +330,7 @@ def _barrier_before_arrival(ttgir: str, ptx: str) -> bool | None:
 
 
 def _stands_between(code: str, store: str, barrier: str, arrival: str) -> bool | None:
-    """Whether every arrival that has something to publish has a barrier behind it; None without arrivals."""
+    """Say whether a barrier comes before every arrival that has something to publish; None without arrivals."""
     arrivals = list(re.finditer(arrival, code))
     published, begin = [], 0
     for found in arrivals:
@@ -318,7 +346,7 @@ def main() -> None:
     """Compile, print a row for each kernel and target, and write them as JSON if asked."""
     parser = argparse.ArgumentParser(prog="python -m bench.compile_only", description=__doc__.split("\n")[0])
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all of them")
-    parser.add_argument("--quick", action="store_true", help="a few variants of each kernel")
+    parser.add_argument("--quick", action="store_true", help="one or two variants of each kernel")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
 

@@ -51,7 +51,7 @@ def assert_same(selection, expected):
 
 
 class TestHostFailures:
-    """A call that fails at any point leaves nothing behind that the next one could stumble over."""
+    """A call that fails at any point leaves nothing that the next one could stumble over."""
 
     @pytest.mark.parametrize("call", CALLS)
     def test_out_of_memory_at_any_allocation(self, call, monkeypatch):
@@ -265,6 +265,13 @@ class TestLimits:
             score_and_select_kernel.make_plan(2**19, 32, 4, 64, 64, 128, "l2", True, ScoreConfig())
         with pytest.raises(ValueError, match="numbers of queries in the workspace"):
             score_hidden_kernel.make_plan(2**14, 64, 4096, 32, 8, 128, "l2", True, HiddenConfig())
+
+    def test_more_rows_than_have_counters(self):
+        """The counters of a row are found by an int32 offset, which would wrap around."""
+        most = (2**31 - 2) // 16
+        select_topk_kernel.make_plan(most, 1)
+        with pytest.raises(ValueError, match=rf"at most {most} rows in a launch, got {most + 1}; split the batch"):
+            select_topk_kernel.make_plan(most + 1, 1)
 
     def test_rows_longer_than_a_selection_takes(self):
         with pytest.raises(ValueError, match="at most 1073741824 tokens in a row in a launch, got 1073741825"):

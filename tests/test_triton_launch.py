@@ -1,13 +1,17 @@
-"""What the Triton backend does around its kernels: how many launches, what it writes, what it leaves behind."""
+"""What the Triton backend does around its kernels: how many launches, what it writes, what it leaves afterwards."""
 
+import importlib
+import inspect
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from hawk_kernels.backends import kernels
 from hawk_kernels.backends.kernels import launch, score_and_select
 from hawk_kernels.backends.kernels import select_topk as select_topk_kernel
 from tests.cases import NORMALIZATIONS, make_case
@@ -147,8 +151,37 @@ def test_counters_on_cpu_are_fresh():
     assert launch.launch_counters(3, torch.device("cpu")).tolist() == [0, 0, 0]
 
 
+def jitted_functions():
+    """Every @triton.jit function of the package, kernels and what they call, by module and name."""
+    jitted = type(score_and_select._score_and_select_kernel)
+    modules = [
+        importlib.import_module(f"{kernels.__name__}.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)
+    ]
+    return {
+        f"{function.fn.__module__}.{function.fn.__name__}": function
+        for module in modules
+        for function in vars(module).values()
+        if isinstance(function, jitted)
+    }
+
+
+MOST_ARGUMENTS = 45
+
+
+def test_signatures_can_be_read():
+    """What belongs together travels in a named tuple."""
+    counts = {name: len(inspect.signature(function.fn).parameters) for name, function in jitted_functions().items()}
+    assert counts[f"{score_and_select.__name__}._score_and_select_kernel"] > 0
+    assert len(counts) > 40
+    too_many = {name: count for name, count in counts.items() if count > MOST_ARGUMENTS}
+    assert not too_many
+
+
 def test_compiles_without_a_device(repository, tmp_path, capsys):
-    """Real compilers for four targets: nothing spills, and the stores are behind a barrier before the arrival."""
+    """Run real compilers for four targets: nothing spills, and a barrier stands between the stores and the arrival.
+
+    These are few variants; `make compile` takes all of them.
+    """
     report = tmp_path / "compiled.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(

@@ -10,7 +10,7 @@ import torch
 import triton.testing
 
 from hawk_kernels import tune
-from hawk_kernels.backends.kernels import configs, score_and_select, score_hidden
+from hawk_kernels.backends.kernels import config_tables, configs, score_and_select, score_hidden
 from hawk_kernels.backends.kernels.configs import Shape
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ class TestWhatIsTried:
             tried = tune.candidates(kernel, dtype, quick)
             assert len({json.dumps(config, sort_keys=True) for config in tried}) == len(tried) >= 4
             for config in tried:
-                assert configs._checked_config(kernel, config) == config
+                assert config_tables.checked_config(kernel, config) == config
 
     def test_shapes_are_different_and_cover_short_and_long_rows(self, kernel, quick):
         shapes = tune.shapes(kernel, quick)

@@ -26,7 +26,7 @@ def _load_rows(
     ptr, rows, used, stride_n, stride_d,
     HEAD_DIM: tl.constexpr, START: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """`[BLOCK, BLOCK_D]`, the dimensions from START on; zero where a row is unused and beyond HEAD_DIM."""
+    """Load `[BLOCK, BLOCK_D]`, the dimensions from START on; zero where a row is unused and beyond HEAD_DIM."""
     dims = START + tl.arange(0, BLOCK_D)
     tile = tl.load(
         ptr + rows.to(tl.int64)[:, None] * stride_n + dims.to(tl.int64)[None, :] * stride_d,
@@ -38,7 +38,7 @@ def _load_rows(
 
 @triton.jit
 def _logits(q, q_tail, k, k_tail, scale, BLOCK_TAIL: tl.constexpr):
-    """`[BLOCK_N, BLOCK_M]` float32, in units of log 2; the head is cut in two so that 80 is not padded to 128."""
+    """Return `[BLOCK_N, BLOCK_M]` float32 in units of log 2; the head is cut in two so that 80 is not padded to 128."""
     product = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=tl.float32)
     if BLOCK_TAIL > 0:
         product = tl.dot(q_tail, tl.trans(k_tail), product, input_precision="ieee", out_dtype=tl.float32)
@@ -57,15 +57,15 @@ def _rows_that_count(q_rows_ptr, rows, num_queries, stride_n, HAS_Q_ROWS: tl.con
 def _visible_keys(
     rows, used, starts_ptr, ends_ptr, num_queries, num_keys, CAUSAL: tl.constexpr, SEGMENTED: tl.constexpr
 ):
-    """The first key that each row sees, and the one behind the last; none for a row that is not used."""
+    """Return the first key that each row sees and the one after the last; a row that is not used sees none."""
     first = tl.zeros_like(rows)
-    behind = tl.zeros_like(rows) + num_keys
+    stop = tl.zeros_like(rows) + num_keys
     if SEGMENTED:
         first = tl.load(starts_ptr + rows, mask=used, other=0)
-        behind = tl.load(ends_ptr + rows, mask=used, other=0)
+        stop = tl.load(ends_ptr + rows, mask=used, other=0)
     if CAUSAL:
-        behind = tl.minimum(behind, rows + (num_keys - num_queries + 1))
-    return first, tl.where(used, behind, 0)
+        stop = tl.minimum(stop, rows + (num_keys - num_queries + 1))
+    return first, tl.where(used, stop, 0)
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _row_pass(
     UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum of exponentials of some rows over one range of keys, `[B, H, splits, N]`.
+    """Write maximum and sum of exponentials of some rows over one range of keys, `[B, H, splits, N]`.
 
     A tile without rows that count sees no keys, so its loop is empty.
     """
@@ -89,7 +89,7 @@ def _row_pass(
     head = pair % num_heads
     rows = (tl.program_id(0) % row_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     used = _rows_that_count(q_rows_ptr + batch * q_rows_stride_b, rows, num_queries, q_rows_stride_n, HAS_Q_ROWS)
-    first, behind = _visible_keys(rows, used, starts_ptr, ends_ptr, num_queries, num_keys, CAUSAL, SEGMENTED)
+    first, stop = _visible_keys(rows, used, starts_ptr, ends_ptr, num_queries, num_keys, CAUSAL, SEGMENTED)
 
     q_ptr += batch * q_stride_b + head.to(tl.int64) * q_stride_h
     k_ptr += batch * k_stride_b + (head // group_size).to(tl.int64) * k_stride_h
@@ -104,7 +104,7 @@ def _row_pass(
     end = tl.minimum(begin + keys_per_split, num_keys)
     if SEGMENTED:
         begin = tl.maximum(begin, tl.min(tl.where(used, first, num_keys), 0) // BLOCK_M * BLOCK_M)
-    end = tl.minimum(end, tl.max(behind, 0))
+    end = tl.minimum(end, tl.max(stop, 0))
     for start in range(begin, end, BLOCK_M):
         keys = start + tl.arange(0, BLOCK_M)
         inside = keys < num_keys
@@ -113,7 +113,7 @@ def _row_pass(
         if BLOCK_TAIL > 0:
             k_tail = _load_rows(k_ptr, keys, inside, k_stride_n, k_stride_d, HEAD_DIM, BLOCK_D, BLOCK_TAIL, UPCAST)
         logits = _logits(q, q_tail, k, k_tail, scale, BLOCK_TAIL)
-        seen = (keys[None, :] >= first[:, None]) & (keys[None, :] < behind[:, None])
+        seen = (keys[None, :] >= first[:, None]) & (keys[None, :] < stop[:, None])
         logits = tl.where(seen, logits, float("-inf"))
         higher = tl.maximum(peak, tl.max(logits, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -126,7 +126,7 @@ def _row_pass(
 
 @triton.jit
 def _log_sums(peaks_ptr, sums_ptr, rows, used, num_queries, num_splits):
-    """Logarithm of the sum of exponentials of each row, from its ranges of keys; base 2."""
+    """Return the base 2 logarithm of the sum of exponentials of each row, from its ranges of keys."""
     peak = tl.full(rows.shape, float("-inf"), tl.float32)
     total = tl.zeros(rows.shape, tl.float32)
     for split in range(0, num_splits):
@@ -141,7 +141,7 @@ def _log_sums(peaks_ptr, sums_ptr, rows, used, num_queries, num_splits):
 
 @triton.jit
 def _larger(a, b):
-    """The maximum, NaN where either is, as in PyTorch."""
+    """Return the maximum, which is NaN where either is, as in PyTorch."""
     return tl.where((a >= b) | (a != a), a, b)
 
 
@@ -155,7 +155,7 @@ def _column_pass(
     MAXIMUM: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Sum or maximum of some columns over one range of rows, `[B, H, row splits, M]`."""
+    """Write the sum or maximum of some columns over one range of rows, `[B, H, row splits, M]`."""
     key_tiles = tl.cdiv(num_keys, BLOCK_M)
     pair = tl.program_id(0) // key_tiles
     split = tl.program_id(1)
@@ -191,14 +191,14 @@ def _column_pass(
         if HAS_Q_ROWS:
             some_count = tl.max(used.to(tl.int32), 0) > 0
         if some_count:
-            first, behind = _visible_keys(rows, used, starts_ptr, ends_ptr, num_queries, num_keys, CAUSAL, SEGMENTED)
+            first, stop = _visible_keys(rows, used, starts_ptr, ends_ptr, num_queries, num_keys, CAUSAL, SEGMENTED)
             q = _load_rows(q_ptr, rows, used, q_stride_n, q_stride_d, HEAD_DIM, 0, BLOCK_D, UPCAST)
             q_tail = q
             if BLOCK_TAIL > 0:
                 q_tail = _load_rows(q_ptr, rows, used, q_stride_n, q_stride_d, HEAD_DIM, BLOCK_D, BLOCK_TAIL, UPCAST)
             log_sum = _log_sums(peaks_ptr + statistics, sums_ptr + statistics, rows, used, num_queries, num_splits)
             logits = _logits(q, q_tail, k, k_tail, scale, BLOCK_TAIL)
-            seen = (keys[None, :] >= first[:, None]) & (keys[None, :] < behind[:, None])
+            seen = (keys[None, :] >= first[:, None]) & (keys[None, :] < stop[:, None])
             attention = tl.where(seen, tl.exp2(logits - log_sum[:, None]), 0.0)
             if MAXIMUM:
                 columns = _larger(columns, attention)
@@ -216,7 +216,7 @@ def _finish(
     MAXIMUM: tl.constexpr, MEAN: tl.constexpr, HAS_COUNTS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row ranges to one statistic, divided by the rows that count, and heads to one where a program has several."""
+    """Join row ranges, divide by the rows that count, and join the heads where a program has several."""
     key_tiles = tl.cdiv(num_keys, BLOCK)
     batch = (tl.program_id(0) // key_tiles).to(tl.int64)
     first_head = tl.program_id(1) * heads_per_program
@@ -254,7 +254,7 @@ def attention_column_mean(
     reduction: str,
     scale: float,
 ) -> torch.Tensor:
-    """Statistics `[B, M]` or `[B, H, M]` float32 of validated arguments: three launches, no host sync."""
+    """Compute `[B, M]` or `[B, H, M]` float32 of validated arguments in three launches, without a host sync."""
     batch, num_heads, num_queries, head_dim = q.shape
     num_key_value_heads, num_keys = k.shape[1:3]
     shape = (batch, num_keys) if reduce_heads else (batch, num_heads, num_keys)
@@ -309,7 +309,7 @@ def attention_column_mean(
 
 
 def launch_config(num_pairs: int, num_queries: int, num_keys: int, head_dim: int, itemsize: int) -> dict:
-    """Block sizes and splits by shape alone; `num_pairs` are rows of the batch times heads."""
+    """Choose block sizes and splits by shape alone; `num_pairs` are rows of the batch times heads."""
     block_d = max(16, 1 << (head_dim.bit_length() - 1))
     block_tail = 0 if head_dim <= block_d else max(16, triton.next_power_of_2(head_dim - block_d))
     is_wide = block_d + block_tail >= 128

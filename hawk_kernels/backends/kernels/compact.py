@@ -32,7 +32,7 @@ _LENGTHS = (
 
 @triton.jit
 def _load_kept(keep_ptr, start, num_tokens, stride, BLOCK: tl.constexpr):
-    """1 at tokens from `start` on that stay, int32; `keep_ptr` is the row's."""
+    """Return 1 at tokens from `start` on that stay, int32; `keep_ptr` is the row's."""
     tokens = start + tl.arange(0, BLOCK)
     keep_ptrs = keep_ptr + tokens.to(tl.int64) * stride
     if start + BLOCK <= num_tokens:
@@ -45,10 +45,10 @@ def _load_kept(keep_ptr, start, num_tokens, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def _number_tokens(
-    keep_ptr, source_ptr, start, stop, counted, first, behind, num_tokens, length, keep_stride_t,
+    keep_ptr, source_ptr, start, stop, counted, first, end, num_tokens, length, keep_stride_t,
     BLOCK_RANKS: tl.constexpr,
 ):  # fmt: skip
-    """Write those kept tokens from `start` up to `stop` that have a slot from `first` up to `behind`.
+    """Write those kept tokens from `start` up to `stop` that have a slot from `first` up to `end`.
 
     `counted` tokens are kept from `stop` on. The pointers are the row's.
     """
@@ -58,15 +58,15 @@ def _number_tokens(
         counted += tl.sum(kept, 0)
         tokens = stop + tl.arange(0, BLOCK_RANKS)
         slots = length - counted + tl.cumsum(kept, 0) - 1
-        tl.store(source_ptr + slots, tokens.to(tl.int64), mask=(kept > 0) & (slots >= first) & (slots < behind))
+        tl.store(source_ptr + slots, tokens.to(tl.int64), mask=(kept > 0) & (slots >= first) & (slots < end))
 
 
 @triton.jit
 def _write_sources(
-    keep_ptr, source_ptr, first, behind, num_tokens, length, keep_stride_t,
+    keep_ptr, source_ptr, first, end, num_tokens, length, keep_stride_t,
     BLOCK_TOKENS: tl.constexpr, BLOCK_RANKS: tl.constexpr,
 ):  # fmt: skip
-    """Write the tokens of the slots from `first` up to `behind`; returns the first slot that is no padding.
+    """Write the tokens of the slots from `first` up to `end`; returns the first slot that is no padding.
 
     That is exact where it lies among these slots, and at most `first` otherwise. The pointers are the row's.
     """
@@ -74,10 +74,10 @@ def _write_sources(
     start = (tl.cdiv(num_tokens, BLOCK_TOKENS) - 1) * BLOCK_TOKENS
     while (start >= 0) & (counted < length - first):
         kept_here = tl.sum(_load_kept(keep_ptr, start, num_tokens, keep_stride_t, BLOCK_TOKENS), 0)
-        if counted + kept_here > length - behind:
+        if counted + kept_here > length - end:
             stop = tl.minimum(start + BLOCK_TOKENS, tl.cdiv(num_tokens, BLOCK_RANKS) * BLOCK_RANKS)
             _number_tokens(
-                keep_ptr, source_ptr, start, stop, counted, first, behind, num_tokens, length, keep_stride_t,
+                keep_ptr, source_ptr, start, stop, counted, first, end, num_tokens, length, keep_stride_t,
                 BLOCK_RANKS,
             )  # fmt: skip
         counted += kept_here
@@ -98,14 +98,14 @@ def _compact_kernel(
     num_tiles = tl.cdiv(length, slots_per_program)
     row = (tl.program_id(0) // num_tiles).to(tl.int64)
     first = (tl.program_id(0) % num_tiles) * slots_per_program
-    behind = tl.minimum(first + slots_per_program, length)
+    end = tl.minimum(first + slots_per_program, length)
     first_column = tl.program_id(1) * columns_per_program
-    behind_columns = tl.minimum(first_column + columns_per_program, hidden_size)
+    end_column = tl.minimum(first_column + columns_per_program, hidden_size)
 
     # Programs with other columns of these slots write the same tokens here.
     source_ptr += row * length
     first_token = _write_sources(
-        keep_ptr + row * keep_stride_b, source_ptr, first, behind, num_tokens, length, keep_stride_t,
+        keep_ptr + row * keep_stride_b, source_ptr, first, end, num_tokens, length, keep_stride_t,
         BLOCK_TOKENS, BLOCK_RANKS,
     )  # fmt: skip
     # What some threads wrote, others read.
@@ -113,9 +113,9 @@ def _compact_kernel(
 
     embeds_ptr += row * embeds_stride_b
     packed_ptr += row * length * packed_stride_t
-    for start in range(first, behind, BLOCK_SLOTS):
+    for start in range(first, end, BLOCK_SLOTS):
         slots = start + tl.arange(0, BLOCK_SLOTS)
-        inside = slots < behind
+        inside = slots < end
         is_token = inside & (slots >= first_token)
         source = tl.load(source_ptr + slots, mask=is_token, other=0, cache_modifier=".cg")
         if first_column == 0:
@@ -132,9 +132,9 @@ def _compact_kernel(
                     packed_axis_ptr += packed_positions_stride_a
             else:
                 tl.store(packed_positions_ptr + row * length + slots, source, mask=inside)
-        for start_column in range(first_column, behind_columns, BLOCK_C):
+        for start_column in range(first_column, end_column, BLOCK_C):
             columns = start_column + tl.arange(0, BLOCK_C)
-            used = (columns < behind_columns)[None, :]
+            used = (columns < end_column)[None, :]
             values = tl.load(
                 embeds_ptr + source[:, None] * embeds_stride_t + columns.to(tl.int64)[None, :] * embeds_stride_c,
                 mask=is_token[:, None] & used,
@@ -147,7 +147,7 @@ def _compact_kernel(
 def compact(
     inputs_embeds: torch.Tensor, keep_mask: torch.Tensor, position_ids: torch.Tensor | None, length: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Packed embeddings `[B, T', C]`, positions `[A, B, T']`, mask and source `[B, T']` of validated arguments."""
+    """Return packed embeddings `[B, T', C]`, positions `[A, B, T']`, mask and source `[B, T']` of valid arguments."""
     batch, num_tokens, hidden_size = inputs_embeds.shape
     device = inputs_embeds.device
     num_axes, positions_dtype = (1, torch.int64) if position_ids is None else (len(position_ids), position_ids.dtype)
@@ -173,7 +173,10 @@ def compact(
 
 
 def launch_config(batch: int, num_tokens: int, length: int, hidden_size: int, element_size: int) -> dict:
-    """Grid and block sizes: a few whole rows each, parts of rows where there are few, more where the mask is long."""
+    """Choose grid and block sizes.
+
+    A program copies a few whole rows, parts of rows where there are few, and more rows where the mask is long.
+    """
     block_columns = min(_BLOCK_BYTES // element_size, max(16, triton.next_power_of_2(hidden_size)))
     num_tiles = batch * triton.cdiv(length, BLOCK_SLOTS)
     moved_per_tile = 2 * BLOCK_SLOTS * hidden_size * element_size

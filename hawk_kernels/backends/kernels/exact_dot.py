@@ -1,4 +1,4 @@
-"""Products of half-precision rows with float32 vectors, on tensor cores and with nothing lost.
+"""Products of half-precision rows with float32 vectors, on tensor cores and without loss.
 
 A float32 vector is split into terms of the rows' dtype whose sum is the vector to float32's last bits (8 bits a
 bfloat16, 11 a float16), so nothing but the order of the additions differs from a float32 product.
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _dot(rows, vectors, product, INTERPRETED: tl.constexpr):
-    """`product + rows @ vectors^T`, float32.
+    """Return `product + rows @ vectors^T`, float32.
 
     Triton's interpreter multiplies the bit patterns of bfloat16, and its BLAS adds in another order at the edges of a
     tile, where equal rows would no longer tie.
@@ -23,7 +23,7 @@ def _dot(rows, vectors, product, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def split_in_terms(x, dtype: tl.constexpr, AXIS: tl.constexpr = 0):
-    """`(unit, high, middle, low)`: `x = unit (high + middle + low)`, the unit being constant along an axis.
+    """Return `(unit, high, middle, low)` with `x = unit (high + middle + low)`; the unit is constant along an axis.
 
     float16 has a narrow range: there the unit makes the largest component 2**14, so that no term is lost below it.
     """
@@ -41,7 +41,7 @@ def split_in_terms(x, dtype: tl.constexpr, AXIS: tl.constexpr = 0):
 
 @triton.jit
 def exact_dot(rows, vectors, INTERPRETED: tl.constexpr):
-    """`rows [BLOCK_M, BLOCK_D] @ vectors [BLOCK_H, BLOCK_D]^T` in float32."""
+    """Return `rows [BLOCK_M, BLOCK_D] @ vectors [BLOCK_H, BLOCK_D]^T` in float32."""
     product = tl.zeros([rows.shape[0], vectors.shape[0]], tl.float32)
     if rows.dtype == tl.float32:
         return _dot(rows, vectors, product, INTERPRETED)
@@ -54,7 +54,7 @@ def exact_dot(rows, vectors, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def product_of_terms(rows, terms_ptr, term_stride, units_ptr, vector_inside, channel_inside, INTERPRETED: tl.constexpr):
-    """`exact_dot` with vectors that were split before: `terms [3, ...]` and `units [BLOCK_H]`; float32 has one term."""
+    """Do `exact_dot` with vectors that were split before: `terms [3, ...]`, `units [BLOCK_H]`; float32 has one term."""
     inside = vector_inside[:, None] & channel_inside[None, :]
     product = tl.zeros([rows.shape[0], vector_inside.shape[0]], tl.float32)
     high = tl.load(terms_ptr, mask=inside, other=0.0, cache_modifier=".cg")

@@ -1,18 +1,21 @@
-"""The phases after the logits: sum over heads, then select. Shared by the kernels that end with a selection.
+"""The phases after the logits, which every kernel that ends with a selection shares: sum over heads, then select.
 
-Logits `c [rows, M]` float32 are left by an earlier phase: one row a head, and the pairs that its norm needs; or,
-where nothing is normalised, partial sums over heads that already carry their weights.
+An earlier phase leaves logits `c [rows, M]` float32 for each row of the batch: one row a head, and the pairs that its
+norm needs; or, where nothing is normalised, partial sums over heads that already carry their weights.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from hawk_kernels.backends.kernels.head_norms import NO_NORM, merge, neutral_pair, normalized, reduce_pairs
-from hawk_kernels.backends.kernels.phases import arrive, leave_row, wait_for
+from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, leave_row, wait_for
 from hawk_kernels.backends.kernels.radix import (
     NUM_DIGITS,
     RADIX_BINS,
     SUFFIXES,
+    Selected,
     budget_of,
     count_digit,
     count_first_digit,
@@ -21,6 +24,7 @@ from hawk_kernels.backends.kernels.radix import (
     select_in_registers,
     write_block,
 )
+from hawk_kernels.backends.kernels.views import load_vector, row_of
 
 # The scores, keys and running counts of a longer row do not fit in the registers of one program.
 MAX_ROW_IN_REGISTERS = 2048
@@ -31,33 +35,106 @@ HEAD_BLOCK = 16
 TILE_BLOCK = 32
 
 
+class Blocks(NamedTuple):
+    """How the last phases are cut, which a kernel is compiled for.
+
+    Attributes:
+        columns: whose heads a program sums.
+        heads: that a program holds at once.
+        tiles: of statistics that a program holds at once.
+        row: columns that a selecting program holds.
+        num_blocks: selecting programs of a row, or a power of two above their number.
+        in_registers: whether one program selects a whole row.
+    """
+
+    columns: int
+    heads: int
+    tiles: int
+    row: int
+    num_blocks: int
+    in_registers: bool
+
+
+class Outputs(NamedTuple):
+    """Where a launch writes, as pointers to `[B, M]` scores and mask and `[B, width]` indices."""
+
+    scores: Any
+    mask: Any
+    indices: Any
+
+
+class Memory(NamedTuple):
+    """What a launch works with, as pointers: floats, words and counters; see `launch`."""
+
+    floats: Any
+    words: Any
+    counters: Any
+
+
+class Logits(NamedTuple):
+    """What the scoring programs of a row leave: `c [B, num_rows, M]` and `statistics [B, num_rows, num_tiles, 2]`."""
+
+    c_ptr: Any
+    statistics_ptr: Any
+    num_rows: Any
+    num_tiles: Any
+    num_programs: Any
+
+
+def blocks_of(num_keys: int, sum_block: int) -> Blocks:
+    """Return how the last phases of rows of this length are cut."""
+    return Blocks(
+        columns=sum_block,
+        heads=HEAD_BLOCK,
+        tiles=TILE_BLOCK,
+        row=row_block(num_keys),
+        num_blocks=triton.next_power_of_2(num_blocks(num_keys)),
+        in_registers=num_keys <= MAX_ROW_IN_REGISTERS,
+    )
+
+
+def num_programs(num_keys: int, sum_block: int, selects: bool) -> int:
+    """Return how many programs sum the heads of one row and select from it."""
+    selecting = num_blocks(num_keys) * num_selecting_phases(num_keys) if selects else 0
+    return int(triton.cdiv(num_keys, sum_block)) + selecting
+
+
 def row_block(num_keys: int) -> int:
-    """Columns that a selecting program holds."""
-    return SELECT_BLOCK if num_keys > MAX_ROW_IN_REGISTERS else max(256, triton.next_power_of_2(num_keys))
+    """Return how many columns a selecting program holds."""
+    return SELECT_BLOCK if num_keys > MAX_ROW_IN_REGISTERS else int(max(256, triton.next_power_of_2(num_keys)))
 
 
 def num_selecting_phases(num_keys: int) -> int:
-    """Phases of the selection of a row whose first digit has been counted, if it is a long one."""
-    return NUM_DIGITS.value if num_keys > MAX_ROW_IN_REGISTERS else 1
+    """Return how many phases select from a row; of a long one, the first digit has been counted before."""
+    return int(NUM_DIGITS.value) if num_keys > MAX_ROW_IN_REGISTERS else 1
 
 
 def num_blocks(num_keys: int) -> int:
-    """Programs of one such phase for one row."""
-    return triton.cdiv(num_keys, row_block(num_keys))
+    """Return how many programs one such phase has for one row."""
+    return int(triton.cdiv(num_keys, row_block(num_keys)))
 
 
 def num_histogram_words(num_keys: int) -> int:
-    """Int32 words that the selection of one row needs: histograms, then the suffixes of its blocks."""
+    """Return how many int32 words the selection of one row needs: histograms, then the suffixes of its blocks."""
     if num_keys <= MAX_ROW_IN_REGISTERS:
         return 0
-    return NUM_DIGITS.value * RADIX_BINS.value + num_blocks(num_keys) * SUFFIXES.value
+    return int(NUM_DIGITS.value * RADIX_BINS.value + num_blocks(num_keys) * SUFFIXES.value)
+
+
+@triton.jit
+def histograms_of_row(words_ptr, row, num_keys, BLOCK: tl.constexpr, IN_REGISTERS: tl.constexpr):
+    """Return a row's histograms, as `num_histogram_words` lays them out; a row in registers has none."""
+    if IN_REGISTERS:
+        return words_ptr
+    num_words = NUM_DIGITS * RADIX_BINS + tl.cdiv(num_keys, BLOCK) * SUFFIXES
+    return words_ptr + row.to(tl.int64) * num_words
 
 
 @triton.jit
 def _norm_of_heads(
     statistics_ptr, heads, head_inside, num_tiles, MODE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    """The pairs `[BLOCK_H]` of some heads from those of their tiles, `statistics [H, T, 2]`."""
+    """Merge the pairs of the tiles of some heads, `statistics [H, T, 2]`, to one `[BLOCK_H]`."""
     neutral_first, neutral_second = neutral_pair(MODE)
     first = tl.full([BLOCK_H], neutral_first, tl.float32)
     second = tl.full([BLOCK_H], neutral_second, tl.float32)
@@ -73,11 +150,11 @@ def _norm_of_heads(
 
 
 @triton.jit
-def importance_of(
-    c_ptr, statistics_ptr, w_ptr, columns, candidate, num_c_rows, num_tiles, num_keys, w_stride,
+def _importance_of(
+    c_ptr, statistics_ptr, w, columns, candidate, num_c_rows, num_tiles, num_keys,
     MODE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """`I[k]` of some columns of one row, `-inf` where there is no candidate."""
+    """Return `I[k]` of some columns of one row, `-inf` where there is no candidate."""
     importance = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_c_rows, BLOCK_H):
         rows = start + tl.arange(0, BLOCK_H)
@@ -89,7 +166,7 @@ def importance_of(
             cache_modifier=".cg",
         )
         if MODE != NO_NORM:
-            weight = tl.load(w_ptr + rows.to(tl.int64) * w_stride, mask=row_inside, other=0.0).to(tl.float32)
+            weight = load_vector(w, rows, row_inside).to(tl.float32)
             first, second = _norm_of_heads(statistics_ptr, rows, row_inside, num_tiles, MODE, BLOCK_H, BLOCK_T)
             c = tl.where(row_inside[:, None], weight[:, None] * normalized(c, first, second, MODE), 0.0)
         importance += tl.sum(c, 0)
@@ -97,59 +174,84 @@ def importance_of(
 
 
 @triton.jit
-def sum_heads(
-    block, c_ptr, statistics_ptr, w_ptr, k_mask_ptr, scores_ptr, histograms_ptr, logits_counter_ptr, num_arrivals,
-    num_c_rows, num_tiles, num_keys, w_stride, k_mask_stride,
-    MODE: tl.constexpr, HAS_K_MASK: tl.constexpr, COUNT: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """Scores of a block of columns, once all logits of the row are there; counts their first digit if asked."""
-    columns = block * BLOCK + tl.arange(0, BLOCK)
-    candidate = load_candidates(k_mask_ptr, columns, num_keys, k_mask_stride, HAS_K_MASK)
-    wait_for(logits_counter_ptr, num_arrivals)
-    importance = importance_of(
-        c_ptr, statistics_ptr, w_ptr, columns, candidate, num_c_rows, num_tiles, num_keys, w_stride,
-        MODE, BLOCK, BLOCK_H, BLOCK_T,
-    )  # fmt: skip
-    tl.store(scores_ptr + columns, importance, mask=columns < num_keys)
-    if COUNT:
-        count_first_digit(ordered_key(importance, candidate), candidate, histograms_ptr)
-
-
-@triton.jit
 def select(
-    phase, block, scores_ptr, k_mask_ptr, mask_ptr, indices_ptr, histograms_ptr, counters_ptr, scored_ptr,
-    num_arrivals, num_keys, width, numerator, denominator, budget, k_mask_stride,
-    HAS_K_MASK: tl.constexpr, CEIL: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    phase, block, scores_ptr, mask, selected, histograms_ptr, counters_ptr, scored_ptr, num_arrivals, budget,
+    HAS_MASK: tl.constexpr, CEIL: tl.constexpr, IN_REGISTERS: tl.constexpr,
     BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One program of a selecting phase of one row; its arrivals are counted behind those of the scores at `scored_ptr`.
+    """Run one program of a selecting phase of one row.
 
     A row in registers has one phase of one program. A longer one has a phase for each digit but the first, and one
-    that writes.
+    that writes. The counter at `scored_ptr` counts the programs that made the scores, those after it the phases here.
     """
     columns = block * BLOCK + tl.arange(0, BLOCK)
-    candidate = load_candidates(k_mask_ptr, columns, num_keys, k_mask_stride, HAS_K_MASK)
-    blocks = tl.cdiv(num_keys, BLOCK)
+    candidate = load_candidates(mask, columns, selected.num_keys, HAS_MASK)
+    blocks = tl.cdiv(selected.num_keys, BLOCK)
     wait_for(scored_ptr + phase, tl.where(phase == 0, num_arrivals, blocks))
     score = tl.load(scores_ptr + columns, mask=candidate, other=float("-inf"), cache_modifier=".cg")
     if IN_REGISTERS:
-        kept = budget_of(tl.sum(candidate.to(tl.int32), 0), numerator, denominator, budget, CEIL)
-        select_in_registers(score, candidate, kept, num_keys, width, mask_ptr, indices_ptr, BLOCK)
+        kept = budget_of(tl.sum(candidate.to(tl.int32), 0), budget, CEIL)
+        select_in_registers(score, candidate, kept, selected, BLOCK)
         leave_row(counters_ptr, scored_ptr + 1, 1)
     else:
         key = ordered_key(score, candidate)
         suffixes_ptr = histograms_ptr + NUM_DIGITS * RADIX_BINS
         if phase == NUM_DIGITS - 1:
             write_block(
-                key, candidate, columns, block, histograms_ptr, suffixes_ptr, numerator, denominator, budget,
-                num_keys, width, mask_ptr, indices_ptr, CEIL, BLOCK, NUM_BLOCKS,
-            )  # fmt: skip
+                key, candidate, columns, block, histograms_ptr, suffixes_ptr, budget, selected, CEIL, BLOCK, NUM_BLOCKS
+            )
             leave_row(counters_ptr, scored_ptr + NUM_DIGITS, blocks)
         else:
             for DIGIT in tl.static_range(1, NUM_DIGITS):
                 if phase == DIGIT - 1:
-                    count_digit(
-                        key, candidate, block, histograms_ptr, suffixes_ptr, numerator, denominator, budget, CEIL, DIGIT
-                    )
+                    count_digit(key, candidate, block, histograms_ptr, suffixes_ptr, budget, CEIL, DIGIT)
             arrive(scored_ptr + phase + 1)
+
+
+@triton.jit
+def sum_and_select(
+    index, batch, num_keys, width, logits, w, k_mask, budget, outputs, memory, LOGITS: tl.constexpr,
+    MODE: tl.constexpr, HAS_K_MASK: tl.constexpr, SELECT: tl.constexpr, CEIL: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Run the `index`-th program of the phases after the logits.
+
+    `k_mask` is the mask of candidates `[B, M]`; LOGITS is the counter that the scoring programs have arrived at, and
+    the counters after it count the arrivals of these phases.
+    """
+    sum_blocks = tl.cdiv(num_keys, BLOCKS.columns)
+    num_summing = batch * sum_blocks
+    if index < num_summing:
+        row = index // sum_blocks
+        wide_row = row.to(tl.int64)
+        columns = (index % sum_blocks) * BLOCKS.columns + tl.arange(0, BLOCKS.columns)
+        candidate = load_candidates(row_of(k_mask, row), columns, num_keys, HAS_K_MASK)
+        counters = counters_of_row(memory.counters, row)
+        wait_for(counters + LOGITS, logits.num_programs)
+        importance = _importance_of(
+            logits.c_ptr + wide_row * logits.num_rows * num_keys,
+            logits.statistics_ptr + wide_row * logits.num_rows * logits.num_tiles * 2,
+            w, columns, candidate, logits.num_rows, logits.num_tiles, num_keys,
+            MODE, BLOCKS.columns, BLOCKS.heads, BLOCKS.tiles,
+        )  # fmt: skip
+        tl.store(outputs.scores + wide_row * num_keys + columns, importance, mask=columns < num_keys)
+        if SELECT:
+            if not BLOCKS.in_registers:
+                histograms_ptr = histograms_of_row(memory.words, row, num_keys, BLOCKS.row, BLOCKS.in_registers)
+                count_first_digit(ordered_key(importance, candidate), candidate, histograms_ptr)
+            arrive(counters + LOGITS + 1)
+        else:
+            leave_row(counters, counters + LOGITS + 1, sum_blocks)
+    else:
+        if SELECT:
+            blocks = tl.cdiv(num_keys, BLOCKS.row)
+            row = ((index - num_summing) // blocks) % batch
+            wide_row = row.to(tl.int64)
+            counters = counters_of_row(memory.counters, row)
+            select(
+                (index - num_summing) // (blocks * batch), (index - num_summing) % blocks,
+                outputs.scores + wide_row * num_keys, row_of(k_mask, row),
+                Selected(outputs.mask + wide_row * num_keys, outputs.indices + wide_row * width, num_keys, width),
+                histograms_of_row(memory.words, row, num_keys, BLOCKS.row, BLOCKS.in_registers),
+                counters, counters + LOGITS + 1, sum_blocks, budget,
+                HAS_K_MASK, CEIL, BLOCKS.in_registers, BLOCKS.row, BLOCKS.num_blocks,
+            )  # fmt: skip

@@ -1,7 +1,7 @@
 """Greedy selection in one launch for all picks: one program a row, which holds the row's state in registers.
 
-Each pick depends on the one before, so that a launch for every step of every pick is all that a GPU would wait for. The
-cosines of all pairs come from one matrix product before.
+Each pick depends on the one before it, so with a launch for every step of every pick a GPU would do nothing but wait
+for launches. The cosines of all pairs come from one matrix product before the launch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hawk_kernels.backends.eager.greedy import SPANNED, SPANNED_GAIN, Cosines
 from hawk_kernels.backends.kernels.launch import on_device
 from hawk_kernels.selection import Selection
 
-# What a program reads of the Cholesky factor at once: rows times columns, at most.
+# A program reads at most so many elements of the Cholesky factor at once, rows times columns.
 _TILE = 8192
 _MOST_ROWS = 8
 _SPANNED, _SPANNED_GAIN = tl.constexpr(SPANNED), tl.constexpr(SPANNED_GAIN)
@@ -96,28 +96,28 @@ def _dpp_kernel(
 
 
 def launch_config(num_tokens: int) -> dict[str, Any]:
-    """Blocks and warps for rows of this length."""
+    """Choose blocks and warps for rows of this length."""
     block = max(128, triton.next_power_of_2(num_tokens))
     rows = max(1, min(_MOST_ROWS, _TILE // block))
     return {"block": {"BLOCK": block}, "rows": {"ROWS": rows}, "num_warps": max(4, min(16, block // 256))}
 
 
 def greedy_max_min(features: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str) -> Selection:
-    """Selection of validated features `[B, M, D]`."""
+    """Select by validated features `[B, M, D]`."""
     return eager_greedy.greedy_max_min(features, r, mask, rounding, picks=max_min_picks)
 
 
 def greedy_dpp(
     features: torch.Tensor, quality: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str
 ) -> Selection:
-    """Selection of validated features `[B, M, D]` and float32 quality `[B, M]`."""
+    """Select by validated features `[B, M, D]` and float32 quality `[B, M]`."""
     return eager_greedy.greedy_dpp(features, quality, r, mask, rounding, picks=dpp_picks)
 
 
 def max_min_picks(
     cosines: Cosines, candidates: torch.Tensor, finite: torch.Tensor, budget: torch.Tensor | None, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`eager_greedy.max_min_picks` in one launch."""
+    """Do what `eager_greedy.max_min_picks` does, in one launch."""
     batch, num_tokens = candidates.shape
     nearest, worst = eager_greedy.before_the_first(cosines, candidates, finite)
     at_pick = nearest.new_zeros(batch, width)
@@ -135,7 +135,7 @@ def max_min_picks(
 def dpp_picks(
     cosines: Cosines, length: torch.Tensor, weight: torch.Tensor, budget: torch.Tensor | None, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`eager_greedy.dpp_picks` in one launch."""
+    """Do what `eager_greedy.dpp_picks` does, in one launch."""
     batch, num_tokens = weight.shape
     at_pick, gain = weight.new_zeros(batch, width), torch.empty_like(weight)
     order = torch.full((batch, width), num_tokens - 1, device=weight.device)

@@ -1,7 +1,7 @@
-"""Normalising a head's logits over all its candidates, when every program has seen only some of them.
+"""Norms of a head's logits over all its candidates, where every program has seen only some of them.
 
-What a norm needs is a pair of numbers a head. Pairs of disjoint sets of keys combine to that of their union, so tiles
-leave pairs and a later phase reduces them:
+A norm needs a pair of numbers for each head. The pairs of disjoint sets of keys combine to that of their union, so
+tiles leave pairs and a later phase reduces them:
 
 - l2: largest magnitude, sum of squares relative to it;
 - softmax: maximum, sum of exponentials relative to it;
@@ -18,7 +18,7 @@ MODES = {None: NO_NORM.value, "l2": _L2.value, "softmax": _SOFTMAX.value, "minma
 
 @triton.jit
 def neutral_pair(MODE: tl.constexpr):
-    """The pair of no keys at all."""
+    """Return the pair of no keys at all."""
     if MODE == _SOFTMAX:
         return float("-inf"), 0.0
     if MODE == _MINMAX:
@@ -28,19 +28,19 @@ def neutral_pair(MODE: tl.constexpr):
 
 @triton.jit
 def _or_one(largest):
-    """A divisor that is never zero; below float32's normal range a vector has no direction left."""
+    """Return a divisor that is never zero; below float32's normal range a vector has no direction left."""
     return tl.where(largest >= _FLOAT32_TINY, largest, 1.0)
 
 
 @triton.jit
 def _or_zero(highest):
-    """What to subtract before `exp`: nothing where there is no maximum."""
+    """Return what to subtract before `exp`: nothing where there is no maximum."""
     return tl.where(highest == float("-inf"), 0.0, highest)
 
 
 @triton.jit
 def pair_of_tile(c, inside, MODE: tl.constexpr):
-    """The pairs of a tile of logits `[BLOCK_M, BLOCK_H]`, one a head."""
+    """Return the pairs of a tile of logits `[BLOCK_M, BLOCK_H]`, one a head."""
     if MODE == _L2:
         first = tl.max(tl.where(inside, tl.abs(c), 0.0), 0)
         relative = tl.where(inside, c / _or_one(first)[None, :], 0.0)
@@ -56,7 +56,7 @@ def pair_of_tile(c, inside, MODE: tl.constexpr):
 
 @triton.jit
 def merge(first, second, other_first, other_second, MODE: tl.constexpr):
-    """The pair of two sets of keys."""
+    """Return the pair of the union of two disjoint sets of keys."""
     if MODE == _L2:
         larger = tl.maximum(first, other_first)
         one = first / _or_one(larger)
@@ -71,7 +71,7 @@ def merge(first, second, other_first, other_second, MODE: tl.constexpr):
 
 @triton.jit
 def reduce_pairs(first, second, MODE: tl.constexpr):
-    """The pair of each head from those of its tiles `[BLOCK_H, BLOCK_T]`."""
+    """Return the pair of each head from those of its tiles `[BLOCK_H, BLOCK_T]`."""
     if MODE == _L2:
         largest = tl.max(first, 1)
         relative = first / _or_one(largest)[:, None]
@@ -84,7 +84,7 @@ def reduce_pairs(first, second, MODE: tl.constexpr):
 
 @triton.jit
 def normalized(c, first, second, MODE: tl.constexpr):
-    """Logits `[BLOCK_H, BLOCK_M]` of finite numbers, normalised by the pairs of their heads `[BLOCK_H]`."""
+    """Normalise finite logits `[BLOCK_H, BLOCK_M]` by the pairs of their heads `[BLOCK_H]`."""
     first, second = first[:, None], second[:, None]
     if MODE == _L2:
         norm = tl.sqrt(second)

@@ -1,17 +1,17 @@
-"""What a launch needs beside its kernel: the current device, counters that are zero, and memory to work in.
+"""What a launch needs besides its kernel: the current device, counters that are zero, and memory to work in.
 
 *Streams and threads.* Launches of one stream follow each other on the device, so they share counters and workspace,
-also when several threads make them; two streams never do. What is kept belongs to its stream, and the allocator hands
-memory that a stream gives up to later work of the same stream: a kept tensor that a larger one replaces may still be in
-use by the launch before, and needs no `record_stream`.
+even when several threads make them; two streams never share. What is kept belongs to its stream, and the allocator
+hands memory that a stream gives up to later work of the same stream. So a kept tensor that a larger one replaces may
+still be in use by the launch before, and needs no `record_stream`.
 
 *Graphs.* A captured launch may be replayed on any stream at any time, so it gets counters that no other launch has,
 and workspace from the memory of its graph.
 
 *Aborted launches.* A kernel returns its counters to zero as its last act. A launch that fails on the host (out of
-memory for an output, an interrupt, a compilation that fails) has not run, so they are as the launch before leaves them;
-one that fails on the device takes the CUDA context with it, and every tensor in it. A capture that is abandoned leaves
-its counters unused.
+memory for an output, an interrupt, a compilation that fails) has not run, so they are as the launch before left them.
+A launch that fails on the device takes the CUDA context with it, and every tensor in it. A capture that is abandoned
+leaves its counters unused.
 """
 
 from __future__ import annotations
@@ -23,21 +23,25 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from hawk_kernels.backends.kernels.phases import COUNTERS_PER_ROW
+
 _Made = TypeVar("_Made")
 
 # A mebibyte: enough for the counters of eight thousand captured launches of one row.
 _CAPTURED_COUNTERS = 2**18
-# Captured launches start at multiples of so many: Triton compiles a kernel anew for pointers that are less aligned, and
-# could not while a graph is captured.
+# Captured launches start at multiples of so many counters: for pointers that are less aligned Triton would compile the
+# kernel anew, which it cannot do while a graph is captured.
 _COUNTERS_ALIGNMENT = 32
 _FEWEST_COUNTERS = 1024
 _FEWEST_WORDS = 2**16
-# Above this, allocating is nothing beside the work, and keeping the memory would be a leak to its owner.
+# Above this, allocating costs little compared with the work, and memory that is kept would be missed elsewhere.
 _LARGEST_KEPT_WORDS = 8 * 2**20
 
 
-# Of a grid's first dimension, and of int32.
+# The limit of a grid's first dimension, and of int32.
 _MOST_PROGRAMS = 2**31 - 1
+# A kernel finds the counters of a row by an int32 offset.
+_MOST_ROWS = (_MOST_PROGRAMS - 1) // COUNTERS_PER_ROW.value
 # A program of the selection takes a power of two of columns, and one number of each block of them.
 _MOST_COLUMNS = 2**30
 
@@ -57,7 +61,7 @@ _HERE = nullcontext()
 
 
 def compiler_options(num_warps: int, max_registers: int) -> dict[str, object]:
-    """What Triton's compiler is told; 0 registers leave their number to it.
+    """Return what Triton's compiler is told; 0 registers leave their number to it.
 
     A limit on registers, even one that limits nothing, keeps ptxas from spilling some of them to fit one more program
     on a multiprocessor; in other kernels it makes it spill. AMD's compiler has no such option.
@@ -66,26 +70,27 @@ def compiler_options(num_warps: int, max_registers: int) -> dict[str, object]:
     return {**options, "maxnreg": max_registers} if max_registers and not torch.version.hip else options
 
 
-def check_limits(num_programs: int, num_columns: int, num_offsets: int) -> None:
-    """Raise ValueError for what a launch cannot number: programs by a grid, columns and the small offsets by int32."""
+def check_limits(num_programs: int, num_columns: int, num_offsets: int, num_rows: int) -> None:
+    """Raise ValueError for what a launch cannot number: programs in a grid, the rest in int32."""
     for what, count, limit, remedy in (
         ("tokens in a row", num_columns, _MOST_COLUMNS, "prune in several parts"),
         ("programs", num_programs, _MOST_PROGRAMS, "split the batch"),
         ("numbers of queries in the workspace", num_offsets, _MOST_PROGRAMS, "split the batch"),
+        ("rows", num_rows, _MOST_ROWS, "split the batch"),
     ):
         if count > limit:
             raise ValueError(f"backend='triton': expected at most {limit} {what} in a launch, got {count}; {remedy}")
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Make the tensors' device the current one, on which Triton launches."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(device)
 
 
 def launch_counters(count: int, device: torch.device) -> torch.Tensor:
-    """Int32 zeros `[>= count]`, which the launch leaves at zero; `device` is the current one."""
+    """Return int32 zeros `[>= count]`, which the launch leaves at zero; `device` is the current one."""
     if device.type != "cuda":
         return _zeros(count, device)
     if torch.cuda.is_current_stream_capturing():
@@ -105,7 +110,7 @@ def launch_counters(count: int, device: torch.device) -> torch.Tensor:
 
 
 def workspace(num_floats: int, num_words: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 `[>= num_floats]` and int32 `[>= num_words]` with anything in them, the launch's until it ends."""
+    """Return uninitialised float32 `[>= num_floats]` and int32 `[>= num_words]`, the launch's own until it ends."""
     is_kept = device.type == "cuda" and num_floats + num_words <= _LARGEST_KEPT_WORDS
     if not is_kept or torch.cuda.is_current_stream_capturing():
         fresh = _new_workspace(num_floats, num_words, device)
@@ -131,7 +136,7 @@ def _zeros(count: int, device: torch.device) -> torch.Tensor:
 
 
 def _captured_counters(count: int, device: torch.device) -> torch.Tensor:
-    """A slice that is handed out once; where none is left, fresh zeros, at the price of a memset in the graph."""
+    """Return a slice that is handed out once; where none is left, fresh zeros at the price of a memset in the graph."""
     count = -(-count // _COUNTERS_ALIGNMENT) * _COUNTERS_ALIGNMENT
     with _lock:
         slab, used = _captured_slabs.get(device.index, (None, 0))
@@ -142,13 +147,13 @@ def _captured_counters(count: int, device: torch.device) -> torch.Tensor:
 
 
 def _current_stream(device: torch.device) -> int:
-    """The handle of the current stream of the current device, without an object around it where torch allows."""
+    """Return the handle of the current stream of the current device, without an object around it where torch allows."""
     read = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     return torch.cuda.current_stream(device).cuda_stream if read is None else read(device.index)
 
 
 def _outside_pools(allocate: Callable[[], _Made], device: torch.device) -> _Made:
-    """What `allocate` returns, from the device's common memory and on the current stream.
+    """Return what `allocate` returns, from the device's common memory and on the current stream.
 
     A caller may be allocating from a pool of its own, as a CUDA graph's warm-up does, which will hand out again what it
     does not know to be in use. Such a pool is bound to the thread, so this allocates in another.

@@ -1,4 +1,4 @@
-"""Device functions that select the best of one row: an exact order, by radix, without a sort.
+"""Device functions that select the best of one row in an exact order: by radix, without a sort.
 
 The order is that of a stable descending sort: a float becomes a uint32 key that orders the same way, the key of the
 last token that is kept (the threshold) is found eight bits at a time, and tokens that tie with it are taken from
@@ -9,41 +9,62 @@ blocks of columns: programs over these count one digit after the other into hist
 and then each writes its own columns (`write_block`).
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+from hawk_kernels.backends.kernels.views import load_vector
 
 RADIX_BITS = tl.constexpr(8)
 RADIX_BINS = tl.constexpr(256)
 NUM_DIGITS = tl.constexpr(4)
-# A block's counts of the last digit, from the top, and in front of them the keys above all these.
+# A block's counts of the last digit, from the top, and before them the number of keys above all these.
 SUFFIXES = tl.constexpr(257)
 
 
+class Budget(NamedTuple):
+    """How many tokens a row keeps: `count` of them, or where that is 0 the fraction of its candidates."""
+
+    numerator: Any
+    denominator: Any
+    count: Any
+
+
+class Selected(NamedTuple):
+    """Where the selection of one row goes: its mask, and its indices, which `width` has room for."""
+
+    mask_ptr: Any
+    indices_ptr: Any
+    num_keys: Any
+    width: Any
+
+
 @triton.jit
-def load_candidates(mask_ptr, columns, num_keys, stride, HAS_MASK: tl.constexpr):
-    """Which columns of a row are candidates; `mask_ptr` is the row's."""
+def load_candidates(mask, columns, num_keys, HAS_MASK: tl.constexpr):
+    """Say which columns of a row are candidates; `mask` is the row's vector."""
     candidate = columns < num_keys
     if HAS_MASK:
-        candidate = tl.load(mask_ptr + columns.to(tl.int64) * stride, mask=candidate, other=0) != 0
+        candidate = load_vector(mask, columns, candidate) != 0
     return candidate
 
 
 @triton.jit
-def budget_of(num_candidates, numerator, denominator, budget, CEIL: tl.constexpr):
-    """How many tokens a row keeps, int32; `selection.kept_count` on the device."""
-    if budget > 0:
-        kept = tl.minimum(num_candidates, budget)
+def budget_of(num_candidates, budget, CEIL: tl.constexpr):
+    """Return how many tokens a row keeps, int32; this is `selection.kept_count` on the device."""
+    if budget.count > 0:
+        kept = tl.minimum(num_candidates, budget.count)
     else:
-        product = num_candidates.to(tl.int64) * numerator
+        product = num_candidates.to(tl.int64) * budget.numerator
         if CEIL:
-            product += denominator - 1
-        kept = tl.maximum((product // denominator).to(tl.int32), 1)
+            product += budget.denominator - 1
+        kept = tl.maximum((product // budget.denominator).to(tl.int32), 1)
     return tl.where(num_candidates > 0, kept, 0)
 
 
 @triton.jit
 def ordered_key(score, candidate):
-    """uint32 that orders as the score does: NaN is 1, below -inf; 0 is no candidate; -0 equals +0."""
+    """Return a uint32 that orders as the score does: NaN is 1, below -inf; 0 is no candidate; -0 equals +0."""
     score = tl.where(score == 0.0, 0.0, score)
     bits = score.to(tl.uint32, bitcast=True)
     key = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
@@ -53,7 +74,7 @@ def ordered_key(score, candidate):
 
 @triton.jit
 def _digit_counts(key, candidate, settled, prefix, DIGIT: tl.constexpr):
-    """Histogram of a digit of the keys that start as the threshold does; digit 0 is the highest."""
+    """Count a digit of the keys that start as the threshold does; digit 0 is the highest."""
     shift: tl.constexpr = 32 - RADIX_BITS * (DIGIT + 1)
     digit = ((key >> shift) & (RADIX_BINS - 1)).to(tl.int32)
     return tl.histogram(digit, RADIX_BINS, mask=candidate & ((key & settled) == prefix))
@@ -61,7 +82,7 @@ def _digit_counts(key, candidate, settled, prefix, DIGIT: tl.constexpr):
 
 @triton.jit
 def _settle_digit(threshold, settled, remaining, histogram, DIGIT: tl.constexpr):
-    """The threshold with one more digit: that of the `remaining`-th largest key; and what remains below this bin."""
+    """Give the threshold the digit of the `remaining`-th largest key, and take the keys above it from `remaining`."""
     shift: tl.constexpr = 32 - RADIX_BITS * (DIGIT + 1)
     above = tl.cumsum(histogram, 0, reverse=True) - histogram
     here = (above < remaining) & (above + histogram >= remaining)
@@ -72,23 +93,22 @@ def _settle_digit(threshold, settled, remaining, histogram, DIGIT: tl.constexpr)
 
 @triton.jit
 def _write_kept(
-    key, candidate, columns, threshold, num_tied, kept, num_tied_before, num_kept_before,
-    num_keys, width, mask_ptr, indices_ptr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    key, candidate, columns, threshold, num_tied, kept, num_tied_before, num_kept_before, selected, BLOCK: tl.constexpr
+):
     """Write mask, indices and padding of some columns, `num_tied` of the row's ties being kept."""
     tied = candidate & (key == threshold)
     tie_rank = num_tied_before + tl.cumsum(tied.to(tl.int32), 0)
     keep = candidate & (kept > 0) & ((key > threshold) | (tied & (tie_rank <= num_tied)))
-    tl.store(mask_ptr + columns, keep, mask=columns < num_keys)
+    tl.store(selected.mask_ptr + columns, keep, mask=columns < selected.num_keys)
     position = num_kept_before + tl.cumsum(keep.to(tl.int32), 0) - 1
-    tl.store(indices_ptr + position, columns.to(tl.int64), mask=keep)
+    tl.store(selected.indices_ptr + position, columns.to(tl.int64), mask=keep)
     padding = tl.full([BLOCK], -1, tl.int64)
-    tl.store(indices_ptr + columns, padding, mask=(columns >= kept) & (columns < width))
+    tl.store(selected.indices_ptr + columns, padding, mask=(columns >= kept) & (columns < selected.width))
 
 
 @triton.jit
-def select_in_registers(score, candidate, kept, num_keys, width, mask_ptr, indices_ptr, BLOCK: tl.constexpr):
-    """Write mask and indices of one row that a single program holds; the pointers are the row's."""
+def select_in_registers(score, candidate, kept, selected, BLOCK: tl.constexpr):
+    """Write mask and indices of one row that a single program holds."""
     key = ordered_key(score, candidate)
     zero = kept * 0
     threshold = zero.to(tl.uint32)
@@ -97,10 +117,7 @@ def select_in_registers(score, candidate, kept, num_keys, width, mask_ptr, indic
     for DIGIT in tl.static_range(NUM_DIGITS):
         histogram = _digit_counts(key, candidate, settled, threshold, DIGIT)
         threshold, settled, remaining = _settle_digit(threshold, settled, remaining, histogram, DIGIT)
-    _write_kept(
-        key, candidate, tl.arange(0, BLOCK), threshold, remaining, kept, zero, zero,
-        num_keys, width, mask_ptr, indices_ptr, BLOCK,
-    )  # fmt: skip
+    _write_kept(key, candidate, tl.arange(0, BLOCK), threshold, remaining, kept, zero, zero, selected, BLOCK)
 
 
 @triton.jit
@@ -111,11 +128,11 @@ def clear_histograms(histograms_ptr):
 
 
 @triton.jit
-def _settled_digits(histograms_ptr, numerator, denominator, budget, CEIL: tl.constexpr, DIGITS: tl.constexpr):
-    """The threshold as far as the first digits tell, what remains below it, and how many tokens the row keeps."""
+def _settled_digits(histograms_ptr, budget, CEIL: tl.constexpr, DIGITS: tl.constexpr):
+    """Return the threshold by its first digits, the digits settled, what remains, and how many tokens the row keeps."""
     bins = tl.arange(0, RADIX_BINS)
     histogram = tl.load(histograms_ptr + bins, cache_modifier=".cg")
-    kept = budget_of(tl.sum(histogram, 0), numerator, denominator, budget, CEIL)
+    kept = budget_of(tl.sum(histogram, 0), budget, CEIL)
     zero = kept * 0
     threshold = zero.to(tl.uint32)
     settled = zero.to(tl.uint32)
@@ -128,23 +145,20 @@ def _settled_digits(histograms_ptr, numerator, denominator, budget, CEIL: tl.con
 
 @triton.jit
 def count_first_digit(key, candidate, histograms_ptr):
-    """Add a block's keys to the row's histogram of the highest digit; integers, so the order does not matter."""
+    """Add a block's keys to the row's histogram of the highest digit; integers add up the same in any order."""
     zero = tl.sum(candidate.to(tl.int32), 0) * 0
     histogram = _digit_counts(key, candidate, zero.to(tl.uint32), zero.to(tl.uint32), 0)
     tl.atomic_add(histograms_ptr + tl.arange(0, RADIX_BINS), histogram, mask=histogram > 0, sem="relaxed", scope="gpu")
 
 
 @triton.jit
-def count_digit(
-    key, candidate, block, histograms_ptr, suffixes_ptr, numerator, denominator, budget,
-    CEIL: tl.constexpr, DIGIT: tl.constexpr,
-):  # fmt: skip
+def count_digit(key, candidate, block, histograms_ptr, suffixes_ptr, budget, CEIL: tl.constexpr, DIGIT: tl.constexpr):
     """Add a block's keys to the row's histogram of a lower digit, once those of all higher ones are complete.
 
     At the last digit also leave, for each of its values, how many keys of the block are at least that high: whatever
     the threshold turns out to be, two of these say how many of the block are above it and how many tie with it.
     """
-    threshold, settled, _, _ = _settled_digits(histograms_ptr, numerator, denominator, budget, CEIL, DIGIT)
+    threshold, settled, _, _ = _settled_digits(histograms_ptr, budget, CEIL, DIGIT)
     histogram = _digit_counts(key, candidate, settled, threshold, DIGIT)
     bins = tl.arange(0, RADIX_BINS)
     tl.atomic_add(histograms_ptr + DIGIT * RADIX_BINS + bins, histogram, mask=histogram > 0, sem="relaxed", scope="gpu")
@@ -157,14 +171,14 @@ def count_digit(
 
 @triton.jit
 def write_block(
-    key, candidate, columns, block, histograms_ptr, suffixes_ptr, numerator, denominator, budget,
-    num_keys, width, mask_ptr, indices_ptr, CEIL: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    key, candidate, columns, block, histograms_ptr, suffixes_ptr, budget, selected,
+    CEIL: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Write mask and indices of a block's columns, once every block has counted every digit; pointers are the row's.
+    """Write mask and indices of a block's columns, once every block has counted every digit.
 
     `NUM_BLOCKS` is the number of blocks or a power of two above it.
     """
-    threshold, _, num_tied, kept = _settled_digits(histograms_ptr, numerator, denominator, budget, CEIL, NUM_DIGITS)
+    threshold, _, num_tied, kept = _settled_digits(histograms_ptr, budget, CEIL, NUM_DIGITS)
     blocks = tl.arange(0, NUM_BLOCKS)
     suffixes_ptr += blocks * SUFFIXES + (threshold & (RADIX_BINS - 1)).to(tl.int32)
     reaching = tl.sum(tl.load(suffixes_ptr, mask=blocks < block, other=0, cache_modifier=".cg"), 0)
@@ -172,5 +186,5 @@ def write_block(
     num_tied_before = reaching - above
     _write_kept(
         key, candidate, columns, threshold, num_tied, kept, num_tied_before,
-        above + tl.minimum(num_tied_before, num_tied), num_keys, width, mask_ptr, indices_ptr, BLOCK,
+        above + tl.minimum(num_tied_before, num_tied), selected, BLOCK,
     )  # fmt: skip
