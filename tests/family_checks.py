@@ -15,7 +15,8 @@ import torch._dynamo
 import transformers
 
 from hawk_kernels import prune
-from hawk_kernels.hf.families import FAMILIES, dissect
+from hawk_kernels.hf.anatomy import dissect
+from hawk_kernels.hf.families import FAMILIES
 from tests.tiny_families import BY_NAME, batch, tiny_model
 from tests.tiny_models import BEGIN, END_OF_TURN, FIRST_WORD, IMAGE, VOCABULARY, Picture, question, words
 

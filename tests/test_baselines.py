@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import csrc_ref
 from hawk_kernels import prune
-from hawk_kernels.hf.families import FAMILIES, dissect
+from hawk_kernels.hf.anatomy import dissect
+from hawk_kernels.hf.families import FAMILIES
 from hawk_kernels.hf.rotary import rotary_of_first_layer
 from hawk_kernels.methods import METHODS, FastV, LastQuery, resolve_method
 from hawk_kernels.methods.dart import dart_select

@@ -1,4 +1,4 @@
-"""A `PrefillView` over the embeddings that enter the text model."""
+"""What a method may ask of a prompt: a `PrefillView` over what enters one decoder layer."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from hawk_kernels.hf.encoders.recorder import PromptAttention
+from hawk_kernels.hf.hooks import upload
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, padded_positions
 from hawk_kernels.hf.rotary import Rotary
-from hawk_kernels.hf.upload import upload
-from hawk_kernels.hf.vision_attention import PromptAttention
 from hawk_kernels.methods.view import EncoderAttention, HiddenStates, LastQuery, PrefillView, Segments
 
 
 @dataclass(frozen=True)
 class Context:
-    """What is known of a prompt beside its embeddings, for methods that ask.
+    """What is known of a prompt besides the states that enter the scoring layer, for methods that declare its use.
 
     Attributes:
         attention: what was recorded in the vision encoder.
-        frames: tells the grids of each image's frames, which may wait for the device.
-        rotary: positions in the scoring layer.
+        frames: finds the grids of each image's frames, which may wait for the device.
+        rotary: the rotation of each token in the scoring layer.
         seen: which tokens the last one of each prompt sees in the scoring layer, bool `[B, T]`.
         scale: what the scoring layer multiplies its products by; None means `D ** -0.5`.
     """
@@ -38,14 +38,14 @@ class Context:
 
 
 class LayerView(PrefillView):
-    """Projects only the tokens a method asks for: text to queries, visual tokens to keys.
+    """Projects only the tokens that a method asks for: text to queries, visual tokens to keys.
 
     Args:
-        inputs_embeds: `[B, T, hidden]`, what enters the first decoder layer.
+        inputs_embeds: `[B, T, hidden]`, what enters the scoring layer.
         prompt: where text queries and visual tokens stand.
         projections: queries and keys of the scoring layer.
         head_weights: float32 `[H]`, or None.
-        budgets: tokens kept of each image of each row, or None for one budget a row.
+        budgets: tokens kept of each image of each row, or None for one budget for each row.
         context: what else is known.
     """
 
@@ -74,7 +74,7 @@ class LayerView(PrefillView):
     @cached_property
     def head_weights(self) -> torch.Tensor:  # type: ignore[override]
         if self._head_weights is None:
-            raise ValueError("head_weights: expected a method with uses_head_weights = True to read them, got another")
+            raise ValueError(_undeclared("head_weights", "uses_head_weights = True"))
         return self._head_weights.to(self._device, non_blocking=True)
 
     @cached_property
@@ -130,9 +130,7 @@ class LayerView(PrefillView):
     def encoder_attention(self) -> EncoderAttention:
         recorded = self._context.attention
         if recorded is None:
-            raise ValueError(
-                "encoder_attention: expected a method with uses_encoder_attention = True to read it, got another"
-            )
+            raise ValueError(_undeclared("encoder_attention", "uses_encoder_attention = True"))
         of_object, of_deep = (self._padded(x.to(self._device).unsqueeze(0)) for x in (recorded.object, recorded.deep))
         return EncoderAttention(of_object, of_deep, recorded.grids)
 
@@ -154,7 +152,7 @@ class LayerView(PrefillView):
 
     def last_query(self) -> LastQuery:
         if self._context.seen is None:
-            raise ValueError("last_query: expected a method with a hidden_from_layer to read it, got another")
+            raise ValueError(_undeclared("last_query", "hidden_from_layer"))
         own = self._prompt.valid[:, : self._prompt.length]
         last = own.shape[1] - 1 - np.argmax(own[:, ::-1], axis=1, keepdims=True)
         normalized = self._projections.normalize(self._embeds.to(self._device))
@@ -172,7 +170,7 @@ class LayerView(PrefillView):
 
     def frames(self) -> list[list[list[tuple[int, int]]]]:
         if self._context.frames is None:
-            raise ValueError("frames: expected a method with uses_grids = True to read the grids, got another")
+            raise ValueError(_undeclared("frames", "uses_grids = True"))
         return self._context.frames()
 
     def row_keys(self) -> list[int]:
@@ -182,30 +180,30 @@ class LayerView(PrefillView):
 
     def _rotated(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if self._context.rotary is None:
-            raise ValueError("positions: expected a method with uses_positions = True to read positions, got another")
+            raise ValueError(_undeclared("positions", "uses_positions = True"))
         return self._context.rotary.rotated(heads, positions)
 
     @cached_property
     def _visual_positions(self) -> torch.Tensor:
-        """Where the visual tokens stand, int64 `[B, M]`, 0 at padding."""
+        """Tell where the visual tokens stand, int64 `[B, M]`, 0 at padding."""
         return upload(padded_positions(self._prompt.visual)[0], self._device)
 
     @cached_property
     def _normalized_text(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text queries behind the layer's norm, `[B, N, hidden]`, and which of them are no padding, bool `[B, N]`."""
+        """Norm the text queries, `[B, N, hidden]`, and mark which of them are not padding, bool `[B, N]`."""
         text, mask = self.text_embeddings()
         return self._projections.normalize(text).to(self._device), mask
 
     def _tokens(self, positions: np.ndarray) -> torch.Tensor:
-        """The tokens of each row that stand at `positions`, int `[B, N]`, as `[B, N, hidden]`."""
+        """Gather the tokens of each row that stand at `positions`, int `[B, N]`, as `[B, N, hidden]`."""
         rows = positions + np.arange(len(positions))[:, None] * self._embeds.shape[1]
-        return self._gathered(rows.ravel()).unflatten(0, positions.shape)
+        return torch.unflatten(self._gathered(rows.ravel()), 0, positions.shape)
 
     def _queries(self, normalized: torch.Tensor) -> torch.Tensor:
         return self._projections.queries(normalized).to(self._device).transpose(1, 2)
 
     def _visual_rows(self) -> torch.Tensor:
-        """Visual tokens of all rows without padding, `[1, S, hidden]`."""
+        """Gather the visual tokens of all rows without padding, `[1, S, hidden]`."""
         return self._gathered(np.flatnonzero(self._prompt.visual)).unsqueeze(0)
 
     def _gathered(self, rows: np.ndarray) -> torch.Tensor:
@@ -213,8 +211,12 @@ class LayerView(PrefillView):
         return self._embeds.flatten(0, 1).index_select(0, upload(rows, device)).to(self._device)
 
     def _padded(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[1, S, ...]` laid out as `[B, M, ...]`; the padding repeats the first token."""
+        """Lay `[1, S, ...]` out as `[B, M, ...]`; the padding repeats the first token."""
         if not self._filled.all():
             place = np.where(self._filled, np.cumsum(self._filled).reshape(self._filled.shape) - 1, 0)
             tokens = tokens.index_select(1, upload(place.ravel(), self._device))
-        return tokens.squeeze(0).unflatten(0, self._filled.shape)
+        return torch.unflatten(tokens.squeeze(0), 0, self._filled.shape)
+
+
+def _undeclared(name: str, declaration: str) -> str:
+    return f"cannot read {name} in a method that does not declare it; set {declaration} in its class"
