@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import csrc_ref
-from hawk_kernels.hf.choose_tokens import Chooser
+from hawk_kernels.hf.choose_tokens import Chooser, Context
 from hawk_kernels.hf.encoders.pieces import Piece
 from hawk_kernels.hf.encoders.recorder import Recording, attention_of_prompt
-from hawk_kernels.hf.layer_view import Context
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.methods import HiPrune
 from tests.tiny_models import FIRST_WORD, IMAGE, VIDEO

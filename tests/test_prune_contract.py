@@ -618,7 +618,11 @@ def test_methods_see_the_visual_embeddings(model):
         ({"method": Hawk(), "normalize": "l2"}, TypeError, "brings its own"),
         ({"normalize": "l1"}, ValueError, "got 'l1'"),
         ({"rounding": "nearest"}, ValueError, "got 'nearest'"),
-        ({"budget": "each"}, ValueError, "expected 'shared' or 'per_image', got 'each'; keep_ratio sets how many tokens stay"),
+        (
+            {"budget": "each"},
+            ValueError,
+            "'shared' or 'per_image', got 'each'; keep_ratio sets how many tokens stay",
+        ),
         ({"query": "question"}, TypeError, "expected a bool mask .*, a callable or a processor, got str; use"),
         ({"query": np.ones((1, 3), dtype=bool)}, TypeError, "got ndarray; use torch.as_tensor"),
         ({"head_weights": None}, ValueError, "hawk-kernels calibrate.*head_weights='uniform'"),

@@ -1,8 +1,8 @@
 """Pruning Hugging Face vision-language models: `prune.py` opens the block, `prefill.py` hooks one call, in six stages.
 
 - read: `prompt.py` fetches the prompt, `question.py` finds the text that ranks, `images.py` where images end.
-- score and choose: `choose_tokens.py` asks a method, which sees the prompt by `layer_view.py` and `projections.py`. It
-  does not know which layer it chooses before: `prefill.py` asks before the first, `layer_masks.py` inside the stack.
+- score and choose: `choose_tokens.py` asks a method, which sees queries and keys by `projections.py`. It does not know
+  which layer it chooses before: `prefill.py` asks before the first, `layer_masks.py` inside the stack.
 - pack: `packing.py` moves the tokens that stay together, and whatever else a call has for each token.
 - run: the model's own code; for choices inside the stack its later layers get masks from `layer_masks.py`.
 - unpack: `packing.py` spreads the hidden states out again, so that logits and labels keep the prompt's length.

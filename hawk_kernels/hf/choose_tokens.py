@@ -1,18 +1,226 @@
-"""Which tokens of a prompt stay, whichever layer they are chosen before."""
+"""Which tokens of a prompt stay: what a method may ask of the prompt, and what becomes of its answer.
+
+Nothing here knows which layer the tokens are chosen before: that is told by whoever passes the states that enter it.
+"""
 
 from __future__ import annotations
 
 import math
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
+from hawk_kernels.hf.encoders.recorder import PromptAttention
 from hawk_kernels.hf.hooks import upload
-from hawk_kernels.hf.layer_view import Context, LayerView
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, padded_positions
+from hawk_kernels.hf.rotary import Rotary
 from hawk_kernels.methods import Method
+from hawk_kernels.methods.view import EncoderAttention, HiddenStates, LastQuery, PrefillView, Segments
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known of a prompt besides the states that enter the scoring layer, for methods that declare its use.
+
+    Attributes:
+        attention: what was recorded in the vision encoder.
+        frames: finds the grids of each image's frames, which may wait for the device.
+        rotary: the rotation of each token in the scoring layer.
+        seen: which tokens the last one of each prompt sees in the scoring layer, bool `[B, T]`.
+        scale: what the scoring layer multiplies its products by; None means `D ** -0.5`.
+    """
+
+    attention: PromptAttention | None = None
+    frames: Callable[[], list[list[list[tuple[int, int]]]]] | None = None
+    rotary: Rotary | None = None
+    seen: torch.Tensor | None = None
+    scale: float | None = None
+
+
+class LayerView(PrefillView):
+    """Projects only the tokens that a method asks for: text to queries, visual tokens to keys.
+
+    Args:
+        inputs_embeds: `[B, T, hidden]`, what enters the scoring layer.
+        prompt: where text queries and visual tokens stand.
+        projections: queries and keys of the scoring layer.
+        head_weights: float32 `[H]`, or None.
+        budgets: tokens kept of each image of each row, or None for one budget for each row.
+        context: what else is known.
+    """
+
+    def __init__(
+        self,
+        inputs_embeds: torch.Tensor,
+        prompt: Prompt,
+        projections: LayerProjections,
+        head_weights: torch.Tensor | None,
+        budgets: list[list[int]] | None,
+        context: Context,
+    ) -> None:
+        self._embeds = inputs_embeds
+        self._prompt = prompt
+        self._projections = projections
+        self._device = projections.device(inputs_embeds.device)
+        _, self._filled = padded_positions(prompt.visual)
+        self._head_weights = head_weights
+        self._budgets = budgets
+        self._context = context
+
+    @cached_property
+    def candidates(self) -> torch.Tensor:  # type: ignore[override]
+        return upload(self._filled, self._device)
+
+    @cached_property
+    def head_weights(self) -> torch.Tensor:  # type: ignore[override]
+        if self._head_weights is None:
+            raise ValueError(_undeclared("head_weights", "uses_head_weights = True"))
+        return self._head_weights.to(self._device, non_blocking=True)
+
+    @cached_property
+    def segments(self) -> Segments | None:  # type: ignore[override]
+        if self._budgets is None:
+            return None
+        width = self._filled.shape[1]
+        lengths = self._prompt.image_lengths()
+        longest = max(length for row in lengths for length in row)
+        index, mask = [], []
+        for row, images in enumerate(lengths):
+            start = row * width
+            for length in images:
+                index.append(np.minimum(start + np.arange(longest), self._filled.size - 1))
+                mask.append(np.arange(longest) < length)
+                start += length
+        kept_per_row = max(sum(row) for row in self._budgets)
+        return Segments(upload(np.stack(index), self._device), upload(np.stack(mask), self._device), kept_per_row)
+
+    def hidden_states(self) -> HiddenStates | None:
+        plain = self._projections.plain()
+        if plain is None or self._device != self._embeds.device or self._embeds.dtype == torch.float64:
+            return None
+        positions, _ = padded_positions(self._prompt.visual)
+        return HiddenStates(
+            x=self._embeds,
+            layer=plain,
+            num_key_value_heads=plain.wk.shape[0] // (plain.wq.shape[0] // self._projections.num_heads),
+            q_mask=upload(self._prompt.query, self._device),
+            k_mask=upload(self._prompt.visual, self._device),
+            visual=upload(positions, self._device),
+        )
+
+    def text_queries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        normalized, mask = self._normalized_text
+        return self._queries(normalized), mask
+
+    def mean_text_query(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not self._projections.affine_queries:
+            return self.text_queries()
+        normalized, mask = self._normalized_text
+        counts = mask.sum(dim=1, keepdim=True).clamp(min=1).unsqueeze(-1)
+        total = normalized.float().masked_fill(~mask.unsqueeze(-1), 0).sum(dim=1, keepdim=True)
+        return self._queries((total / counts).to(normalized.dtype)), None
+
+    def visual_keys(self) -> torch.Tensor:
+        normalized = self._projections.normalize(self._visual_rows())
+        return self._padded(self._projections.keys(normalized).to(self._device)).transpose(1, 2)
+
+    def visual_embeddings(self) -> torch.Tensor:
+        return self._padded(self._visual_rows())
+
+    def encoder_attention(self) -> EncoderAttention:
+        recorded = self._context.attention
+        if recorded is None:
+            raise ValueError(_undeclared("encoder_attention", "uses_encoder_attention = True"))
+        of_object, of_deep = (self._padded(x.to(self._device).unsqueeze(0)) for x in (recorded.object, recorded.deep))
+        return EncoderAttention(of_object, of_deep, recorded.grids)
+
+    def text_keys(self) -> torch.Tensor:
+        normalized, _ = self._normalized_text
+        return self._projections.keys(normalized).to(self._device).transpose(1, 2)
+
+    def text_embeddings(self) -> tuple[torch.Tensor, torch.Tensor]:
+        positions, filled = padded_positions(self._prompt.query)
+        return self._tokens(positions), upload(filled, self._device)
+
+    def rotated_text_queries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        queries, mask = self.text_queries()
+        positions, _ = padded_positions(self._prompt.query)
+        return self._rotated(queries, upload(positions, self._device)), mask
+
+    def rotated_visual_keys(self) -> torch.Tensor:
+        return self._rotated(self.visual_keys(), self._visual_positions)
+
+    def last_query(self) -> LastQuery:
+        if self._context.seen is None:
+            raise ValueError(_undeclared("last_query", "hidden_from_layer"))
+        own = self._prompt.valid[:, : self._prompt.length]
+        last = own.shape[1] - 1 - np.argmax(own[:, ::-1], axis=1, keepdims=True)
+        normalized = self._projections.normalize(self._embeds.to(self._device))
+        at_end = normalized.gather(1, upload(last, self._device).unsqueeze(2).expand(-1, -1, normalized.shape[2]))
+        query = self._rotated(self._queries(at_end), upload(last, self._device))
+        everywhere = torch.arange(normalized.shape[1], device=self._device).expand(len(last), -1)
+        keys = self._projections.keys(normalized).to(self._device).transpose(1, 2)
+        keys = self._rotated(keys, everywhere)
+        visible = self._context.seen.to(self._device)
+        # the last token sees itself
+        source = torch.where(visible, everywhere, upload(last, self._device))
+        keys = keys.gather(2, source[:, None, :, None].expand_as(keys))
+        scale = query.shape[-1] ** -0.5 if self._context.scale is None else self._context.scale
+        return LastQuery(query, keys, visible, self._visual_positions, scale)
+
+    def frames(self) -> list[list[list[tuple[int, int]]]]:
+        if self._context.frames is None:
+            raise ValueError(_undeclared("frames", "uses_grids = True"))
+        return self._context.frames()
+
+    def row_keys(self) -> list[int]:
+        prompt = self._prompt
+        own = zip(prompt.ids[:, : prompt.length], prompt.valid[:, : prompt.length], strict=True)
+        return [zlib.crc32(ids[valid].astype("<i8").tobytes()) for ids, valid in own]
+
+    def _rotated(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if self._context.rotary is None:
+            raise ValueError(_undeclared("positions", "uses_positions = True"))
+        return self._context.rotary.rotated(heads, positions)
+
+    @cached_property
+    def _visual_positions(self) -> torch.Tensor:
+        """Tell where the visual tokens stand, int64 `[B, M]`, 0 at padding."""
+        return upload(padded_positions(self._prompt.visual)[0], self._device)
+
+    @cached_property
+    def _normalized_text(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Norm the text queries, `[B, N, hidden]`, and mark which of them are not padding, bool `[B, N]`."""
+        text, mask = self.text_embeddings()
+        return self._projections.normalize(text).to(self._device), mask
+
+    def _tokens(self, positions: np.ndarray) -> torch.Tensor:
+        """Gather the tokens of each row that stand at `positions`, int `[B, N]`, as `[B, N, hidden]`."""
+        rows = positions + np.arange(len(positions))[:, None] * self._embeds.shape[1]
+        return torch.unflatten(self._gathered(rows.ravel()), 0, positions.shape)
+
+    def _queries(self, normalized: torch.Tensor) -> torch.Tensor:
+        return self._projections.queries(normalized).to(self._device).transpose(1, 2)
+
+    def _visual_rows(self) -> torch.Tensor:
+        """Gather the visual tokens of all rows without padding, `[1, S, hidden]`."""
+        return self._gathered(np.flatnonzero(self._prompt.visual)).unsqueeze(0)
+
+    def _gathered(self, rows: np.ndarray) -> torch.Tensor:
+        device = self._embeds.device
+        return self._embeds.flatten(0, 1).index_select(0, upload(rows, device)).to(self._device)
+
+    def _padded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Lay `[1, S, ...]` out as `[B, M, ...]`; the padding repeats the first token."""
+        if not self._filled.all():
+            place = np.where(self._filled, np.cumsum(self._filled).reshape(self._filled.shape) - 1, 0)
+            tokens = tokens.index_select(1, upload(place.ravel(), self._device))
+        return torch.unflatten(tokens.squeeze(0), 0, self._filled.shape)
 
 
 @dataclass(frozen=True)
@@ -34,7 +242,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Chooser:
-    """Chooses tokens by what enters some layer; which layer that is, only its caller knows.
+    """Chooses the tokens of a prompt that stay.
 
     Attributes:
         method: scores and selects.
@@ -94,6 +302,10 @@ class Chooser:
         if self.per_image:
             return prompt.image_lengths()
         return [[int(count)] for count in prompt.visual.sum(axis=1)]
+
+
+def _undeclared(name: str, declaration: str) -> str:
+    return f"cannot read {name} in a method that does not declare it; set {declaration} in its class"
 
 
 def _check_text(prompt: Prompt) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from hawk_kernels.hf.anatomy import Anatomy
+from hawk_kernels.hf.choose_tokens import Context
 from hawk_kernels.hf.hooks import Handle
-from hawk_kernels.hf.layer_view import Context
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.rotary import rotary_of_layer
 

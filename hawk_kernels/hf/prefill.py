@@ -21,12 +21,11 @@ import torch
 from torch import nn
 
 from hawk_kernels.hf.anatomy import Anatomy
-from hawk_kernels.hf.choose_tokens import Choice, Chooser
+from hawk_kernels.hf.choose_tokens import Choice, Chooser, Context
 from hawk_kernels.hf.encoders.recorder import attention_of_prompt, recorder_for
 from hawk_kernels.hf.hooks import Handle, WatchedMethod, call_length, named, outside_graphs, upload, visual_features
 from hawk_kernels.hf.images import GridWatch, ImageWatch, frames_of_prompt
 from hawk_kernels.hf.layer_masks import LayerMasks
-from hawk_kernels.hf.layer_view import Context
 from hawk_kernels.hf.packing import Packing, pack_call
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, check_one_prefill, given_prompt_length, read_prompt
