@@ -381,7 +381,7 @@ def compiled_decoding(model, inputs, positions):
 
 def compiled_example(name):
     # tracing takes time by the layer
-    kinds = BY_NAME[name].config["text_config"].get("layer_types")
+    kinds = BY_NAME[name].text.get("layer_types")
     changes = {"num_hidden_layers": 2, **({} if kinds is None else {"layer_types": kinds[:2]})}
     model, inputs = tiny_model(name, text_changes=changes), batch(name, *prompts(name)["several images"])
     _, _, positions = watched(model, lambda: model(**inputs))
