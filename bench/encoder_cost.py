@@ -26,8 +26,9 @@ from torch import nn
 from bench import cli
 from bench.environment import environment, write_json
 from bench.timing import eager_sampler, peak_bytes, rotate, spread
-from hawk_kernels.hf.encoders import ENCODERS, VisionEncoder
-from hawk_kernels.hf.vision_attention import VisionRecorder
+from hawk_kernels.hf.encoders import VisionEncoder
+from hawk_kernels.hf.encoders.recorder import VisionRecorder
+from hawk_kernels.hf.families import ENCODERS
 
 PLAIN, HOOKS, WEIGHTS = "sdpa", "sdpa, two hooks", "weights of every layer"
 _TOLERANCE = 1e-4

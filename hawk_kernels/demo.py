@@ -358,7 +358,7 @@ def _head_weights(wanted: str | None, method: str, model: Any) -> str | None:
     if wanted is not None or method not in METHODS or not METHODS[method].uses_head_weights:
         return wanted
     from hawk_kernels.head_weights import resolve_head_weights
-    from hawk_kernels.hf.families import dissect
+    from hawk_kernels.hf.anatomy import dissect
 
     try:
         resolve_head_weights(None, model.config, dissect(model).projections.num_heads)

@@ -15,7 +15,8 @@ import torch._dynamo
 import transformers
 
 from hawk_kernels import prune
-from hawk_kernels.hf.families import FAMILIES, dissect
+from hawk_kernels.hf.anatomy import dissect
+from hawk_kernels.hf.families import FAMILIES
 from tests.tiny_families import BY_NAME, batch, tiny_model
 from tests.tiny_models import BEGIN, END_OF_TURN, FIRST_WORD, IMAGE, VOCABULARY, Picture, question, words
 
@@ -380,7 +381,7 @@ def compiled_decoding(model, inputs, positions):
 
 def compiled_example(name):
     # tracing takes time by the layer
-    kinds = BY_NAME[name].config["text_config"].get("layer_types")
+    kinds = BY_NAME[name].text.get("layer_types")
     changes = {"num_hidden_layers": 2, **({} if kinds is None else {"layer_types": kinds[:2]})}
     model, inputs = tiny_model(name, text_changes=changes), batch(name, *prompts(name)["several images"])
     _, _, positions = watched(model, lambda: model(**inputs))

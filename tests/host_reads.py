@@ -12,12 +12,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hawk_kernels
-from hawk_kernels.hf import watched_method
+from hawk_kernels.hf import hooks
 from hawk_kernels.ops.library import implementations
 
 _PACKAGE = str(Path(hawk_kernels.__file__).parent)
-# What a watched method of a model reads is the model's.
-_WATCHED = watched_method.__file__
+# A watched method of a model is the model's: what it reads is not counted.
+_WATCHED = (hooks.__file__, "watched")
 # A transfer of a tensor that is on the host already shows nothing to the dispatcher; `.numpy()` only ever follows one.
 _TRANSFERS = {torch.Tensor.cpu, torch.Tensor.tolist}
 # Operators whose result is a number on the host, or has a shape that depends on values.
@@ -61,7 +61,7 @@ class HostReads:
         frame = sys._getframe(1)
         while frame is not None:
             path = frame.f_code.co_filename
-            if "/triton/runtime/" in path or path == _WATCHED:
+            if "/triton/runtime/" in path or (path, frame.f_code.co_name) == _WATCHED:
                 return
             if path.startswith(_PACKAGE):
                 self.places.append(f"{Path(path).name}: {operation}")

@@ -16,7 +16,7 @@ from hawk_kernels import calibrate, prune
 from hawk_kernels.calibration import BadSamplesError, Sample
 from hawk_kernels.calibration.hiding import attention_modules, hide_visual_tokens
 from hawk_kernels.calibration.journal import Journal
-from hawk_kernels.hf.families import dissect
+from hawk_kernels.hf.anatomy import dissect
 from tests.calibration_job import NUM_HEADS, Reader, Riddles, tasks, tiny_model
 from tests.tiny_models import Picture, question, qwen_batch
 

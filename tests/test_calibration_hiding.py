@@ -7,7 +7,7 @@ import torch
 
 from hawk_kernels.calibration.decoding import answers_with_hidden_heads, rows_per_pass
 from hawk_kernels.calibration.hiding import attention_modules, hide_visual_tokens
-from hawk_kernels.hf.families import dissect
+from hawk_kernels.hf.anatomy import dissect
 from tests.tiny_families import BY_NAME, batch, tiny_model
 from tests.tiny_models import END_OF_TURN, FIRST_WORD, VOCABULARY, Picture, question, qwen_batch, qwen_vl, words
 

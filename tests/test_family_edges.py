@@ -9,7 +9,8 @@ import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from hawk_kernels import prune
-from hawk_kernels.hf.families import OUT_OF_REACH, dissect
+from hawk_kernels.hf.anatomy import dissect
+from hawk_kernels.hf.families import OUT_OF_REACH
 from hawk_kernels.hf.packing import splits_at_gaps
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.methods import METHODS
@@ -85,7 +86,7 @@ def test_a_column_of_padding_keeps_flash_attention_from_splitting_the_row(name, 
     with pruned_by(model) as pruning:
         expected, said = model(**inputs).logits, generate(model, inputs)
         # nothing here runs FlashAttention: what it would be given is given to another implementation
-        monkeypatch.setattr("hawk_kernels.hf.prune.splits_at_gaps", lambda *_: True)
+        monkeypatch.setattr("hawk_kernels.hf.packing.splits_at_gaps", lambda *_: True)
         kept, seen = pruning.keep_mask, []
         hook = dissect(model).text.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True

@@ -13,17 +13,17 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from hawk_kernels.hf.chat import ChatQuestion
-from hawk_kernels.hf.markers import find_markers
 from hawk_kernels.hf.packing import Packing
 from hawk_kernels.hf.prompt import Prompt, padded_positions
-from hawk_kernels.hf.queries import (
+from hawk_kernels.hf.question import (
     AFTER_LAST_VISUAL,
     ALL_TEXT,
     ALL_TEXT_SINCE_IMAGE_TURN,
     LAST_TURN,
     NO_VISUAL,
+    ChatQuestion,
     Markers,
+    find_markers,
     text_queries,
 )
 

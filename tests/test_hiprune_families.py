@@ -16,12 +16,12 @@ from transformers import GenerationMixin
 
 import csrc_ref
 from hawk_kernels import prune
-from hawk_kernels.hf.encoders import ENCODERS
+from hawk_kernels.hf.anatomy import dissect
 from hawk_kernels.hf.encoders.pieces import Piece, num_cells, num_tokens
+from hawk_kernels.hf.encoders.recorder import VisionRecorder
 from hawk_kernels.hf.encoders.tiles import TileEncoder
-from hawk_kernels.hf.families import FAMILIES, dissect
-from hawk_kernels.hf.vision_attention import VisionRecorder
-from hawk_kernels.hf.watched_method import WatchedMethod
+from hawk_kernels.hf.families import ENCODERS, FAMILIES
+from hawk_kernels.hf.hooks import WatchedMethod
 from tests.encoder_oracles import eager_columns, influence
 from tests.tiny_families import BY_NAME, batch, text, tiny_model, vision
 from tests.tiny_models import (

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import csrc_ref
-from hawk_kernels.hf.choose import choose_tokens
+from hawk_kernels.hf.choose_tokens import Chooser, Context
 from hawk_kernels.hf.encoders.pieces import Piece
+from hawk_kernels.hf.encoders.recorder import Recording, attention_of_prompt
 from hawk_kernels.hf.prompt import Prompt
-from hawk_kernels.hf.view import Context
-from hawk_kernels.hf.vision_attention import Recording, attention_of_prompt
 from hawk_kernels.methods import HiPrune
 from tests.tiny_models import FIRST_WORD, IMAGE, VIDEO
 
@@ -105,14 +104,10 @@ def test_the_choice_in_a_batch_of_prompts(data, rows, copies, per_image):
     r = data.draw(st.integers(1, 20) | st.floats(0.05, 1.0))
     prompt = prompt_of(rows, copies)
     attention = attention_of_prompt(runs, prompt, {token: kind for kind, token in IDS.items()})
-    choice = choose_tokens(
+    choice = Chooser(method, r, per_image).choose(
         torch.zeros(*prompt.ids.shape, 1),
         prompt,
-        method,
-        r,
-        per_image,
         SimpleNamespace(device=lambda device: device),
-        None,
         Context(attention=attention),
     )
     expected = list(walk(rows, runs, copies, method, r, per_image))

@@ -9,7 +9,7 @@ import torch
 import csrc_ref
 from csrc_ref.fastv_scores import fastv_scores
 from hawk_kernels import prune
-from hawk_kernels.hf.families import dissect
+from hawk_kernels.hf.anatomy import dissect
 from hawk_kernels.methods import FastV, LastQuery, resolve_method
 from tests.family_checks import compiled_decoding, compiled_example, generate, model_of, needs, prompts, watched
 from tests.method_checks import GREEDY, RAGGED, TOLERANCE, families, rotating_families

@@ -9,7 +9,8 @@ import torch
 
 import hawk_kernels.methods
 from hawk_kernels import prune
-from hawk_kernels.hf.families import FAMILIES, dissect
+from hawk_kernels.hf.anatomy import dissect
+from hawk_kernels.hf.families import FAMILIES
 from hawk_kernels.hf.rotary import rotary_of_first_layer
 from hawk_kernels.methods import METHODS, JointMethod, Method, register, resolve_method
 from hawk_kernels.selection import kept_count

@@ -222,11 +222,11 @@ class HostReads(TorchDispatchMode):
 
 
 def test_one_host_read_at_prefill_and_none_at_decode(model, monkeypatch):
-    import hawk_kernels.hf.reading as reading
+    from hawk_kernels.hf import prompt
 
     fetches = []
-    fetch = reading._fetch
-    monkeypatch.setattr(reading, "_fetch", lambda *tensors: fetches.append(1) or fetch(*tensors))
+    fetch = prompt._fetch
+    monkeypatch.setattr(prompt, "_fetch", lambda *tensors: fetches.append(1) or fetch(*tensors))
     inputs = qwen_batch(*RAGGED)
 
     def reads():
@@ -288,7 +288,7 @@ def test_a_call_that_fails_leaves_the_next_one_right(model):
             with pytest.raises(RuntimeError, match="out of memory"):
                 model(**inputs)
             hook.remove()
-            with pytest.raises(ValueError, match="text model was called by itself"):
+            with pytest.raises(ValueError, match="cannot call the text model by itself inside prune"):
                 model.model.language_model(inputs_embeds=torch.zeros(1, 3, 64))
         assert torch.equal(model.generate(**inputs, **GREEDY), expected)
     assert pruning.stats.samples[0].visual_tokens_after == 5
@@ -618,7 +618,11 @@ def test_methods_see_the_visual_embeddings(model):
         ({"method": Hawk(), "normalize": "l2"}, TypeError, "brings its own"),
         ({"normalize": "l1"}, ValueError, "got 'l1'"),
         ({"rounding": "nearest"}, ValueError, "got 'nearest'"),
-        ({"budget": "each"}, ValueError, "expected 'shared' or 'per_image', got 'each'; how many .* is keep_ratio"),
+        (
+            {"budget": "each"},
+            ValueError,
+            "'shared' or 'per_image', got 'each'; keep_ratio sets how many tokens stay",
+        ),
         ({"query": "question"}, TypeError, "expected a bool mask .*, a callable or a processor, got str; use"),
         ({"query": np.ones((1, 3), dtype=bool)}, TypeError, "got ndarray; use torch.as_tensor"),
         ({"head_weights": None}, ValueError, "hawk-kernels calibrate.*head_weights='uniform'"),

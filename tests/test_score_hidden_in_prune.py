@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hawk_kernels import prune
-from hawk_kernels.hf.families import dissect
+from hawk_kernels.hf.anatomy import dissect
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.layer import recognised_rms_norm
 from tests.tiny_families import BY_NAME, batch, tiny_model

@@ -9,7 +9,7 @@ import torch
 
 from hawk_kernels.calibration.hiding import HiddenVisualTokens
 from hawk_kernels.calibration.repeating import RepeatedPrompt
-from hawk_kernels.hf.families import Anatomy
+from hawk_kernels.hf.anatomy import Anatomy
 
 _MASK_BYTES = 2**30
 

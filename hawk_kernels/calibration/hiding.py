@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hawk_kernels.hf.arguments import call_length, named
-from hawk_kernels.hf.families import Anatomy, dissect
+from hawk_kernels.hf.anatomy import Anatomy, dissect
+from hawk_kernels.hf.hooks import call_length, named
 
 LAYERS = ("first", "all")
 """Where heads are hidden from: the layer whose queries and keys score the tokens, or every attention layer."""

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hawk_kernels.hf.arguments import named
-from hawk_kernels.hf.families import Anatomy
-from hawk_kernels.hf.special_arguments import VISUAL_FEATURES
+from hawk_kernels.hf.anatomy import Anatomy
+from hawk_kernels.hf.families import VISUAL_FEATURES
+from hawk_kernels.hf.hooks import named
 
 
 class RepeatedPrompt:

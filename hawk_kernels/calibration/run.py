@@ -23,7 +23,7 @@ from hawk_kernels.calibration.processes import Processes, is_first_process
 from hawk_kernels.calibration.result import Calibration, check_target, layer_result, now, task_score
 from hawk_kernels.calibration.task import Task
 from hawk_kernels.head_weights import fingerprint
-from hawk_kernels.hf.families import Anatomy, dissect
+from hawk_kernels.hf.anatomy import Anatomy, dissect
 
 BOTH = "both"
 _DIGESTED = 64

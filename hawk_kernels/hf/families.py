@@ -1,4 +1,4 @@
-"""All that is specific to a model family, as data."""
+"""Every fact about a model family, as data: one row for each family, and tables of what several families share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from hawk_kernels.hf.markers import find_markers
+from hawk_kernels.hf.encoders import PackedEncoder, TileEncoder, VisionEncoder, any_resolution, pooled_frames
 from hawk_kernels.hf.projections import LatentProjections, LayerProjections, SeparateProjections
-from hawk_kernels.hf.queries import Markers
 
 MODES = (
     "several images",
@@ -40,9 +39,6 @@ MODES = (
 OLDEST = "5.5"
 """The oldest transformers that is tested."""
 
-_STATEFUL = ("prompt lookup", "assisted")
-_IMAGES, _IMAGES_AND_VIDEOS = ("image",), ("image", "video")
-
 
 @dataclass(frozen=True)
 class Family:
@@ -51,32 +47,38 @@ class Family:
     Attributes:
         model_type: `config.model_type`, and the name in messages and statistics.
         classes: names of the model classes that are supported.
+        since: the oldest of the tested versions of transformers that has the family.
+        video: whether it takes videos as such, and not as images.
+        without: modes that the unpruned model does not have, or gets wrong.
         visual_token_ids: config attributes that hold the placeholder ids of images and videos.
         end_of_turn_ids: ids that end a turn besides the end-of-sequence ids of the model's configs.
-        projections: how queries and keys come out of a decoder layer.
         features: arguments of the multimodal model that bring images or videos.
-        video: whether it takes videos as such, not as images.
-        without: modes that the unpruned model does not have, or has wrong.
-        since: the oldest of the tested versions of transformers that has the family.
-        position_axes: rows of position ids that RoPE reads, where it reads several.
+        encoded_whole: "image" where the encoder returns one entry for each image, however that is laid out in the
+            prompt, and "video" likewise. Elsewhere an entry may be a tile or a frame, and an image is a run of
+            placeholders.
         pair_masks: whether visual tokens see each other both ways, by masks over pairs of tokens that the multimodal
-            model makes; elsewhere the text model makes its own.
-        encoded_whole: "image" where the encoder returns one entry for each image, however it is laid out in the prompt,
-            and "video" likewise. Elsewhere an entry may be a tile or a frame, and an image is a run of placeholders.
+            model makes; elsewhere the text model makes its own masks.
+        position_axes: rows of position ids that RoPE reads, where it reads several.
+        plain_rope: whether each attention module rotates whole queries and keys, after all norms, by the function
+            `apply_rotary_pos_emb` beside it.
+        projections: how queries and keys come out of a decoder layer.
+        encoder: makes the vision encoder from the multimodal model, where its attention can be read.
     """
 
     model_type: str
     classes: tuple[str, ...]
-    visual_token_ids: tuple[str, ...] = ("image_token_id", "video_token_id")
-    end_of_turn_ids: tuple[int, ...] = ()
-    projections: Callable[[nn.Module], LayerProjections] = SeparateProjections
-    features: tuple[str, ...] = ("pixel_values", "pixel_values_videos")
+    since: str = OLDEST
     video: bool = False
     without: tuple[str, ...] = ()
-    since: str = OLDEST
-    position_axes: int = 3
-    pair_masks: bool = False
+    visual_token_ids: tuple[str, ...] = ("image_token_id", "video_token_id")
+    end_of_turn_ids: tuple[int, ...] = ()
+    features: tuple[str, ...] = ("pixel_values", "pixel_values_videos")
     encoded_whole: tuple[str, ...] = ()
+    pair_masks: bool = False
+    position_axes: int = 3
+    plain_rope: bool = True
+    projections: Callable[[nn.Module], LayerProjections] = SeparateProjections
+    encoder: Callable[[Any], VisionEncoder] | None = None
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -86,20 +88,42 @@ class Family:
 
 
 _IM_END = 151645
+_STATEFUL = ("prompt lookup", "assisted")
+_IMAGES, _IMAGES_AND_VIDEOS = ("image",), ("image", "video")
+_IN_VISION_MODEL = partial(TileEncoder, tower="vision_model")
 
 FAMILIES: tuple[Family, ...] = (
     Family(
-        model_type="qwen2_5_vl", video=True, classes=("Qwen2_5_VLForConditionalGeneration",), end_of_turn_ids=(_IM_END,)
+        "qwen2_5_vl",
+        ("Qwen2_5_VLForConditionalGeneration",),
+        video=True,
+        end_of_turn_ids=(_IM_END,),
+        encoder=PackedEncoder,
     ),
-    Family(model_type="qwen2_vl", video=True, classes=("Qwen2VLForConditionalGeneration",), end_of_turn_ids=(_IM_END,)),
-    Family("qwen3_vl", ("Qwen3VLForConditionalGeneration",), video=True, encoded_whole=_IMAGES_AND_VIDEOS),
-    Family("qwen3_vl_moe", ("Qwen3VLMoeForConditionalGeneration",), video=True, encoded_whole=_IMAGES_AND_VIDEOS),
+    Family(
+        "qwen2_vl", ("Qwen2VLForConditionalGeneration",), video=True, end_of_turn_ids=(_IM_END,), encoder=PackedEncoder
+    ),
+    Family(
+        "qwen3_vl",
+        ("Qwen3VLForConditionalGeneration",),
+        video=True,
+        encoded_whole=_IMAGES_AND_VIDEOS,
+        encoder=PackedEncoder,
+    ),
+    Family(
+        "qwen3_vl_moe",
+        ("Qwen3VLMoeForConditionalGeneration",),
+        video=True,
+        encoded_whole=_IMAGES_AND_VIDEOS,
+        encoder=PackedEncoder,
+    ),
     Family(
         "cosmos3_omni",
         ("Cosmos3OmniForConditionalGeneration",),
         since="5.17",
         video=True,
         encoded_whole=_IMAGES_AND_VIDEOS,
+        encoder=PackedEncoder,
     ),
     Family(
         "cosmos3_edge",
@@ -117,21 +141,28 @@ FAMILIES: tuple[Family, ...] = (
         since="5.17",
         video=True,
         encoded_whole=_IMAGES_AND_VIDEOS,
+        encoder=PackedEncoder,
     ),
     Family(
-        "qwen3_5", ("Qwen3_5ForConditionalGeneration",), without=_STATEFUL, video=True, encoded_whole=_IMAGES_AND_VIDEOS
+        "qwen3_5",
+        ("Qwen3_5ForConditionalGeneration",),
+        video=True,
+        without=_STATEFUL,
+        encoded_whole=_IMAGES_AND_VIDEOS,
+        encoder=PackedEncoder,
     ),
     Family(
         "qwen3_5_moe",
         ("Qwen3_5MoeForConditionalGeneration",),
-        without=_STATEFUL,
         video=True,
+        without=_STATEFUL,
         encoded_whole=_IMAGES_AND_VIDEOS,
+        encoder=PackedEncoder,
     ),
     Family("aria", ("AriaForConditionalGeneration",)),
-    Family("aya_vision", ("AyaVisionForConditionalGeneration",)),
-    Family("cohere2_vision", ("Cohere2VisionForConditionalGeneration",)),
-    Family("deepseek_vl", ("DeepseekVLForConditionalGeneration",), encoded_whole=_IMAGES),
+    Family("aya_vision", ("AyaVisionForConditionalGeneration",), encoder=TileEncoder),
+    Family("cohere2_vision", ("Cohere2VisionForConditionalGeneration",), encoder=TileEncoder),
+    Family("deepseek_vl", ("DeepseekVLForConditionalGeneration",), encoded_whole=_IMAGES, encoder=_IN_VISION_MODEL),
     Family(
         "deepseek_vl_hybrid",
         ("DeepseekVLHybridForConditionalGeneration",),
@@ -150,42 +181,70 @@ FAMILIES: tuple[Family, ...] = (
         since="5.10",
         video=True,
         projections=partial(SeparateProjections, norm=None),
+        encoder=PackedEncoder,
     ),
     Family("fast_vlm", ("FastVlmForConditionalGeneration",), encoded_whole=_IMAGES),
-    Family("gemma3", ("Gemma3ForConditionalGeneration",), pair_masks=True),
-    Family("gemma4", ("Gemma4ForConditionalGeneration",), video=True, pair_masks=True),
-    Family("gemma4_unified", ("Gemma4UnifiedForConditionalGeneration",), since="5.10", pair_masks=True),
+    Family("gemma3", ("Gemma3ForConditionalGeneration",), pair_masks=True, encoder=TileEncoder),
+    Family("gemma4", ("Gemma4ForConditionalGeneration",), video=True, pair_masks=True, plain_rope=False),
     Family(
-        "glm4v", ("Glm4vForConditionalGeneration",), without=("beams",), video=True, encoded_whole=_IMAGES_AND_VIDEOS
+        "gemma4_unified", ("Gemma4UnifiedForConditionalGeneration",), since="5.10", pair_masks=True, plain_rope=False
+    ),
+    Family(
+        "glm4v",
+        ("Glm4vForConditionalGeneration",),
+        video=True,
+        without=("beams",),
+        encoded_whole=_IMAGES_AND_VIDEOS,
+        encoder=PackedEncoder,
     ),
     Family(
         "glm4v_moe",
         ("Glm4vMoeForConditionalGeneration",),
-        without=("beams",),
         video=True,
+        without=("beams",),
         encoded_whole=_IMAGES_AND_VIDEOS,
+        encoder=PackedEncoder,
     ),
     Family(
-        "glm46v", ("Glm46VForConditionalGeneration",), without=("beams",), video=True, encoded_whole=_IMAGES_AND_VIDEOS
+        "glm46v",
+        ("Glm46VForConditionalGeneration",),
+        video=True,
+        without=("beams",),
+        encoded_whole=_IMAGES_AND_VIDEOS,
+        encoder=PackedEncoder,
     ),
     Family(
-        "glm_ocr", ("GlmOcrForConditionalGeneration",), without=("beams",), video=True, encoded_whole=_IMAGES_AND_VIDEOS
+        "glm_ocr",
+        ("GlmOcrForConditionalGeneration",),
+        video=True,
+        without=("beams",),
+        encoded_whole=_IMAGES_AND_VIDEOS,
+        encoder=PackedEncoder,
     ),
     Family("got_ocr2", ("GotOcr2ForConditionalGeneration",)),
-    Family("granite_docling", ("GraniteDoclingForConditionalGeneration",), since="5.23"),
+    Family("granite_docling", ("GraniteDoclingForConditionalGeneration",), since="5.23", encoder=_IN_VISION_MODEL),
     Family(
         "hunyuan_vl",
         ("HunYuanVLForConditionalGeneration",),
         since="5.17",
         position_axes=4,
+        plain_rope=False,
         projections=partial(SeparateProjections, head_norms=("query_layernorm", "key_layernorm")),
     ),
-    Family("hyperclovax_vision_v2", ("HyperCLOVAXVisionV2ForConditionalGeneration",), since="5.23", video=True),
+    Family(
+        "hyperclovax_vision_v2",
+        ("HyperCLOVAXVisionV2ForConditionalGeneration",),
+        since="5.23",
+        video=True,
+        encoder=partial(PackedEncoder, tower="vision_model"),
+    ),
     Family("idefics2", ("Idefics2ForConditionalGeneration",)),
-    Family("idefics3", ("Idefics3ForConditionalGeneration",)),
-    Family("internvl", ("InternVLForConditionalGeneration",)),
-    Family("janus", ("JanusForConditionalGeneration",)),
-    Family("kimi_k25", ("Kimi_K25ForConditionalGeneration",), since="5.17", projections=LatentProjections),
+    Family("idefics3", ("Idefics3ForConditionalGeneration",), encoder=_IN_VISION_MODEL),
+    Family("internvl", ("InternVLForConditionalGeneration",), encoder=TileEncoder),
+    Family("janus", ("JanusForConditionalGeneration",), encoder=_IN_VISION_MODEL),
+    Family(
+        "kimi_k25", ("Kimi_K25ForConditionalGeneration",), since="5.17", plain_rope=False, projections=LatentProjections
+    ),
     Family(
         "lfm2_vl",
         ("Lfm2VlForConditionalGeneration",),
@@ -202,16 +261,29 @@ FAMILIES: tuple[Family, ...] = (
         "llama4",
         ("Llama4ForConditionalGeneration",),
         without=("beams",),
-        # its norm comes behind RoPE, which it commutes with
+        plain_rope=False,  # its norm comes after RoPE, and the two commute
         projections=partial(SeparateProjections, head_norms=("qk_norm", "qk_norm")),
     ),
-    Family("llava", ("LlavaForConditionalGeneration",), encoded_whole=_IMAGES),
-    Family("llava_next", ("LlavaNextForConditionalGeneration",), encoded_whole=_IMAGES),
+    Family("llava", ("LlavaForConditionalGeneration",), encoded_whole=_IMAGES, encoder=TileEncoder),
     Family(
-        "llava_next_video", ("LlavaNextVideoForConditionalGeneration",), video=True, encoded_whole=_IMAGES_AND_VIDEOS
+        "llava_next",
+        ("LlavaNextForConditionalGeneration",),
+        encoded_whole=_IMAGES,
+        encoder=partial(TileEncoder, images=any_resolution),
     ),
     Family(
-        "llava_onevision", ("LlavaOnevisionForConditionalGeneration",), video=True, encoded_whole=_IMAGES_AND_VIDEOS
+        "llava_next_video",
+        ("LlavaNextVideoForConditionalGeneration",),
+        video=True,
+        encoded_whole=_IMAGES_AND_VIDEOS,
+        encoder=partial(TileEncoder, images=any_resolution),
+    ),
+    Family(
+        "llava_onevision",
+        ("LlavaOnevisionForConditionalGeneration",),
+        video=True,
+        encoded_whole=_IMAGES_AND_VIDEOS,
+        encoder=partial(TileEncoder, images=any_resolution, videos=pooled_frames),
     ),
     Family("minicpmv4_6", ("MiniCPMV4_6ForConditionalGeneration",), since="5.10", video=True, without=_STATEFUL),
     Family("minicpmv4_7", ("MiniCPMV4_7ForConditionalGeneration",), since="5.23", without=_STATEFUL),
@@ -223,12 +295,14 @@ FAMILIES: tuple[Family, ...] = (
         since="5.17",
         projections=partial(SeparateProjections, head_norms=("qk_norm", "qk_norm")),
     ),
-    Family("ovis2", ("Ovis2ForConditionalGeneration",)),
+    Family("ovis2", ("Ovis2ForConditionalGeneration",), encoder=TileEncoder),
     Family("paddleocr_vl", ("PaddleOCRVLForConditionalGeneration",)),
-    Family("paligemma", ("PaliGemmaForConditionalGeneration",), pair_masks=True, encoded_whole=_IMAGES),
+    Family(
+        "paligemma", ("PaliGemmaForConditionalGeneration",), encoded_whole=_IMAGES, pair_masks=True, encoder=TileEncoder
+    ),
     Family("perception_lm", ("PerceptionLMForConditionalGeneration",), since="5.23", video=True),
-    Family("qianfan_ocr", ("QianfanOCRForConditionalGeneration",), since="5.10"),
-    Family("smolvlm", ("SmolVLMForConditionalGeneration",)),
+    Family("qianfan_ocr", ("QianfanOCRForConditionalGeneration",), since="5.10", encoder=TileEncoder),
+    Family("smolvlm", ("SmolVLMForConditionalGeneration",), encoder=_IN_VISION_MODEL),
     Family("video_llama_3", ("VideoLlama3ForConditionalGeneration",), video=True, encoded_whole=_IMAGES_AND_VIDEOS),
     Family(
         "video_llava",
@@ -237,8 +311,11 @@ FAMILIES: tuple[Family, ...] = (
         features=("pixel_values_images", "pixel_values_videos"),
         encoded_whole=_IMAGES,
     ),
-    Family("vipllava", ("VipLlavaForConditionalGeneration",), encoded_whole=_IMAGES),
+    Family("vipllava", ("VipLlavaForConditionalGeneration",), encoded_whole=_IMAGES, encoder=TileEncoder),
 )
+
+ENCODERS = {family.model_type: family.encoder for family in FAMILIES if family.encoder is not None}
+"""Vision encoders whose attention can be read, by `model_type` of the family."""
 
 OUT_OF_REACH: dict[tuple[str, ...], str] = {
     (
@@ -291,78 +368,47 @@ OUT_OF_REACH: dict[tuple[str, ...], str] = {
         "unlimited_ocr",
     ): "no test has shown that removing its tokens equals hiding them",
 }
+"""Families that are refused by name, and why."""
 
+VISUAL_FEATURES = ("deepstack_visual_embeds", "deepstack_features")
+"""Arguments of text models with one row for each visual token of the batch, for each of several layers."""
 
-@dataclass(frozen=True)
-class Anatomy:
-    """The parts of one model that pruning touches.
+NO_ROPE: dict[str, Callable[[Any], bool]] = {
+    "Cohere2": lambda attention: attention.sliding_window is None,
+    "Exaone4": lambda attention: bool(attention.sliding_window) and not attention.is_sliding,
+}
+"""Which attention modules rotate nothing, by how the name of their class begins: these text models mix layers with
+windows and layers with full attention and no positions. Others say so by `use_rope`."""
 
-    Attributes:
-        family: the family the model belongs to.
-        head: the module the caller calls, with the language-model head.
-        multimodal: the module below it that merges text and images and sees `input_ids`.
-        text: the decoder that sees `inputs_embeds`.
-        projections: queries and keys of the first attention layer of `text`.
-        visual_token_ids: ids of the visual placeholders.
-        markers: ids that close images and turns.
-        kinds: for each visual placeholder whether it stands for an "image" or a "video".
-    """
+VISION_ENDS = (
+    "vision_end_token_id",
+    "image_end_token_id",
+    "video_end_token_id",
+    "frame_end_token_id",
+    "eoi_token_id",
+    "eoi_token_index",
+    "im_end_id",
+    "image_end_id",
+    "slice_end_id",
+)
+"""Config attributes with the id of a token that closes an image, a video, a frame or a tile."""
 
-    family: Family
-    head: nn.Module
-    multimodal: nn.Module
-    text: nn.Module
-    projections: LayerProjections
-    visual_token_ids: tuple[int, ...]
-    markers: Markers
-    kinds: dict[int, str]
+PUBLIC_VOCABULARY = 32000
+"""Vocabularies of this size or more are those of public tokenizers; in smaller ones the ids below mean other things."""
 
+KNOWN_VISION_ENDS = {
+    10: 13,  # [IMG_END] of Mistral's Tekken: Pixtral, Mistral 3
+    49190: 49189,  # <fake_token_around_image> of SmolVLM
+    128257: 128256,  # <fake_token_around_image> of Idefics3
+    151667: 151666,  # </img> of InternVL3
+    151671: 151670,  # </img> of InternVL3.5
+    151859: 151858,  # </img> of GOT-OCR2
+}
+"""The token that closes an image where no config names it, by the id of the image's placeholder."""
 
-def dissect(model: Any) -> Anatomy:
-    """Find the parts of `model`.
-
-    Raises:
-        TypeError: a model of a family that is not supported.
-    """
-    family = _family_of(model)
-    text = _text_module(model)
-    config = model.config
-    ids = {name.removesuffix("_token_id"): getattr(config, name, None) for name in family.visual_token_ids}
-    return Anatomy(
-        family=family,
-        head=model,
-        multimodal=model.base_model,
-        text=text,
-        projections=family.projections(_first_attention_layer(text)),
-        visual_token_ids=tuple(dict.fromkeys(token_id for token_id in ids.values() if token_id is not None)),
-        markers=find_markers(model, family.end_of_turn_ids),
-        kinds={token_id: kind for kind, token_id in ids.items() if token_id is not None},
-    )
-
-
-def _family_of(model: object) -> Family:
-    names = {cls.__name__ for cls in type(model).__mro__}
-    for family in FAMILIES:
-        if names & set(family.classes):
-            return family
-    supported = ", ".join(family.model_type for family in FAMILIES)
-    known = getattr(getattr(type(model), "config_class", None), "model_type", None)
-    reason = next((f" ({reason})" for types, reason in OUT_OF_REACH.items() if known in types), "")
-    whole = next((family.classes[0] for family in FAMILIES if family.model_type == known), None)
-    remedy = "the transformers model itself, not a wrapper around it" if whole is None else f"a {whole}"
-    raise TypeError(
-        f"model: expected a supported vision-language model, got {type(model).__name__}{reason}; supported families: "
-        f"{supported}. Pass {remedy}"
-    )
-
-
-def _text_module(model: Any) -> nn.Module:
-    module = model.get_decoder()
-    while not hasattr(module, "layers"):
-        module = module.model
-    return module
-
-
-def _first_attention_layer(text: Any) -> nn.Module:
-    """The first layer with attention; hybrid models begin with linear-attention or convolution layers."""
-    return next(layer for layer in text.layers if hasattr(layer, "self_attn"))
+REPLY_ENDS = (
+    2,  # </s> of Llama 2, Vicuna and Mistral
+    100001,  # <|end_of_sentence|> of DeepSeek-VL and Janus
+    151336,  # <|user|> of GLM-4, which opens the next question
+)
+"""End-of-sequence ids that the next question follows, where nothing closes a question."""

@@ -1,24 +1,19 @@
-"""Closing the gaps that dropped tokens leave, and opening them again."""
+"""Closing the gaps that dropped tokens leave in a call's arguments, and opening them again in its output."""
 
 from __future__ import annotations
 
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from hawk_kernels.backends.eager.compact import restore
+from hawk_kernels.hf.anatomy import Anatomy
+from hawk_kernels.hf.families import VISUAL_FEATURES
+from hawk_kernels.hf.hooks import upload
+from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.ops.compact import compact
-
-
-def splits_at_gaps(text: Any, batch: int, position_ids: torch.Tensor | None, axes: int) -> bool:
-    """Whether attention would take the gaps in the position ids of a packed prompt for the ends of sequences.
-
-    FlashAttention drops a mask of ones, and then reads a single row by its position ids. A row of positions that counts
-    text alone has no gaps.
-    """
-    counts_text = position_ids is not None and position_ids.dim() == 3 and position_ids.shape[0] == axes + 1
-    return batch == 1 and not counts_text and "flash" in (text.config._attn_implementation or "")
 
 
 class Packing:
@@ -27,14 +22,14 @@ class Packing:
     Args:
         inputs_embeds: `[B, T, hidden]`.
         kept: bool `[B, T]`, the tokens that stay.
-        counts: how many those are in each row, known on the host.
-        position_ids: `[1 or B, T]` or `[axes, 1 or B, T]`; None: 0 to T - 1.
+        counts: how many stay in each row, known on the host.
+        position_ids: `[1 or B, T]` or `[axes, 1 or B, T]`; None means 0 to T - 1.
         extra: columns of padding that every row gets.
 
     Attributes:
         length: tokens of a packed row, `P`.
         inputs_embeds: `[B, P, hidden]`.
-        position_ids: `[..., B, P]`, those that the tokens had.
+        position_ids: `[..., B, P]`, the position ids that the tokens had.
         mask: int64 `[B, P]`, the packed attention mask.
         source: int64 `[B, P]`, where in its row a packed token stood; 0 at padding.
         total: tokens of all rows without padding.
@@ -71,26 +66,27 @@ class Packing:
         return (self.source + start).flatten()
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`[B, T, ...]` to `[B, P, ...]`; what marks tokens marks no padding."""
+        """Pack `[B, T, ...]` to `[B, P, ...]`; a bool tensor, which marks tokens, marks no padding."""
         rows = self._flat_source.to(tensor.device)
-        packed = tensor.flatten(0, 1).index_select(0, rows).unflatten(0, (tensor.shape[0], self.length))
+        packed = torch.unflatten(tensor.flatten(0, 1).index_select(0, rows), 0, (tensor.shape[0], self.length))
         if packed.dtype != torch.bool:
             return packed
         return packed & self.mask.to(packed.device, torch.bool).view(*self.mask.shape, *[1] * (packed.dim() - 2))
 
     def unpack(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[B, P, hidden]` to `[B, T, hidden]`, zero where a token was dropped."""
-        return restore(hidden_states, self._kept.to(hidden_states.device))
+        """Spread `[B, P, hidden]` out to `[B, T, hidden]`, zero where a token was dropped."""
+        restored: torch.Tensor = restore(hidden_states, self._kept.to(hidden_states.device))
+        return restored
 
     def pack_arguments(self, kwargs: dict[str, Any], axes: int = 3) -> tuple[dict[str, Any], torch.Tensor]:
-        """The arguments of the text model for the packed prompt, and the position ids `[..., B, 1]` of what follows.
+        """Pack the arguments of the text model, and find the position ids `[..., B, 1]` of what follows.
 
-        Whatever else has one entry a token is packed as the embeddings are. The mask is always given: without one, gaps
-        in the position ids are taken for the ends of sequences that share a row.
+        Every argument with one entry for each token is packed as the embeddings are. The mask is always given: without
+        one, gaps in the position ids are taken for the ends of sequences that share a row.
 
         Args:
             kwargs: the arguments for the whole prompt.
-            axes: rows of position ids that RoPE reads, where there are several; one more in front counts text.
+            axes: rows of position ids that RoPE reads, where it reads several; one more row in front counts text.
         """
         positions = self.position_ids
         following = positions[..., -1:] + 1
@@ -109,3 +105,122 @@ class Packing:
     def _packed(self, value: Any) -> Any:
         has_tokens = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[:2] == self._kept.shape
         return self.pack(value) if has_tokens else value
+
+
+def pack_call(
+    anatomy: Anatomy, prompt: Prompt, kept: torch.Tensor, counts: list[int], kwargs: dict[str, Any]
+) -> tuple[Packing, dict[str, Any], torch.Tensor]:
+    """Pack a call of the text model.
+
+    Args:
+        anatomy: the model's parts.
+        prompt: where visual tokens stand.
+        kept: bool `[B, T]`, the tokens that stay.
+        counts: how many stay in each row.
+        kwargs: the arguments of the call for the whole prompt.
+
+    Returns:
+        How the tokens are packed, the packed arguments, and the position ids `[..., B, 1]` of what follows.
+    """
+    family, embeds, positions = anatomy.family, kwargs["inputs_embeds"], kwargs.get("position_ids")
+    splits = splits_at_gaps(anatomy.text, len(embeds), positions, family.position_axes)
+    packing = Packing(embeds, kept, counts, positions, extra=int(splits))
+    packed, following = packing.pack_arguments(kwargs, family.position_axes)
+    packed |= packed_features(kwargs, prompt, kept, packing)
+    if family.pair_masks:
+        packed["attention_mask"] = packed_pair_masks(
+            kwargs.get("attention_mask"),
+            packing,
+            kwargs.get("past_key_values"),
+            getattr(anatomy.text.config, "layer_types", None),
+        )
+    return packing, packed, following
+
+
+def splits_at_gaps(text: Any, batch: int, position_ids: torch.Tensor | None, axes: int) -> bool:
+    """Tell whether attention would take the gaps in the position ids of a packed prompt for the ends of sequences.
+
+    FlashAttention drops a mask of ones, and then divides a batch of one row by its position ids. Position ids whose
+    first row counts text have no gaps there.
+    """
+    counts_text = position_ids is not None and position_ids.dim() == 3 and position_ids.shape[0] == axes + 1
+    return batch == 1 and not counts_text and "flash" in (text.config._attn_implementation or "")
+
+
+def packed_features(kwargs: dict[str, Any], prompt: Prompt, kept: torch.Tensor, packing: Packing) -> dict[str, Any]:
+    """Select the features that later layers add to the visual tokens, for the tokens that stay.
+
+    The model hands over features for every placeholder, also for those that the caller hides.
+
+    Args:
+        kwargs: arguments of the text model.
+        prompt: where visual tokens stand.
+        kept: bool `[B, T]`, the tokens that stay.
+        packing: how they are packed.
+    """
+    given = {name: kwargs[name] for name in VISUAL_FEATURES if kwargs.get(name) is not None}
+    if not given:
+        return {}
+    placeholders = upload(np.flatnonzero(prompt.all_placeholders()), kept.device)
+    stays = kept.flatten().index_select(0, placeholders)
+    count = packing.total - int((prompt.valid & ~prompt.visual).sum())
+    # those that stay come first, in their order; their number is known, so that nobody waits for the device
+    rows = torch.argsort((~stays).int(), stable=True)[:count]
+
+    def select(features: torch.Tensor) -> torch.Tensor:
+        return features.index_select(0, rows.to(features.device))
+
+    return {
+        name: {layer: select(features) for layer, features in layers.items()}
+        if isinstance(layers, dict)
+        else [select(features) for features in layers]
+        for name, layers in given.items()
+    }
+
+
+def packed_pair_masks(masks: Any, packing: Packing, cache: Any, layer_types: list[str] | None) -> Any:
+    """Pack masks over pairs of tokens, so that each pair of tokens that stay sees each other as before.
+
+    Args:
+        masks: a mask `[B or 1, 1, T, keys]`, bool or additive, or a dict of such by kind of layer; None means causal.
+        packing: how tokens are packed.
+        cache: `past_key_values`, whose layers may want masks of a fixed width.
+        layer_types: the kind of each layer.
+
+    Raises:
+        ValueError: a mask that does not have 4 dimensions.
+    """
+    if not isinstance(masks, dict):
+        return _packed_pairs(masks, packing, _width(cache, packing.length, 0))
+    kinds = layer_types or []
+    return {
+        kind: _packed_pairs(mask, packing, _width(cache, packing.length, kinds.index(kind) if kind in kinds else 0))
+        for kind, mask in masks.items()
+    }
+
+
+def _width(cache: Any, length: int, layer: int) -> int:
+    return length if cache is None else int(cache.get_mask_sizes(length, layer)[0])
+
+
+def _packed_pairs(mask: torch.Tensor | None, packing: Packing, width: int) -> torch.Tensor:
+    device = packing.mask.device if mask is None else mask.device
+    source, is_token = packing.source.to(device), packing.mask.to(device, torch.bool)
+    batch, length = source.shape
+    if mask is None:
+        pairs = torch.ones(batch, 1, length, length, dtype=torch.bool, device=device).tril()
+    else:
+        if mask.dim() != 4:
+            raise ValueError(
+                f"attention_mask: expected masks of 4 dimensions from the model, got shape {list(mask.shape)}; load "
+                "the model with attn_implementation='sdpa' or 'eager'"
+            )
+        rows = source[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+        pairs = mask.expand(batch, -1, -1, -1).gather(2, rows)
+        pairs = pairs.gather(3, source[:, None, None, :].expand(*pairs.shape[:3], -1))
+    seen, unseen = (True, False) if pairs.dtype == torch.bool else (0.0, torch.finfo(pairs.dtype).min)
+    pairs = pairs.masked_fill(~is_token[:, None, None, :], unseen)
+    # a row that sees nothing at all would be NaN
+    itself = torch.eye(length, dtype=torch.bool, device=device) & ~is_token[:, None, :, None]
+    pairs = pairs.masked_fill(itself, seen)
+    return torch.nn.functional.pad(pairs, (0, width - length), value=unseen)

@@ -12,9 +12,10 @@ from hawk_kernels.layer import Layer, is_plain_linear, recognised_rms_norm, runs
 
 
 class LayerProjections(ABC):
-    """Turns hidden states that enter a decoder layer into its queries and keys, position-free.
+    """Turns the hidden states that enter a decoder layer into its queries and keys, before RoPE.
 
-    Modules are called, not their weights read: a quantised or adapted projection has a forward but no plain weight.
+    It calls the layer's modules instead of reading their weights, because a quantised or adapted projection has a
+    forward but no plain weight.
 
     Attributes:
         num_heads: query heads `H`.
@@ -26,27 +27,27 @@ class LayerProjections(ABC):
 
     @abstractmethod
     def device(self, default: torch.device) -> torch.device:
-        """Where the layer computes; `default` where its weights do not say."""
+        """Tell where the layer computes; `default` where its weights do not say."""
 
     @abstractmethod
     def normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The layer's input norm, `[..., hidden]` to `[..., hidden]`."""
+        """Apply the layer's input norm, `[..., hidden]` to `[..., hidden]`."""
 
     @abstractmethod
     def queries(self, normalized: torch.Tensor) -> torch.Tensor:
-        """`[..., hidden]` to `[..., H, D]`."""
+        """Project normalised hidden states `[..., hidden]` to queries `[..., H, D]`."""
 
     @abstractmethod
     def keys(self, normalized: torch.Tensor) -> torch.Tensor:
-        """`[..., hidden]` to `[..., Hkv, D]`."""
+        """Project normalised hidden states `[..., hidden]` to keys `[..., Hkv, D]`."""
 
     def plain(self) -> Layer | None:
-        """The layer's weights, where calling its modules would do nothing but multiply by them; else None."""
+        """Return the layer's weights where its modules only multiply by them and add biases; else None."""
         return None
 
 
 class SeparateProjections(LayerProjections):
-    """The layer's norm, then `self_attn.q_proj` and `k_proj`, then norms per head where the layer has them.
+    """Applies the layer's norm, then `self_attn.q_proj` and `k_proj`, then the norms of heads where there are some.
 
     Args:
         layer: a decoder layer.
@@ -76,27 +77,28 @@ class SeparateProjections(LayerProjections):
         key: Any = self._key_projection
         if self._rms_norm is None or runs_hooks(self._norm) or not (is_plain_linear(query) and is_plain_linear(key)):
             return None
-        # gated attention projects the gate of a head behind its query
+        # gated attention projects the gate of a head after its query
         if query.weight.shape[0] != self.num_heads * self._head_dim:
             return None
         factor, epsilon = self._rms_norm.factor(self._norm), self._rms_norm.epsilon
         return Layer(factor, epsilon, query.weight, query.bias, key.weight, key.bias)
 
     def normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self._norm(hidden_states)
+        return _normed(self._norm, hidden_states)
 
     def queries(self, normalized: torch.Tensor) -> torch.Tensor:
-        # gated attention projects the gate of a head behind its query
-        queries = self._query_projection(normalized).unflatten(-1, (self.num_heads, -1))[..., : self._head_dim]
-        return queries if self._query_norm is None else self._query_norm(queries)
+        # gated attention projects the gate of a head after its query
+        projected: torch.Tensor = self._query_projection(normalized)
+        queries = torch.unflatten(projected, -1, (self.num_heads, -1))[..., : self._head_dim]
+        return _normed(self._query_norm, queries)
 
     def keys(self, normalized: torch.Tensor) -> torch.Tensor:
-        keys = self._key_projection(normalized).unflatten(-1, (-1, self._head_dim))
-        return keys if self._key_norm is None else self._key_norm(keys)
+        projected: torch.Tensor = self._key_projection(normalized)
+        return _normed(self._key_norm, torch.unflatten(projected, -1, (-1, self._head_dim)))
 
 
 class LatentProjections(LayerProjections):
-    """Multi-head latent attention: queries and keys come out of a compressed state, and heads share the rotary keys."""
+    """Projects as multi-head latent attention does: from a compressed state, with rotary keys that heads share."""
 
     def __init__(self, layer: Any) -> None:
         self._norm: nn.Module = layer.input_layernorm
@@ -108,15 +110,16 @@ class LatentProjections(LayerProjections):
         return _device_of(default, self._norm)
 
     def normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self._norm(hidden_states)
+        return _normed(self._norm, hidden_states)
 
     def queries(self, normalized: torch.Tensor) -> torch.Tensor:
         attention = self._attention
+        projected: torch.Tensor
         if attention.q_lora_rank is None:
-            queries = attention.q_proj(normalized)
+            projected = attention.q_proj(normalized)
         else:
-            queries = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(normalized)))
-        return queries.unflatten(-1, (self.num_heads, -1))
+            projected = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(normalized)))
+        return torch.unflatten(projected, -1, (self.num_heads, -1))
 
     def keys(self, normalized: torch.Tensor) -> torch.Tensor:
         attention = self._attention
@@ -128,8 +131,15 @@ class LatentProjections(LayerProjections):
         return torch.cat([keys, rotary.unsqueeze(-2).expand(*keys.shape[:-1], -1)], dim=-1)
 
 
+def _normed(norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
+    if norm is None:
+        return x
+    normed: torch.Tensor = norm(x)
+    return normed
+
+
 def _device_of(default: torch.device, *modules: nn.Module) -> torch.device:
-    """Where the first module that has weights computes; `default` where none says."""
+    """Tell where the first module that has weights computes; `default` where none says."""
     weight = next((weight for module in modules for weight in module.parameters()), None)
     # offloaded weights are on "meta" until the module runs; its own hook then moves the input
     return default if weight is None or weight.device.type == "meta" else weight.device

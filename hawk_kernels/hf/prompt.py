@@ -1,28 +1,34 @@
-"""A prompt on the host: where its visual tokens and its text queries stand, row by row."""
+"""A prompt on the host: where its visual tokens and its text queries stand, and how it is read from a call."""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
+
+from hawk_kernels.hf.anatomy import Anatomy
+from hawk_kernels.hf.question import GIVEN, Query, text_queries
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One batch of prompts as host arrays, so that every length that follows is known without asking the device.
+    """A batch of prompts as host arrays, so that every later length is known without asking the device.
 
     Attributes:
         ids: int64 `[B, T]`.
         valid: bool `[B, T]`, False at padding and at tokens that the caller hides.
-        visual: bool `[B, T]`, True at visual tokens that may be dropped.
+        visual: bool `[B, T]`, True at the visual tokens, which may be dropped.
         query: bool `[B, T]`, True at the text tokens that rank the visual ones.
-        query_sources: for each row where its queries were found.
-        length: tokens of a row that are the prompt's own; assisted decoding appends guesses to it.
-        placeholders: bool `[B, T]`, True wherever a feature of an image or video stands: at `visual`, at what the
-            caller hides, and at what only separates the visual tokens of an image. None: at `visual` alone.
-        starts: bool `[B, T]`, True at the first placeholder of each image or video. None: each run of one placeholder
-            id is one.
+        query_sources: for each row a description of where its queries were found.
+        length: tokens of a row that are the prompt's own; assisted decoding appends guesses after them.
+        placeholders: bool `[B, T]`, True wherever a feature of an image or video stands: at `visual`, at tokens that
+            the caller hides, and at tokens that only separate the visual tokens of an image. None means at `visual`
+            alone.
+        starts: bool `[B, T]`, True at the first placeholder of each image or video. None means that each run of one
+            placeholder id is an image or a video.
     """
 
     ids: np.ndarray
@@ -35,23 +41,23 @@ class Prompt:
     starts: np.ndarray | None = None
 
     def all_placeholders(self) -> np.ndarray:
-        """Where features of images and videos stand, bool `[B, T]`."""
+        """Mark where features of images and videos stand, bool `[B, T]`."""
         return self.visual if self.placeholders is None else self.placeholders
 
     def with_separators(self, separators: np.ndarray) -> Prompt:
-        """The same prompt, where some visual placeholders, bool `[B, T]`, only hold the others together."""
+        """Return the same prompt, some of whose placeholders, bool `[B, T]`, only separate visual tokens."""
         return replace(self, visual=self.visual & ~separators, placeholders=self.all_placeholders())
 
     def with_images(self, lengths: dict[str, list[int]], kinds: dict[int, str]) -> Prompt:
-        """The same prompt, whose images and videos are those of the encoder, whatever stands between their tokens.
+        """Return the same prompt, divided into the encoder's images and videos, whatever stands between their tokens.
 
         Args:
-            lengths: visual tokens of each image and of each video, by kind, in their order; for each sample several
-                equal rows where `generate` repeats it.
+            lengths: visual tokens of each image and of each video, by kind, in their order. Where `generate` repeats a
+                sample, these may be given once for all its rows.
             kinds: kind of each placeholder id.
 
         Returns:
-            a prompt with `starts`, or this one where the lengths do not fit its placeholders.
+            A prompt with `starts`, or this one where the lengths do not fit its placeholders.
         """
         placeholders = self.all_placeholders()
         copies = self.copies_of_rows(sum(map(sum, lengths.values())))
@@ -71,7 +77,7 @@ class Prompt:
         return self if any(waiting.values()) else replace(self, starts=starts)
 
     def copies_of_rows(self, encoded: int) -> int:
-        """How many equal rows in succession stand for a sample, where `encoded` visual tokens serve the whole batch."""
+        """Count the equal rows in succession that stand for one sample, where the encoder returned `encoded` tokens."""
         copies = int(self.all_placeholders().sum()) // max(1, encoded)
         if copies < 2 or len(self.ids) % copies:
             return 1
@@ -79,12 +85,12 @@ class Prompt:
         return copies if (of_samples == of_samples[:, :1]).all() else 1
 
     def ends_in_text(self, columns: int) -> bool:
-        """Whether the last `columns` of every row are text, so that they also end a packed row."""
+        """Tell whether the last `columns` tokens of every row are text, so that they also end a packed row."""
         last = slice(-columns, None)
         return bool((self.valid[:, last] & ~self.visual[:, last]).all())
 
     def whole_images(self, row: int) -> list[np.ndarray]:
-        """Positions of the placeholders of each image or video of a row."""
+        """Find the positions of the placeholders of each image or video of a row."""
         positions = np.flatnonzero(self.all_placeholders()[row])
         if positions.size == 0:
             return []
@@ -95,25 +101,146 @@ class Prompt:
         return np.split(positions, np.flatnonzero(begins) + 1)
 
     def images(self, row: int) -> list[np.ndarray]:
-        """Positions of the visual tokens of each image or video of a row; none of an image that is hidden."""
+        """Find the positions of the visual tokens of each image or video of a row; an image may have none left."""
         return [image[self.visual[row, image]] for image in self.whole_images(row)]
 
     def image_lengths(self) -> list[list[int]]:
-        """Visual tokens of each image of each row."""
+        """Count the visual tokens of each image of each row."""
         return [[len(image) for image in self.images(row)] for row in range(len(self.ids))]
 
 
 def padded_positions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the True entries of each row, ascending, side by side.
+    """List the positions of the True entries of each row, ascending, in rows of one length.
 
     Args:
         mask: bool `[B, T]`.
 
     Returns:
-        int64 `[B, M]`, 0 where a shorter row is padded at its end, and bool `[B, M]`, False there.
+        The positions, int64 `[B, M]`, 0 where a shorter row is padded at its end; and bool `[B, M]`, False there.
     """
     counts = mask.sum(axis=1)
     filled = np.arange(int(counts.max(initial=0))) < counts[:, None]
     positions = np.zeros(filled.shape, dtype=np.int64)
     positions[filled] = np.nonzero(mask)[1]
     return positions, filled
+
+
+def read_prompt(
+    anatomy: Anatomy,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | dict[str, Any] | None,
+    cache: Any,
+    query: Query | None,
+    guesses: int = 0,
+) -> tuple[Prompt | None, torch.Tensor | None]:
+    """Read the prompt of a call of the multimodal model, with one transfer from the device.
+
+    Args:
+        anatomy: the model's parts.
+        input_ids: `[B, T]`.
+        attention_mask: None, `[B, T]`, or what `generate` prepares for a cache of fixed size.
+        cache: `past_key_values`.
+        query: the caller's choice of text queries, or None.
+        guesses: tokens at the end that assisted decoding proposes; they are not part of the prompt.
+
+    Returns:
+        The prompt, or None where the cache is not empty; and the tokens that are not padding, bool `[B, T]` on the
+        device, or None where no token is padding.
+
+    Raises:
+        ValueError: a mask that does not fit the prompt, or over pairs of tokens; text queries of another shape.
+        TypeError: text queries that are not a bool tensor.
+    """
+    cached = 0 if cache is None else cache.get_seq_length()
+    if not isinstance(cached, torch.Tensor) and cached > 0:
+        return None, None
+    valid = _valid_tokens(attention_mask, input_ids, cache)
+    prompt_length = input_ids.shape[1] - guesses
+    queries = None if query is None else _given_queries(query, input_ids[:, :prompt_length])
+    length = cached if isinstance(cached, torch.Tensor) else None
+    host_ids, host_valid, host_queries, host_length = _fetch(input_ids, valid, queries, length)
+    if host_length is not None and host_length.item() > 0:
+        return None, None
+    host_valid = np.ones(host_ids.shape, dtype=bool) if host_valid is None else host_valid.astype(bool)
+    own_ids, own = host_ids[:, :prompt_length], host_valid[:, :prompt_length]
+    placeholders = np.isin(own_ids, anatomy.visual_token_ids)
+    visual = placeholders & own
+    if host_queries is None:
+        found, sources = text_queries(own_ids, own, visual, anatomy.markers)
+    else:
+        found, sources = host_queries.astype(bool) & own, [GIVEN] * len(host_ids)
+    visual, found, placeholders = (np.pad(mask, ((0, 0), (0, guesses))) for mask in (visual, found, placeholders))
+    return Prompt(host_ids, host_valid, visual, found, sources, prompt_length, placeholders), valid
+
+
+def given_prompt_length(arguments: dict[str, Any]) -> int | None:
+    """Count the tokens of the prompt that `generate` is called with, `T`; None where it gets no ids."""
+    given = (arguments.get(name) for name in ("inputs", "input_ids"))
+    ids = next((ids for ids in given if isinstance(ids, torch.Tensor) and ids.dim() == 2), None)
+    return None if ids is None else ids.shape[1]
+
+
+def check_one_prefill(model: Any, arguments: dict[str, Any], length: int | None) -> None:
+    """Refuse a call of `generate` that would read a prompt of `length` tokens in chunks.
+
+    Raises:
+        ValueError: `prefill_chunk_size` is shorter than the prompt.
+    """
+    config = arguments.get("generation_config") or getattr(model, "generation_config", None)
+    chunk = arguments.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+    if chunk is not None and length is not None and chunk < length:
+        raise ValueError(
+            f"prefill_chunk_size: expected the prompt in one call, got chunks of {chunk} of {length} tokens; the "
+            "budget and the question are those of the whole prompt, so call generate without prefill_chunk_size"
+        )
+
+
+def _valid_tokens(
+    attention_mask: torch.Tensor | dict[str, Any] | None, input_ids: torch.Tensor, cache: Any
+) -> torch.Tensor | None:
+    if isinstance(attention_mask, dict):
+        attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 4:
+        if not getattr(cache, "is_compileable", False):
+            raise ValueError(
+                f"attention_mask: expected a [batch, length] mask, got shape {list(attention_mask.shape)}; prune "
+                "cannot shorten a mask over pairs of tokens, so pass the 2-D mask"
+            )
+        diagonal = attention_mask.diagonal(dim1=-2, dim2=-1)[:, 0]
+        valid = diagonal if diagonal.dtype == torch.bool else diagonal == 0
+        return valid.expand(input_ids.shape[0], -1)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: expected the shape of input_ids, {list(input_ids.shape)}, got "
+            f"{list(attention_mask.shape)}; pass the whole prompt in one call with an empty cache"
+        )
+    return attention_mask.to(input_ids.device) != 0
+
+
+def _given_queries(query: Query, input_ids: torch.Tensor) -> torch.Tensor:
+    mask = query(input_ids) if callable(query) else query
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        came = f"a tensor of {mask.dtype}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise TypeError(
+            f"query: expected a bool tensor like input_ids, or a callable that returns one, got {came}; use mask.bool()"
+        )
+    batch, length = input_ids.shape
+    # generate repeats a sample for its beams and return sequences
+    if mask.dim() == 2 and mask.shape[1] == length and mask.shape[0] and batch % mask.shape[0] == 0:
+        return mask.repeat_interleave(batch // mask.shape[0], dim=0)
+    raise ValueError(
+        f"query: expected shape [{batch}, {length}] like input_ids, got {list(mask.shape)}; mark each text token that "
+        "ranks the visual tokens with True"
+    )
+
+
+def _fetch(*tensors: torch.Tensor | None) -> list[Any]:
+    """Copy the tensors to host arrays in one transfer; None stays None."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    device = next((tensor.device for tensor in given if tensor.device.type != "cpu"), torch.device("cpu"))
+    flat = torch.cat([tensor.reshape(-1).to(device, torch.int64) for tensor in given]).cpu().numpy()
+    sizes = np.cumsum([tensor.numel() for tensor in given])[:-1]
+    parts = iter(np.split(flat, sizes))
+    return [None if tensor is None else next(parts).reshape(tensor.shape) for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Rotary position embeddings, applied as a layer of the text model applies them: by its own function."""
+"""Rotary position embeddings, applied to queries and keys by the text model's own function."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 
-from hawk_kernels.hf.families import FAMILIES, Anatomy
+from hawk_kernels.hf.anatomy import Anatomy, first_attention_layer
+from hawk_kernels.hf.families import FAMILIES, NO_ROPE
 
 Rotate = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-
-# Their attention rotates in another way than by one function of whole queries and keys behind all norms.
-_OTHERWISE = ("gemma4", "gemma4_unified", "hunyuan_vl", "kimi_k25", "llama4")
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Rotary:
     """The rotation of each token of a prompt in one layer.
 
     Attributes:
-        rotate: the function of the layer's module, or None for a layer that rotates nothing.
+        rotate: the function beside the layer's attention module, or None for a layer that rotates nothing.
         cos: `[1 or B, T, D']`.
         sin: the same shape.
     """
@@ -33,7 +31,7 @@ class Rotary:
     sin: torch.Tensor
 
     def rotated(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Queries or keys `[B, H, N, D]` that stand at `positions`, int64 `[B, N]`, in the prompt."""
+        """Rotate queries or keys `[B, H, N, D]` of the tokens at `positions` in the prompt, int64 `[B, N]`."""
         if self.rotate is None:
             return heads
         positions = positions.to(self.cos.device)
@@ -47,30 +45,30 @@ class Rotary:
 
 
 def check_rotates(anatomy: Anatomy, method: str) -> None:
-    """Refuse a family whose rotation is not known, for a method that needs it.
+    """Refuse a family that rotates in a way of its own, for a method that needs rotated queries and keys.
 
     Raises:
-        TypeError: naming the families that it works for.
+        TypeError: names the families that the method works for.
     """
-    if anatomy.family.model_type in _OTHERWISE:
-        known = ", ".join(family.model_type for family in FAMILIES if family.model_type not in _OTHERWISE)
+    if not anatomy.family.plain_rope:
+        known = ", ".join(family.model_type for family in FAMILIES if family.plain_rope)
         raise TypeError(
             f"method: expected one that needs no rotary position embeddings of {anatomy.family.model_type}, got "
-            f"{method!r}; that works for {known}"
+            f"{method!r}; that method works for {known}"
         )
 
 
 def rotary_of_first_layer(anatomy: Anatomy, inputs_embeds: torch.Tensor, position_ids: torch.Tensor | None) -> Rotary:
-    """The rotation of the first attention layer, from the arguments of the text model.
+    """Make the rotation of the first attention layer from the arguments of the text model.
 
     Args:
         anatomy: the model's parts.
         inputs_embeds: `[B, T, hidden]`.
-        position_ids: `[1 or B, T]`, `[axes, 1 or B, T]`, or that with one row in front that counts text; None means
-            0 to T - 1.
+        position_ids: `[1 or B, T]`, `[axes, 1 or B, T]`, or the latter with one more row in front, which counts text;
+            None means 0 to T - 1.
     """
     text: Any = anatomy.text
-    index, layer = next((i, layer) for i, layer in enumerate(text.layers) if hasattr(layer, "self_attn"))
+    index, layer = first_attention_layer(text)
     if position_ids is None:
         position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
     axes = anatomy.family.position_axes
@@ -86,18 +84,17 @@ def rotary_of_first_layer(anatomy: Anatomy, inputs_embeds: torch.Tensor, positio
 
 
 def rotary_of_layer(layer: Any, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None, like: Any) -> Rotary:
-    """The rotation of a layer, from what it was called with; models pass None to a layer that rotates nothing."""
+    """Make the rotation of a layer from what it was called with; models pass None to a layer that rotates nothing."""
     if position_embeddings is None:
         return Rotary(None, like, like)
     return Rotary(_rotate_of(layer.self_attn), *position_embeddings)
 
 
 def _rotate_of(attention: Any) -> Rotate | None:
-    # models that mix windows and full attention without positions tell the two apart by these attributes
-    if type(attention).__name__.startswith("Cohere2") and attention.sliding_window is None:
-        return None
-    if type(attention).__name__.startswith("Exaone4") and attention.sliding_window and not attention.is_sliding:
+    name = type(attention).__name__
+    if any(name.startswith(prefix) and rotates_nothing(attention) for prefix, rotates_nothing in NO_ROPE.items()):
         return None
     if not getattr(attention, "use_rope", True):
         return None
-    return sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    rotate: Rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return rotate

@@ -1,4 +1,4 @@
-"""What every vision encoder has in common."""
+"""What all vision encoders have in common."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from hawk_kernels.hf.encoders.pieces import Piece
 
-# Object layers of HiPrune (arXiv 2508.00553), counted from 1, by `model_type` and depth of the encoder.
+# object layers of HiPrune (arXiv 2508.00553), counted from 1, by `model_type` and depth of the encoder
 _PUBLISHED = {("clip_vision_model", 24): 9, ("qwen2_5_vl", 32): 16}
 _OBJECT_DEPTH = {"clip_vision_model": 9 / 24}
 _USUAL_OBJECT_DEPTH = 16 / 32
@@ -31,8 +31,8 @@ class VisionEncoder(ABC):
         deep_layer: the last layer that the visual tokens come from, counted from 1.
         default_object_layer: the layer that HiPrune finds objects in, counted from 1.
         object_layer_source: where that number comes from.
-        projections: names of the modules in an attention module that make queries and keys; the first that is there of
-            each group.
+        projections: names of the modules in an attention module that make queries and keys; in each group the first
+            name that the attention module has counts.
 
     Raises:
         TypeError: an encoder without the layers that this class reads.
@@ -56,7 +56,7 @@ class VisionEncoder(ABC):
         self.object_layer_source = "arXiv 2508.00553" if published else f"{fraction:g} of {self.depth} layers"
 
     def projecting(self, layer: int) -> list[nn.Module]:
-        """The modules of a layer, counted from 1, whose outputs are its queries and keys."""
+        """Return the modules whose outputs are a layer's queries and keys; layers count from 1."""
         attention = self.attentions[layer - 1]
         return [
             getattr(attention, next(name for name in group if hasattr(attention, name))) for group in self.projections
@@ -64,9 +64,9 @@ class VisionEncoder(ABC):
 
     @abstractmethod
     def received(self, layer: int, projected: list[torch.Tensor], arguments: dict[str, Any]) -> torch.Tensor:
-        """Attention that each token of the encoder receives: the sum over query rows, mean over heads.
+        """Measure the attention that each token of the encoder receives: the sum over query rows, mean over heads.
 
-        The average is 1. Unlike the mean over rows it is comparable between windows and images of different sizes.
+        It is 1 on average. Unlike the mean over rows, it is comparable between windows and images of different sizes.
 
         Args:
             layer: counted from 1.
@@ -78,7 +78,7 @@ class VisionEncoder(ABC):
     def visual_tokens(
         self, kind: str, arguments: dict[str, Any], features: Any, received: torch.Tensor
     ) -> tuple[torch.Tensor, list[Piece]]:
-        """From tokens of the encoder to visual tokens.
+        """Turn statistics of the encoder's tokens into statistics of visual tokens.
 
         Args:
             kind: "image" or "video".
@@ -87,13 +87,13 @@ class VisionEncoder(ABC):
             received: float32 `[..., S]`, S statistics of each token of the encoder.
 
         Returns:
-            float32 `[cells, S]` of the visual tokens that are cells, in the order of the features, and the pieces that
-            all of them are.
+            The statistics of the visual tokens that are cells, float32 `[cells, S]`, in the order of the features; and
+            the pieces that all visual tokens form.
         """
 
 
 def _attentions(tower: nn.Module, projections: list[str]) -> list[nn.Module]:
-    """The attention module of each layer: of the first list of layers that all have one with these projections."""
+    """Find the attention module of each layer, in the first list of layers that all have these projections."""
     for stack in tower.modules():
         if not isinstance(stack, nn.ModuleList):
             continue
@@ -105,12 +105,12 @@ def _attentions(tower: nn.Module, projections: list[str]) -> list[nn.Module]:
         if attentions and len(attentions) == len(found):
             return attentions
     raise TypeError(
-        "method: expected one that leaves the vision encoder alone, as no layers with "
-        f"{' and '.join(projections)} were found in this {type(tower).__name__}; use method='hawk'"
+        "method: expected one that leaves the vision encoder alone, got one that reads it, and this "
+        f"{type(tower).__name__} has no layers with {' and '.join(projections)}; use method='hawk'"
     )
 
 
 def _deepest(feature_layer: int | list[int] | None, depth: int) -> int:
-    """The deepest layer of those whose outputs are taken; 0 is what enters the first."""
+    """Find the deepest of the layers whose outputs are taken; 0 stands for what enters the first."""
     layers = [-1] if feature_layer is None else [feature_layer] if isinstance(feature_layer, int) else feature_layer
     return max(1, *(layer if layer >= 0 else depth + 1 + layer for layer in layers))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hawk_kernels.hf.encoders.pieces import Piece
-from hawk_kernels.hf.upload import upload
+from hawk_kernels.hf.hooks import upload
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ Layout = Callable[[Tiles, Any, dict[str, Any], Any], tuple[torch.Tensor, list[Pi
 def merged_tiles(
     tiles: Tiles, multimodal: Any, arguments: dict[str, Any], features: Any
 ) -> tuple[torch.Tensor, list[Piece]]:
-    """One tile behind the other, squares of patches averaged where the model merges them.
+    """Lay tiles out one after the other, and average squares of patches where the model merges them.
 
-    The number of visual tokens says how large the squares are, and whether CLS is one of them.
+    The number of visual tokens tells how large the squares are, and whether CLS is one of the tokens.
     """
     count, height, width, _ = tiles.patches.shape
     tokens = sum(_length(feature) for feature in features.pooler_output) // count
@@ -53,7 +53,7 @@ def merged_tiles(
             f"got {tokens} tokens; use method='hawk', which leaves the vision encoder alone"
         )
     height, width = height // side, width // side
-    merged = tiles.patches.unflatten(2, (width, side)).unflatten(1, (height, side)).mean(dim=(2, 4))
+    merged = tiles.patches.view(count, height, side, width, side, -1).mean(dim=(2, 4))
     piece = Piece.of_cells(height, width)
     of_tile = [Piece.of_separators(tokens - cells), piece] if tokens > cells else [piece]
     return merged.flatten(0, 2), of_tile * count
@@ -62,9 +62,9 @@ def merged_tiles(
 def any_resolution(
     tiles: Tiles, multimodal: Any, arguments: dict[str, Any], features: Any
 ) -> tuple[torch.Tensor, list[Piece]]:
-    """LLaVA-NeXT: the whole image first, then its tiles as one grid without padding, a newline behind each row.
+    """Lay images out as LLaVA-NeXT does: the whole image, then its tiles as one grid, with a newline after each row.
 
-    The model itself lays the statistics out, as it does its features.
+    The model itself lays the statistics out, as it does its features, and cuts off padding.
     """
     count, height, width, statistics = tiles.patches.shape
     sizes = torch.as_tensor(arguments["image_sizes"]).tolist()
@@ -82,10 +82,11 @@ def any_resolution(
         }
         accepted = inspect.signature(multimodal.pack_image_features).parameters
         known = {name: value for name, value in optional.items() if name in accepted}
-        images = patches.flatten(1, 2).split(tiles_of_image)
-        return multimodal.pack_image_features(images, sizes, image_newline=newline, **known)[0]
+        images = torch.split(patches.flatten(1, 2), tiles_of_image)
+        laid_out: list[torch.Tensor] = multimodal.pack_image_features(images, sizes, image_newline=newline, **known)[0]
+        return laid_out
 
-    # what is a newline is known on the host from an empty picture, whatever the default device
+    # laying out an empty picture shows on the host which tokens are newlines, whatever the default device
     blank = torch.zeros(count, height, width, 1, dtype=torch.float32, device="cpu")
     empty = packed(blank, blank.new_ones(1))
     is_newline = [(image[:, 0] == 1).numpy() for image in empty]
@@ -104,7 +105,7 @@ def any_resolution(
 def pooled_frames(
     tiles: Tiles, multimodal: Any, arguments: dict[str, Any], features: Any
 ) -> tuple[torch.Tensor, list[Piece]]:
-    """LLaVA-OneVision: frames at half the side, interpolated by the model itself, and a newline behind each video."""
+    """Lay videos out as LLaVA-OneVision does: frames of half the side, and a newline after each video."""
     _, height, width, _ = tiles.patches.shape
     videos, frames = tiles.pixels[:2]
     pooled = multimodal.apply_pooling(tiles.patches.flatten(1, 2))
@@ -113,12 +114,12 @@ def pooled_frames(
 
 
 def _length(feature: torch.Tensor) -> int:
-    """Visual tokens among the features `[..., hidden]` of one image."""
+    """Count the visual tokens among the features `[..., hidden]` of one image."""
     return feature.shape[:-1].numel()
 
 
 def _num_tiles(size: list[int], config: Any) -> int:
-    """Tiles of an image, the whole image among them."""
+    """Count the tiles of an image, the whole image among them."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-    return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+    return int(image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size))

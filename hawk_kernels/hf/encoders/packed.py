@@ -10,12 +10,12 @@ import torch
 
 from hawk_kernels.hf.encoders.base import VisionEncoder
 from hawk_kernels.hf.encoders.pieces import Grid, Piece
-from hawk_kernels.hf.upload import upload
+from hawk_kernels.hf.hooks import upload
 from hawk_kernels.ops.attention_column_mean import attention_column_mean
 
 
 class PackedEncoder(VisionEncoder):
-    """Patches in the order of their merges, RoPE, attention within each frame or window.
+    """Reads encoders with patches in the order of their merges, RoPE, and attention within each frame or window.
 
     Args:
         multimodal: the model that holds the encoder.
@@ -33,8 +33,8 @@ class PackedEncoder(VisionEncoder):
     def received(self, layer: int, projected: list[torch.Tensor], arguments: dict[str, Any]) -> torch.Tensor:
         attention: Any = self.attentions[layer - 1]
         num_key_value_heads = getattr(attention, "num_key_value_heads", attention.num_heads)
-        heads = projected[0].unflatten(-1, (attention.num_heads + 2 * num_key_value_heads, -1))
-        queries, keys, _ = heads.split([attention.num_heads, num_key_value_heads, num_key_value_heads], dim=1)
+        heads = torch.unflatten(projected[0], -1, (attention.num_heads + 2 * num_key_value_heads, -1))
+        queries, keys, _ = torch.split(heads, [attention.num_heads, num_key_value_heads, num_key_value_heads], dim=1)
         # GLM-OCR norms queries and keys before it rotates them
         if hasattr(attention, "q_norm"):
             queries, keys = attention.q_norm(queries), attention.k_norm(keys)
@@ -46,23 +46,23 @@ class PackedEncoder(VisionEncoder):
         self, kind: str, arguments: dict[str, Any], features: Any, received: torch.Tensor
     ) -> tuple[torch.Tensor, list[Piece]]:
         grids = [(t, h // self._merge, w // self._merge) for t, h, w in arguments[f"{kind}_grid_thw"].tolist()]
-        merged = received.unflatten(0, (-1, self._merge**2)).mean(dim=1)
+        merged = torch.unflatten(received, 0, (-1, self._merge**2)).mean(dim=1)
         if self._window is not None:
             place = np.argsort(_window_order(grids, self._window))
             merged = merged[upload(place, merged.device)]
-        # frame by frame, as some models set text between frames
+        # one piece for each frame, because some models set text between frames
         return merged, [Piece.of_cells(h, w) for t, h, w in grids for _ in range(t)]
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE of `[T, H, D]` by angles `[T, D]` in float32, halves of a head as real and imaginary parts."""
+    """Rotate `[T, H, D]` by angles `[T, D]` in float32; the halves of a head are real and imaginary parts."""
     real, imaginary = x.float().chunk(2, dim=-1)
     turned = torch.cat([-imaginary, real], dim=-1)
     return (x.float() * cos.float().unsqueeze(1) + turned * sin.float().unsqueeze(1)).to(x.dtype)
 
 
 def _window_order(grids: Sequence[Grid], side: int) -> np.ndarray:
-    """Visual tokens as windowed attention orders them: window by window within each frame, int64 `[M]`."""
+    """Order visual tokens as windowed attention does: window by window within each frame, int64 `[M]`."""
     orders, start = [], 0
     for frames, height, width in grids:
         frame, row, column = np.indices((frames, height, width)).reshape(3, -1)

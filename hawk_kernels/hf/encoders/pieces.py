@@ -1,4 +1,4 @@
-"""What the visual tokens of an image stand for: cells of a grid, and separators between them."""
+"""What the visual tokens of an image stand for: cells of a grid, or separators between them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Piece:
-    """Successive visual tokens: one tile, image or frame, or what stands between such.
+    """Successive visual tokens: one tile, image or frame, or what stands between two of these.
 
     Attributes:
-        grid: `(t, h, w)` of the tokens that the encoder made, in their order; None where it made none of these.
-        is_separator: bool `[tokens]`, True where a token is no cell of the grid, such as an image newline.
+        grid: `(t, h, w)` of the tokens that the encoder made, in their order; None where it made none of them.
+        is_separator: bool `[tokens]`, True where a token is not a cell of the grid, such as an image newline.
     """
 
     grid: Grid | None
@@ -25,20 +25,20 @@ class Piece:
 
     @classmethod
     def of_cells(cls, height: int, width: int) -> Piece:
-        """A grid of one frame and nothing else."""
+        """Make a grid of one frame and nothing else."""
         return cls((1, height, width), np.zeros(height * width, dtype=bool))
 
     @classmethod
     def of_separators(cls, count: int) -> Piece:
-        """Tokens without a cell."""
+        """Make tokens without a cell."""
         return cls(None, np.ones(count, dtype=bool))
 
 
 def num_tokens(pieces: Sequence[Piece]) -> int:
-    """Visual tokens of successive pieces."""
+    """Count the visual tokens of successive pieces."""
     return sum(len(piece.is_separator) for piece in pieces)
 
 
 def num_cells(pieces: Sequence[Piece]) -> int:
-    """Those of them that the encoder made."""
+    """Count the visual tokens of successive pieces that the encoder made."""
     return sum(math.prod(piece.grid) for piece in pieces if piece.grid is not None)

@@ -17,7 +17,7 @@ _PIXELS = ("pixel_values_videos", "pixel_values")
 
 
 class TileEncoder(VisionEncoder):
-    """Positions are embedded, queries and keys come out of two projections, a CLS token may stand in front.
+    """Reads encoders with embedded positions, separate projections of queries and keys, and perhaps a CLS token.
 
     The CLS token's query counts among the rows, as in the release of HiPrune; its own column is dropped.
 
@@ -43,9 +43,8 @@ class TileEncoder(VisionEncoder):
         super().__init__(multimodal, tower)
         if "position_embeddings" in inspect.signature(self.attentions[0].forward).parameters:
             raise TypeError(
-                "method: expected one that leaves the vision encoder alone, as this "
-                f"{type(self.tower).__name__} rotates queries and keys by position, which is not read here; "
-                "use method='hawk'"
+                "method: expected one that leaves the vision encoder alone, got one that reads it, and this "
+                f"{type(self.tower).__name__} rotates queries and keys by position; use method='hawk'"
             )
         patch = self.tower.config.patch_size
         self._patch: int = patch if isinstance(patch, int) else patch[0]
@@ -66,14 +65,14 @@ class TileEncoder(VisionEncoder):
         pixels = next(arguments[name] for name in _PIXELS if arguments.get(name) is not None)
         height, width = (side // self._patch for side in pixels.shape[-2:])
         prefix = received.shape[1] - height * width
-        tiles = Tiles(received[:, prefix:].unflatten(1, (height, width)), prefix, pixels.shape)
+        tiles = Tiles(torch.unflatten(received[:, prefix:], 1, (height, width)), prefix, pixels.shape)
         return self._layouts[kind](tiles, self.multimodal, arguments, features)
 
 
 def _received_without_padding(
     queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Attention among the tokens of each tile that are no padding, 0 at padding.
+    """Measure attention among the tokens of each tile that are not padding, 0 at padding.
 
     Args:
         queries: `[B, H, N, D]`.

@@ -1,7 +1,11 @@
-"""A `PrefillView` over the embeddings that enter the text model."""
+"""Which tokens of a prompt stay: what a method may ask of the prompt, and what becomes of its answer.
+
+Nothing here knows which layer the tokens are chosen before: that is told by whoever passes the states that enter it.
+"""
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,22 +14,23 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from hawk_kernels.hf.encoders.recorder import PromptAttention
+from hawk_kernels.hf.hooks import upload
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, padded_positions
 from hawk_kernels.hf.rotary import Rotary
-from hawk_kernels.hf.upload import upload
-from hawk_kernels.hf.vision_attention import PromptAttention
+from hawk_kernels.methods import Method
 from hawk_kernels.methods.prefill_view import EncoderAttention, HiddenStates, LastQuery, PrefillView, Segments
 
 
 @dataclass(frozen=True)
 class Context:
-    """What is known of a prompt beside its embeddings, for methods that ask.
+    """What is known of a prompt besides the states that enter the scoring layer, for methods that declare its use.
 
     Attributes:
         attention: what was recorded in the vision encoder.
-        frames: tells the grids of each image's frames, which may wait for the device.
-        rotary: positions in the scoring layer.
+        frames: finds the grids of each image's frames, which may wait for the device.
+        rotary: the rotation of each token in the scoring layer.
         seen: which tokens the last one of each prompt sees in the scoring layer, bool `[B, T]`.
         scale: what the scoring layer multiplies its products by; None means `D ** -0.5`.
     """
@@ -38,14 +43,14 @@ class Context:
 
 
 class LayerView(PrefillView):
-    """Projects only the tokens a method asks for: text to queries, visual tokens to keys.
+    """Projects only the tokens that a method asks for: text to queries, visual tokens to keys.
 
     Args:
-        inputs_embeds: `[B, T, hidden]`, what enters the first decoder layer.
+        inputs_embeds: `[B, T, hidden]`, what enters the scoring layer.
         prompt: where text queries and visual tokens stand.
         projections: queries and keys of the scoring layer.
         head_weights: float32 `[H]`, or None.
-        budgets: tokens kept of each image of each row, or None for one budget a row.
+        budgets: tokens kept of each image of each row, or None for one budget for each row.
         context: what else is known.
     """
 
@@ -74,7 +79,7 @@ class LayerView(PrefillView):
     @cached_property
     def head_weights(self) -> torch.Tensor:  # type: ignore[override]
         if self._head_weights is None:
-            raise ValueError("head_weights: expected a method with uses_head_weights = True to read them, got another")
+            raise ValueError(_undeclared("head_weights", "uses_head_weights = True"))
         return self._head_weights.to(self._device, non_blocking=True)
 
     @cached_property
@@ -129,9 +134,7 @@ class LayerView(PrefillView):
     def encoder_attention(self) -> EncoderAttention:
         recorded = self._context.attention
         if recorded is None:
-            raise ValueError(
-                "encoder_attention: expected a method with uses_encoder_attention = True to read it, got another"
-            )
+            raise ValueError(_undeclared("encoder_attention", "uses_encoder_attention = True"))
         of_object, of_deep = (self._padded(x.to(self._device).unsqueeze(0)) for x in (recorded.object, recorded.deep))
         return EncoderAttention(of_object, of_deep, recorded.grids)
 
@@ -153,7 +156,7 @@ class LayerView(PrefillView):
 
     def last_query(self) -> LastQuery:
         if self._context.seen is None:
-            raise ValueError("last_query: expected a method with a hidden_from_layer to read it, got another")
+            raise ValueError(_undeclared("last_query", "hidden_from_layer"))
         own = self._prompt.valid[:, : self._prompt.length]
         last = own.shape[1] - 1 - np.argmax(own[:, ::-1], axis=1, keepdims=True)
         normalized = self._projections.normalize(self._embeds.to(self._device))
@@ -171,7 +174,7 @@ class LayerView(PrefillView):
 
     def frames(self) -> list[list[list[tuple[int, int]]]]:
         if self._context.frames is None:
-            raise ValueError("frames: expected a method with uses_grids = True to read the grids, got another")
+            raise ValueError(_undeclared("frames", "uses_grids = True"))
         return self._context.frames()
 
     def row_keys(self) -> list[int]:
@@ -181,30 +184,30 @@ class LayerView(PrefillView):
 
     def _rotated(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if self._context.rotary is None:
-            raise ValueError("positions: expected a method with uses_positions = True to read positions, got another")
+            raise ValueError(_undeclared("positions", "uses_positions = True"))
         return self._context.rotary.rotated(heads, positions)
 
     @cached_property
     def _visual_positions(self) -> torch.Tensor:
-        """Where the visual tokens stand, int64 `[B, M]`, 0 at padding."""
+        """Tell where the visual tokens stand, int64 `[B, M]`, 0 at padding."""
         return upload(padded_positions(self._prompt.visual)[0], self._device)
 
     @cached_property
     def _normalized_text(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text queries behind the layer's norm, `[B, N, hidden]`, and which of them are no padding, bool `[B, N]`."""
+        """Norm the text queries, `[B, N, hidden]`, and mark which of them are not padding, bool `[B, N]`."""
         text, mask = self.text_embeddings()
         return self._projections.normalize(text).to(self._device), mask
 
     def _tokens(self, positions: np.ndarray) -> torch.Tensor:
-        """The tokens of each row that stand at `positions`, int `[B, N]`, as `[B, N, hidden]`."""
+        """Gather the tokens of each row that stand at `positions`, int `[B, N]`, as `[B, N, hidden]`."""
         rows = positions + np.arange(len(positions))[:, None] * self._embeds.shape[1]
-        return self._gathered(rows.ravel()).unflatten(0, positions.shape)
+        return torch.unflatten(self._gathered(rows.ravel()), 0, positions.shape)
 
     def _queries(self, normalized: torch.Tensor) -> torch.Tensor:
         return self._projections.queries(normalized).to(self._device).transpose(1, 2)
 
     def _visual_rows(self) -> torch.Tensor:
-        """Visual tokens of all rows without padding, `[1, S, hidden]`."""
+        """Gather the visual tokens of all rows without padding, `[1, S, hidden]`."""
         return self._gathered(np.flatnonzero(self._prompt.visual)).unsqueeze(0)
 
     def _gathered(self, rows: np.ndarray) -> torch.Tensor:
@@ -212,8 +215,100 @@ class LayerView(PrefillView):
         return self._embeds.flatten(0, 1).index_select(0, upload(rows, device)).to(self._device)
 
     def _padded(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[1, S, ...]` laid out as `[B, M, ...]`; the padding repeats the first token."""
+        """Lay `[1, S, ...]` out as `[B, M, ...]`; the padding repeats the first token."""
         if not self._filled.all():
             place = np.where(self._filled, np.cumsum(self._filled).reshape(self._filled.shape) - 1, 0)
             tokens = tokens.index_select(1, upload(place.ravel(), self._device))
-        return tokens.squeeze(0).unflatten(0, self._filled.shape)
+        return torch.unflatten(tokens.squeeze(0), 0, self._filled.shape)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tokens of a batch of prompts that stay.
+
+    Attributes:
+        kept: bool `[B, T]`, False at dropped tokens and padding.
+        counts: how many stay in each row, known on the host.
+        scores: float32 `[B, T]`, `-inf` where nothing was scored.
+        budgets: visual tokens kept, for each row a list with one entry for each image, or a single one for the row.
+    """
+
+    kept: torch.Tensor
+    counts: list[int]
+    scores: torch.Tensor
+    budgets: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Chooses the tokens of a prompt that stay.
+
+    Attributes:
+        method: scores and selects.
+        keep_ratio: the fraction kept, or the budget.
+        per_image: whether each image has a budget of its own.
+        head_weights: float32 `[H]`, or None.
+    """
+
+    method: Method
+    keep_ratio: float | int
+    per_image: bool = False
+    head_weights: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def choose(self, states: torch.Tensor, prompt: Prompt, projections: LayerProjections, context: Context) -> Choice:
+        """Score the visual tokens of a batch, some row of which has some, and select.
+
+        Args:
+            states: `[B, T, hidden]`, what enters the scoring layer.
+            prompt: where text queries and visual tokens stand.
+            projections: queries and keys of the scoring layer.
+            context: what else is known of the prompt.
+
+        Raises:
+            ValueError: a row has visual tokens, but none of the text that the method needs.
+        """
+        if self.method.uses_text:
+            _check_text(prompt)
+        whole = prompt
+        if context.attention is not None:
+            prompt = prompt.with_separators(context.attention.is_separator)
+        lengths, all_lengths = self._lengths(prompt), self._lengths(whole)
+        budgets = [[self.method.kept_count(self.keep_ratio, length) for length in row] for row in lengths]
+        segments = budgets if self.per_image else None
+        view = LayerView(states.detach(), prompt, projections, self.head_weights, segments, context)
+        selection = self.method.select(view, self.keep_ratio)
+
+        device, length = states.device, states.shape[1]
+        positions, filled = padded_positions(prompt.visual)
+        # padding of rows with fewer visual tokens lands in one column after the end
+        target = upload(np.where(filled, positions, length), device)
+        kept = upload(np.pad(prompt.valid & ~prompt.visual, ((0, 0), (0, 1))), device)
+        kept = kept.scatter_(1, target, selection.mask.to(device))
+        scores = torch.full(kept.shape, -math.inf, dtype=torch.float32, device=device).scatter_(
+            1, target, selection.scores.to(device)
+        )
+        counts = (prompt.valid & ~prompt.visual).sum(axis=1) + [sum(row) for row in budgets]
+        # separators stay without a score and without a budget
+        stayed = [
+            [budget + visual - length for budget, visual, length in zip(*row, strict=True)]
+            for row in zip(budgets, all_lengths, lengths, strict=True)
+        ]
+        return Choice(kept[:, :-1].contiguous(), counts.tolist(), scores[:, :-1].contiguous(), stayed)
+
+    def _lengths(self, prompt: Prompt) -> list[list[int]]:
+        """Count the visual tokens that share a budget: those of each image, or those of each row."""
+        if self.per_image:
+            return prompt.image_lengths()
+        return [[int(count)] for count in prompt.visual.sum(axis=1)]
+
+
+def _undeclared(name: str, declaration: str) -> str:
+    return f"cannot read {name} in a method that does not declare it; set {declaration} in its class"
+
+
+def _check_text(prompt: Prompt) -> None:
+    for row in np.flatnonzero(prompt.visual.any(axis=1) & ~prompt.query.any(axis=1)):
+        raise ValueError(
+            f"query: expected text in row {row} to rank its visual tokens by, got none; pass query= or add a question"
+        )

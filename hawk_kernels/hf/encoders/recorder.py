@@ -1,4 +1,4 @@
-"""What attention the vision encoder pays to each visual token, by hooks on two of its layers.
+"""Recording how much attention each visual token receives in the vision encoder, by hooks on two of its layers.
 
 The encoder keeps its own attention implementation: the queries and keys that a layer has just computed go through
 `attention_column_mean` as well. How tiles and frames become visual tokens shows in `get_image_features` and
@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from hawk_kernels.hf.arguments import named
+from hawk_kernels.hf.anatomy import Anatomy
 from hawk_kernels.hf.encoders import Grid, Piece, VisionEncoder
 from hawk_kernels.hf.encoders.pieces import num_cells, num_tokens
+from hawk_kernels.hf.families import ENCODERS
+from hawk_kernels.hf.hooks import Handle, WatchedMethod, named, upload
 from hawk_kernels.hf.prompt import Prompt
-from hawk_kernels.hf.upload import upload
-from hawk_kernels.hf.watched_method import WatchedMethod
+from hawk_kernels.methods import Method
 
 _ATTRIBUTE = "_hawk_kernels_attention"
 _KINDS = ("image", "video")
@@ -33,12 +34,12 @@ _KINDS = ("image", "video")
 
 @dataclass(frozen=True)
 class Recording:
-    """One run of the encoder.
+    """What was measured in one run of the encoder.
 
     Attributes:
         object: float32 `[cells]`, attention received in the object layer by each visual token that is a cell of a grid.
         deep: the same in the deep layer.
-        pieces: what all the visual tokens are.
+        pieces: what the visual tokens stand for, all of them.
         layers: the two layers, counted from 1.
     """
 
@@ -73,10 +74,10 @@ class VisionRecorder:
         self._encoder = encoder
         self._thread = _ThreadState()
 
-    def attach(self) -> list[Any]:
-        """Register the hooks; returns their handles."""
+    def attach(self) -> list[Handle]:
+        """Register the hooks; removing the handles ends the recording."""
         multimodal = self._encoder.multimodal
-        handles: list[Any] = [
+        handles: list[Handle] = [
             WatchedMethod(multimodal, f"get_{kind}_features", partial(self._watch, kind))
             for kind in _KINDS
             if hasattr(multimodal, f"get_{kind}_features")
@@ -89,7 +90,7 @@ class VisionRecorder:
         return handles
 
     def options(self) -> dict[str, int | str]:
-        """The layers, for statistics."""
+        """Name the layers, for statistics."""
         return {
             "object_layer": self.layers[0],
             "object_layer_source": self._source,
@@ -101,13 +102,13 @@ class VisionRecorder:
         self._thread.runs = {}
 
     def recordings(self, arguments: dict[str, Any]) -> dict[str, Recording]:
-        """What was measured of the images and of the videos of a call of the multimodal model, by kind.
+        """Find what was measured of the images and of the videos of a call of the multimodal model, by kind.
 
         Args:
             arguments: those of the call.
 
         Raises:
-            ValueError: encoder outputs that were not made inside this `prune` block.
+            ValueError: the call brings encoder outputs that were not made inside this `prune` block.
         """
         found = {}
         encoded = arguments.get("mm_encoder_outputs") or {}
@@ -117,7 +118,7 @@ class VisionRecorder:
             if run is None and encoded.get(kind) is not None:
                 raise ValueError(
                     f"mm_encoder_outputs: expected {kind} features that the vision encoder made inside the prune "
-                    "block, got others, of which no attention is known; encode inside the block, or pass the pixels"
+                    "block, got others, whose attention was not recorded; encode inside the block, or pass the pixels"
                 )
             if run is not None and run.layers != self.layers:
                 raise ValueError(
@@ -130,7 +131,7 @@ class VisionRecorder:
 
     @contextmanager
     def _watch(self, kind: str, arguments: dict[str, Any]) -> Iterator[Callable[[Any], None]]:
-        """Around a call of `get_image_features` or `get_video_features`; one may call the other."""
+        """Surround a call of `get_image_features` or `get_video_features`; one may call the other."""
         thread = self._thread
         if thread.is_encoding:
             yield lambda features: None
@@ -160,7 +161,7 @@ class VisionRecorder:
     @torch.no_grad()
     def _keep(self, kind: str, arguments: dict[str, Any], features: Any) -> None:
         received = self._thread.received
-        # a tuple is for whoever asked for one: no model accepts it back
+        # a caller that asks for a tuple gets no record: no model accepts a tuple of features back
         if not received or not hasattr(features, "pooler_output"):
             return
         middle, deep = (torch.cat(received[layer]) for layer in self.layers)
@@ -169,6 +170,23 @@ class VisionRecorder:
         run = Recording(cells[:, 0], cells[:, 1], pieces, self.layers)
         self._thread.runs[kind] = run
         setattr(features, _ATTRIBUTE, run)
+
+
+def recorder_for(anatomy: Anatomy, method: Method) -> VisionRecorder:
+    """Make the recorder of a model's vision encoder for a method that reads it.
+
+    Raises:
+        TypeError: a family whose encoder cannot be read.
+        ValueError: a layer that the encoder does not have.
+    """
+    make = anatomy.family.encoder
+    if make is None:
+        supported = ", ".join(sorted(ENCODERS))
+        raise TypeError(
+            f"method: expected one that leaves the vision encoder of {anatomy.family.model_type} alone, got "
+            f"{method.name!r}, which reads its attention; that method works for {supported}"
+        )
+    return VisionRecorder(make(anatomy.multimodal), method.object_layer)
 
 
 class _ThreadState(threading.local):
@@ -184,10 +202,11 @@ class PromptAttention:
     """What was recorded, in the order of a prompt's visual tokens.
 
     Attributes:
-        object: float32 `[S]`, the visual tokens of all rows that are cells of a grid, without padding.
+        object: float32 `[S]`, attention in the object layer received by the visual tokens of all rows that are cells of
+            a grid, without padding.
         deep: the same in the deep layer.
-        grids: for each row, for each of its images, the grids in it.
-        is_separator: bool `[B, T]`, visual tokens that are no cells, such as image newlines.
+        grids: for each row and each of its images, the grids in it.
+        is_separator: bool `[B, T]`, True at visual tokens that are not cells, such as image newlines.
     """
 
     object: torch.Tensor
@@ -201,17 +220,17 @@ def attention_of_prompt(recordings: dict[str, Recording], prompt: Prompt, kinds:
 
     Args:
         recordings: by kind, "image" and "video".
-        prompt: the prompt on the host; for each sample several equal rows where `generate` repeats it.
+        prompt: the prompt on the host; `generate` may repeat each sample in several equal rows.
         kinds: kind of each placeholder id.
 
     Raises:
-        ValueError: the prompt has other images than those that were recorded, or hides some of their tokens.
+        ValueError: the prompt has other images than those that were recorded, or its mask hides some of their tokens.
     """
-    hidden = prompt.all_placeholders() & ~prompt.visual
-    if hidden.any():
+    masked = prompt.all_placeholders() & ~prompt.visual
+    if masked.any():
         raise ValueError(
             f"attention_mask: expected one that shows every visual token, since neighbours on the grid count, got "
-            f"{hidden.sum()} hidden ones; use a method that does not look into the vision encoder, such as 'hawk'"
+            f"{masked.sum()} hidden ones; use a method that does not look into the vision encoder, such as 'hawk'"
         )
     copies = prompt.copies_of_rows(sum(num_tokens(run.pieces) for run in recordings.values()))
     pieces = {kind: deque(run.pieces) for kind, run in recordings.items()}

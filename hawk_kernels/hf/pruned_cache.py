@@ -1,31 +1,36 @@
-"""What a pruned prompt leaves with its cache, and how later calls over that cache are corrected.
+"""What a pruned prompt leaves behind for the calls that follow: with its cache or, without a cache, by itself.
 
 The caller goes on counting the tokens of the whole prompt: masks and positions have its length. The cache is shorter.
 The record that translates between the two is an attribute of the cache object, so that copies of a cache and several
-caches at once each carry their own.
+caches at once each carry their own. Without a cache every step reads the whole prompt again, and must drop the same
+tokens.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+
+from hawk_kernels.hf.prompt import Prompt
 
 _ATTRIBUTE = "_hawk_kernels_prompt"
 
 
 @dataclass
 class CachedPrompt:
-    """A pruned prompt in a cache.
+    """Translates calls that follow a pruned prompt from the caller's counting to the cache's.
 
     Attributes:
         full_length: tokens of a row before pruning, padding included, `T`.
-        mask: int64 `[B, P]`, the mask of the tokens that are in the cache.
+        mask: int64 `[B, P]`, the mask of the prompt's tokens that are in the cache.
         is_full: whether that mask is all ones.
         next_position: `[..., B, 1]`, the position id of the first token after the prompt.
         constant_mask: `[B, max_cache_len]` for a cache of fixed size, where a mask that grows or a look at the cache's
-            length would recompile every step; else None.
+            length would recompile every step; None for other caches.
     """
 
     full_length: int
@@ -35,12 +40,13 @@ class CachedPrompt:
     constant_mask: torch.Tensor | None
 
     def attach(self, cache: Any) -> None:
+        """Keep the record with `cache`."""
         setattr(cache, _ATTRIBUTE, self)
 
     def mask_for(
         self, cache: Any, incoming: torch.Tensor | dict[str, Any] | None, batch: int, length: int
     ) -> torch.Tensor | None:
-        """The mask of a call with `length` new tokens over the pruned cache.
+        """Make the mask of a call with `length` new tokens over the pruned cache.
 
         Args:
             cache: the cache, before the call.
@@ -65,7 +71,7 @@ class CachedPrompt:
         prompt = self.mask
         if self.constant_mask is None:
             cached = int(cache.get_seq_length())
-            # assisted decoding may have cropped into the prompt, whose end is text
+            # assisted decoding may have cropped the cache into the prompt, which ends in text
             prompt = prompt[:, :cached]
             new = cached - prompt.shape[1] + length
             if given is not None:
@@ -76,15 +82,15 @@ class CachedPrompt:
         return torch.cat([prompt, tail], dim=1)
 
     def positions_for(self, cache: Any, length: int) -> torch.Tensor:
-        """Position ids of `length` new tokens, `[..., B, length]`, going on where the prompt ended."""
+        """Number `length` new tokens from where the prompt ended: position ids `[..., B, length]`."""
         after = int(cache.get_seq_length()) - self.mask.shape[1]
         return self.next_position + torch.arange(after, after + length, device=self.next_position.device)
 
     def check_length(self, cache: Any, attention_mask: torch.Tensor, length: int) -> None:
-        """Refuse a 2-D mask that does not span the whole prompt and all that followed.
+        """Refuse a 2-D mask that does not span the whole prompt and everything after it.
 
         Raises:
-            ValueError: another length.
+            ValueError: the mask has another length.
         """
         seen = int(cache.get_seq_length()) + self.full_length - self.mask.shape[1]
         if attention_mask.shape[1] != seen + length:
@@ -95,18 +101,18 @@ class CachedPrompt:
             )
 
     def check_continues(self, cache: Any, position_ids: torch.Tensor) -> None:
-        """Refuse tokens that are in the cache already: `generate` slices a full history by the pruned length.
+        """Refuse tokens that are in the cache already, as when `generate` cuts a full history at the pruned length.
 
         Raises:
             ValueError: the positions do not go on where the cache ends.
         """
-        # of several rows of positions the first may count otherwise; all advance alike over text
+        # where there are several rows of positions the first may count otherwise; all advance alike over text
         expected, came = self.positions_for(cache, 1), position_ids[..., :1].to(self.next_position.device)
         expected, came = (positions[-1] if positions.dim() > 2 else positions for positions in (expected, came))
         if not bool((came == expected).all()):
             raise ValueError(
-                f"position_ids: expected {position_ids.shape[-1]} tokens that go on where the pruned cache ends, got "
-                f"some that are in the cache already. {_CONTINUE}"
+                f"position_ids: expected {position_ids.shape[-1]} tokens that continue where the pruned cache ends, "
+                f"got some that are in the cache already. {_CONTINUE}"
             )
 
     def _rows(self, mask: torch.Tensor, batch: int) -> torch.Tensor:
@@ -120,6 +126,45 @@ class CachedPrompt:
         )
 
 
+class UncachedPrompt:
+    """Recognises the next step of a generation without a cache, and drops the tokens that the first step dropped.
+
+    Args:
+        prompt: the prompt on the host.
+        features: its images, held weakly.
+        kept: bool `[B, T]`, the tokens that stayed.
+        counts: how many stayed in each row.
+    """
+
+    def __init__(self, prompt: Prompt, features: tuple[Any, ...], kept: torch.Tensor, counts: list[int]) -> None:
+        self._ids = prompt.ids
+        self._features = [weakref.ref(feature) for feature in features]
+        self._kept = kept
+        self._counts = np.array(counts)
+        self._length_now = prompt.ids.shape[1]
+
+    def may_grow_into(self, input_ids: torch.Tensor, features: tuple[Any, ...]) -> bool:
+        """Tell whether shapes and images look like the next step: one token more, about the very same images."""
+        if tuple(input_ids.shape) != (self._ids.shape[0], self._length_now + 1):
+            return False
+        # some models put what they have encoded beside the pixels, to find it there in their next step
+        return bool(features) == bool(self._features) and all(
+            any(held() is feature for feature in features) for held in self._features
+        )
+
+    def grows_into(self, prompt: Prompt) -> bool:
+        """Tell whether `prompt` begins with this one; if so, it becomes the latest step."""
+        grows = np.array_equal(prompt.ids[:, : self._ids.shape[1]], self._ids)
+        self._length_now += int(grows)
+        return grows
+
+    def extended(self, valid: torch.Tensor, host_valid: np.ndarray) -> tuple[torch.Tensor, list[int]]:
+        """Mark the tokens that stay, bool `[B, T]`, and count them in each row, generated tokens included."""
+        start = self._ids.shape[1]
+        kept = torch.cat([self._kept, valid[:, start:]], dim=1)
+        return kept, (self._counts + host_valid[:, start:].sum(axis=1)).tolist()
+
+
 _CONTINUE = (
     "A pruned cache cannot take the full history again: pass only the new tokens as input_ids, with an attention_mask "
     "over the whole conversation before pruning, or start with a new cache"
@@ -127,10 +172,12 @@ _CONTINUE = (
 
 
 def cached_prompt(cache: Any) -> CachedPrompt | None:
-    """The record that a pruned prompt left with `cache`, if any."""
+    """Return the record that a pruned prompt left with `cache`, if there is one."""
     record = getattr(cache, _ATTRIBUTE, None)
-    # a growing cache that was reset is empty; the length of one of fixed size lives on the device
-    if record is not None and record.constant_mask is None and cache.get_seq_length() == 0:
+    if not isinstance(record, CachedPrompt):
+        return None
+    # a growing cache that was reset is empty; the length of a cache of fixed size lives on the device
+    if record.constant_mask is None and cache.get_seq_length() == 0:
         return None
     return record
 
@@ -142,7 +189,7 @@ def forget(cache: Any) -> None:
 
 
 def constant_mask(cache: Any, mask: torch.Tensor) -> torch.Tensor | None:
-    """`mask` continued by ones to the size of the cache, or None for one that grows or is shorter than the prompt."""
+    """Continue `mask` by ones to the size of the cache; None for a cache that grows or is shorter than the prompt."""
     if not getattr(cache, "is_compileable", False):
         return None
     left = _size(cache) - mask.shape[1]
@@ -150,7 +197,7 @@ def constant_mask(cache: Any, mask: torch.Tensor) -> torch.Tensor | None:
 
 
 def _size(cache: Any) -> int:
-    """Tokens that the layers of a cache of fixed size can hold, those without windows."""
+    """Count the tokens that layers without windows can hold in a cache of fixed size."""
     if hasattr(cache, "get_max_length"):
         return int(cache.get_max_length())
     # before transformers 5.18 a cache told the size of its first layer, which may be a window

@@ -1,7 +1,7 @@
-"""Hiding tokens from the later layers of a text model, by hooks on its layers.
+"""Choosing tokens inside the stack and masking them: later layers of the text model get masks without them.
 
-The sequence keeps its length. The layers behind the one that ranks the tokens get an attention mask in which the
-columns of dropped tokens are closed, in the prompt and in every later call over its cache.
+The sequence keeps its length. The layers after the one that ranks the tokens get an attention mask in which the columns
+of the dropped tokens are closed, in the prompt and in every later call over its cache.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from hawk_kernels.hf.families import Anatomy
+from hawk_kernels.hf.anatomy import Anatomy
+from hawk_kernels.hf.choose_tokens import Context
+from hawk_kernels.hf.hooks import Handle
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.rotary import rotary_of_layer
-from hawk_kernels.hf.view import Context
 
-_ATTRIBUTE = "_hawk_kernels_hidden"
+_ATTRIBUTE = "_hawk_kernels_masked"
 _IMPLEMENTATIONS = ("sdpa", "eager")
-# from what enters the ranking layer to the tokens that are hidden behind it
+# from what enters the ranking layer to the tokens that later layers do not see, bool [B, T]
 Choose = Callable[[torch.Tensor, LayerProjections, Context], torch.Tensor | None]
 
 
-class LayerHiding:
-    """Hides tokens from the layers behind the first ones of a text model while its hooks are attached.
+class LayerMasks:
+    """Masks tokens in the later layers of a text model while its hooks are attached.
 
     Args:
         anatomy: the model's parts.
@@ -34,8 +35,8 @@ class LayerHiding:
         method: name of the method, for messages.
 
     Raises:
-        ValueError: no such layer, or no layer behind it.
-        TypeError: a model whose layers can see tokens without attention.
+        ValueError: there is no such layer, or no layer after it.
+        TypeError: the model has layers that see tokens without attention.
     """
 
     def __init__(self, anatomy: Anatomy, layer: int, method: str) -> None:
@@ -46,32 +47,32 @@ class LayerHiding:
         if layer >= depth:
             remedy = f"pass layer={depth - 1} or less" if depth > 1 else "use another method"
             raise ValueError(
-                f"layer: expected 1 to {depth - 1}, since tokens are hidden from the layers behind it, got {layer} of "
+                f"layer: expected 1 to {depth - 1}, since tokens are hidden from the layers after it, got {layer} of "
                 f"{depth} layers; {remedy}"
             )
         if not all(hasattr(each, "self_attn") for each in self._layers[layer - 1 :]):
             raise TypeError(
-                f"method: expected one that removes tokens before the first layer, got {method!r}; a "
-                f"{anatomy.family.model_type} has layers without attention masks, from which nothing can be hidden"
+                f"method: expected one that removes tokens before the first layer, got {method!r}; use 'hawk', as a "
+                f"{anatomy.family.model_type} has layers without attention masks, which see every token"
             )
         self._first = layer
         self._projections = anatomy.family.projections(self._layers[layer - 1])
         self._thread = _ThreadState()
 
-    def attach(self) -> list[Any]:
-        """Register the hooks; returns their handles."""
+    def attach(self) -> list[Handle]:
+        """Register the hooks; removing the handles ends the masking."""
         ranking = self._layers[self._first - 1]
-        handles = [ranking.register_forward_pre_hook(self._before_ranking, with_kwargs=True)]
+        handles: list[Handle] = [ranking.register_forward_pre_hook(self._before_ranking, with_kwargs=True)]
         for index in range(self._first, len(self._layers)):
-            hook = partial(self._before_hidden, index)
+            hook = partial(self._before_masked, index)
             handles.append(self._layers[index].register_forward_pre_hook(hook, with_kwargs=True))
         return handles
 
     def start(self, valid: torch.Tensor) -> None:
-        """A prompt is about to enter the text model, so far with nothing to hide.
+        """Prepare for a prompt that is about to enter the text model, so far with nothing to mask.
 
         Args:
-            valid: bool `[B, T]`, its own tokens, False at padding and at guesses behind its end.
+            valid: bool `[B, T]`, its own tokens, False at padding and at guesses after its end.
 
         Raises:
             ValueError: an implementation of attention that takes no mask over pairs.
@@ -85,26 +86,26 @@ class LayerHiding:
         self._thread.begin(valid, is_prompt=True)
 
     def choose_inside(self, choose: Choose) -> None:
-        """What to hide is chosen when the ranking layer is reached."""
+        """Let `choose` tell what to mask once the ranking layer is reached."""
         self._thread.choose = choose
 
-    def hide(self, hidden: torch.Tensor) -> None:
-        """What to hide is known, bool `[B, T]`."""
-        self._thread.hidden = hidden
+    def mask(self, masked: torch.Tensor) -> None:
+        """Mask these tokens, bool `[B, T]`, which are known before the first layer."""
+        self._thread.masked = masked
 
     def finish(self, cache: Any) -> None:
-        """A prompt has left the text model; what was hidden in it stays so over `cache`."""
-        if cache is not None and self._thread.hidden is not None:
-            setattr(cache, _ATTRIBUTE, self._thread.hidden)
+        """Let `cache` keep what was masked in the prompt that has just left the text model."""
+        if cache is not None and self._thread.masked is not None:
+            setattr(cache, _ATTRIBUTE, self._thread.masked)
         self._thread.begin(None, is_prompt=False)
 
     def resume(self, cache: Any) -> None:
-        """A later call over `cache` is about to enter the text model."""
+        """Mask in a later call over `cache`, which is about to enter the text model, what was masked in its prompt."""
         self._thread.begin(None, is_prompt=False)
-        self._thread.hidden = getattr(cache, _ATTRIBUTE, None)
+        self._thread.masked = getattr(cache, _ATTRIBUTE, None)
 
     def forget(self, cache: Any) -> None:
-        """`cache` is about to be filled anew."""
+        """Forget what was masked over `cache`, which is about to be filled anew."""
         if hasattr(cache, _ATTRIBUTE):
             delattr(cache, _ATTRIBUTE)
 
@@ -117,46 +118,49 @@ class LayerHiding:
         rotary = rotary_of_layer(layer, kwargs.get("position_embeddings"), states)
         seen = _seen_by_last(kwargs.get("attention_mask"), valid)
         scale = layer.self_attn.scaling * getattr(layer.self_attn, "qk_scale_factor", 1.0)
-        self._thread.hidden = choose(states, self._projections, Context(rotary=rotary, seen=seen, scale=scale))
+        self._thread.masked = choose(states, self._projections, Context(rotary=rotary, seen=seen, scale=scale))
 
-    def _before_hidden(
+    def _before_masked(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        hidden = self._thread.hidden
-        if hidden is None:
+        masked = self._thread.masked
+        if masked is None:
             return None
         states = args[0] if args else kwargs["hidden_states"]
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         length = states.shape[1]
         width, offset = (length, 0) if cache is None else cache.get_mask_sizes(length, index)
         if not self._thread.is_prompt:
-            return args, {**kwargs, "attention_mask": self._closed(layer, mask, hidden, states, width, offset)}
+            return args, {**kwargs, "attention_mask": self._closed(layer, mask, masked, states, width, offset)}
         # most layers of a prompt share one mask
         kind = (width, offset, states.device, _is_causal(layer))
-        for given, other_kind, made in self._thread.masks:
+        for given, other_kind, made in self._thread.made:
             if given is mask and other_kind == kind:
                 return args, {**kwargs, "attention_mask": made}
-        made = self._closed(layer, mask, hidden, states, width, offset)
-        self._thread.masks.append((mask, kind, made))
+        made = self._closed(layer, mask, masked, states, width, offset)
+        self._thread.made.append((mask, kind, made))
         return args, {**kwargs, "attention_mask": made}
 
     def _closed(
-        self, layer: Any, mask: torch.Tensor | None, hidden: torch.Tensor, states: torch.Tensor, width: int, offset: int
+        self, layer: Any, mask: torch.Tensor | None, masked: torch.Tensor, states: torch.Tensor, width: int, offset: int
     ) -> torch.Tensor:
-        """The mask of a layer, `[B, 1, length, keys]`, with the hidden tokens' columns closed.
+        """Make the mask of a layer, `[B, 1, length, keys]`, with the columns of masked tokens closed.
 
         Args:
             layer: whose mask it is.
-            mask: its own, bool or additive; None: as the layer's attention takes it.
-            hidden: bool `[B, T]`.
+            mask: the layer's own, bool or additive; None means what the layer's attention takes it for.
+            masked: bool `[B, T]`.
             states: what enters the layer, `[B, length, hidden]`.
             width: keys of the layer.
             offset: tokens before the first of its keys, over which a window has slid.
+
+        Raises:
+            ValueError: the call has other rows than the prompt.
         """
         device, length = states.device, states.shape[1]
-        if hidden.shape[0] != states.shape[0]:
+        if masked.shape[0] != states.shape[0]:
             raise ValueError(
-                f"past_key_values: expected the {hidden.shape[0]} rows of the prompt that was read into this cache, "
+                f"past_key_values: expected the {masked.shape[0]} rows of the prompt that was read into this cache, "
                 f"got {states.shape[0]}; prefill again with the rows you need"
             )
         if mask is None:
@@ -167,21 +171,21 @@ class LayerHiding:
                 lowest = torch.finfo(states.dtype).min
                 mask = torch.zeros(mask.shape, dtype=states.dtype, device=device).masked_fill_(~mask, lowest)
         end = offset + mask.shape[-1]
-        columns = nn.functional.pad(hidden.to(device), (0, max(0, end - hidden.shape[1])))[:, None, None, offset:end]
+        columns = nn.functional.pad(masked.to(device), (0, max(0, end - masked.shape[1])))[:, None, None, offset:end]
         if self._thread.is_prompt:
-            # a hidden token still sees itself: a row that sees nothing at all would be NaN
+            # a masked token still sees itself: a row that sees nothing at all would be NaN
             itself = torch.eye(length, mask.shape[-1], dtype=torch.bool, device=device)
             columns = columns & ~itself
         return mask & ~columns if mask.dtype == torch.bool else mask.masked_fill(columns, torch.finfo(mask.dtype).min)
 
 
 def _is_causal(layer: Any) -> bool:
-    """Whether no mask means to look at earlier tokens only; to a model that reads both ways it means every token."""
-    return getattr(layer.self_attn, "is_causal", True)
+    """Tell whether no mask means causal attention; in a model that reads both ways, no mask shows all tokens."""
+    return bool(getattr(layer.self_attn, "is_causal", True))
 
 
 def _seen_by_last(mask: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
-    """Which tokens the last valid one of each row sees in a layer with this mask, bool `[B, T]`; without one, all."""
+    """Mark which tokens the last valid one of each row sees in a layer with this mask, bool `[B, T]`; all without."""
     if mask is None:
         return valid
     length = valid.shape[1]
@@ -199,6 +203,6 @@ class _ThreadState(threading.local):
         """Forget the call before."""
         self.valid, self.is_prompt = valid, is_prompt
         self.choose: Choose | None = None
-        self.hidden: torch.Tensor | None = None
-        # masks of the prompt's layers: given, of which kind, and made of it
-        self.masks: list[tuple[Any, Any, torch.Tensor]] = []
+        self.masked: torch.Tensor | None = None
+        # masks that were made for the prompt's layers: the given one, of which kind, and what became of it
+        self.made: list[tuple[Any, Any, torch.Tensor]] = []

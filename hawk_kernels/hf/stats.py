@@ -1,4 +1,4 @@
-"""What pruning did to a prompt, for people and for logs."""
+"""Statistics of what pruning did to a prompt, for people and for logs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from hawk_kernels.hf.prompt import Prompt
 
 @dataclass(frozen=True)
 class SampleStats:
-    """One row of a batch.
+    """What happened to one row of a batch.
 
     Attributes:
         visual_tokens_before: visual tokens of the prompt.
-        visual_tokens_after: those that stayed.
+        visual_tokens_after: visual tokens that stayed.
         prompt_tokens_before: tokens of the prompt without padding.
-        prompt_tokens_after: those that stayed.
-        budget: visual tokens the row may keep.
-        budget_per_image: the same image by image, or None where the images share one budget.
+        prompt_tokens_after: tokens of the prompt that stayed, without padding.
+        budget: how many visual tokens the row may keep.
+        budget_per_image: how many each of its images may keep, or None where the images share one budget.
         query_tokens: text tokens that ranked the visual ones.
-        query_source: where these were found.
+        query_source: where these text tokens were found.
         reason: why nothing was dropped, or None.
     """
 
@@ -37,17 +37,17 @@ class SampleStats:
 
 @dataclass(frozen=True)
 class PruningStats:
-    """The last prefill, sample by sample.
+    """What happened in the last prefill, sample by sample.
 
     Attributes:
         model: class of the model.
         family: its `model_type`.
         method: name of the method.
-        method_options: what the method was made with.
-        head_weights: where the head weights come from, or None for a method without.
+        method_options: the options that the method was made with.
+        head_weights: where the head weights come from, or None for a method without head weights.
         keep_ratio: fraction kept, or the budget.
         budget: "shared" or "per_image".
-        samples: one entry a row; empty before the first prefill.
+        samples: one entry for each row; empty before the first prefill.
         reason: why the whole call was left alone, or None.
     """
 
@@ -62,7 +62,7 @@ class PruningStats:
     reason: str | None = "no prompt has been read yet"
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain dicts, lists, strings and numbers, ready for JSON."""
+        """Return the same as plain dicts, lists, strings and numbers, ready for JSON."""
         return {**asdict(self), "samples": [asdict(sample) for sample in self.samples]}
 
     def __repr__(self) -> str:
@@ -85,12 +85,13 @@ class PruningStats:
 def sample_stats(
     prompt: Prompt, budgets: list[list[int]] | None, per_image: bool, reason: str | None
 ) -> tuple[SampleStats, ...]:
-    """Statistics of each row of a batch.
+    """Make the statistics of each row of a batch.
 
     Args:
         prompt: the batch on the host.
-        budgets: visual tokens kept, for each row a list with one entry an image or one for the row; None: all.
-        per_image: whether budgets are those of images.
+        budgets: visual tokens kept, for each row a list with one entry for each image or a single one for the row;
+            None means all.
+        per_image: whether the budgets are those of images.
         reason: why nothing was dropped at all, or None.
     """
     samples = []
