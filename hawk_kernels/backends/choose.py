@@ -1,4 +1,4 @@
-"""Which backend a call runs on."""
+"""Choose the backend that a call runs on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _is_interpreting() -> bool:
 
 
 def choose_backend(requested: str | None, device: torch.device, head_dim: int | None = None) -> str:
-    """The backend that a call runs on: the requested one or an error, else Triton where it can run, else torch.
+    """Return the backend that a call runs on: the requested one or an error, else Triton where it can run, else torch.
 
     Raises:
         ValueError: the name is unknown, or Triton was asked for where it cannot run.

@@ -35,7 +35,7 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hawk_kernels::{name}", fake, lib=LIBRARY)
     implementations[name] = run
     operator: Callable[..., Any] = getattr(torch.ops.hawk_kernels, name).default

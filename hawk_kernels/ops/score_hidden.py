@@ -206,7 +206,7 @@ def _check_num_key_value_heads(num_key_value_heads: object, num_heads: int) -> N
 def _check_epsilon(norm_eps: object) -> None:
     if isinstance(norm_eps, bool) or not isinstance(norm_eps, numbers.Real):
         raise TypeError(f"layer.norm_eps: expected a float, got {type(norm_eps).__name__}; 1e-6 is usual")
-    if not (math.isfinite(norm_eps) and norm_eps >= 0):
+    if not (math.isfinite(norm_eps) and float(norm_eps) >= 0):
         raise ValueError(f"layer.norm_eps: expected a finite number of at least 0, got {norm_eps}; 1e-6 is usual")
 
 

@@ -17,7 +17,7 @@ def select_topk(
     mask: torch.Tensor | None = None,
     rounding: str = "floor",
 ) -> Selection:
-    """Keep the best tokens by given scores, the second half of `score_and_select`.
+    """Keep the best tokens by given scores; this is the second half of `score_and_select`.
 
     Args:
         scores: `[B, M]` or `[M]`, floating point, compared as float32; higher is better, equal scores (`-0 == +0`)
