@@ -52,8 +52,8 @@ def _rank(score):
 def _count(r, num_candidates, rounding):
     """`K_b` of the paper (floor) or of the release (ceil), at least 1.
 
-    The ratio is a binary fraction just beside the number that a person wrote: where `count / num_candidates` is
-    `r` up to the rounding of `1 - 0.8`, that count was meant (0.29 of 100 is 29).
+    The ratio is a binary fraction beside the number that was written. Where `count / num_candidates` is `r` up to the
+    rounding of `1 - 0.8`, that count was meant: 0.29 of 100 is 29.
     """
     if num_candidates == 0:
         return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ class Layer(NamedTuple):
     """An RMSNorm and the query and key projections after it, all that `score_hidden` needs of a decoder layer.
 
     The layer computes `h = x / rms(x) * norm_weight`, `q = h @ wq.T + bq` and `k = h @ wk.T + bk`. A layer that also
-    normalises each head (Qwen3, Gemma 3) is none of these; project its tokens and call `score_and_select`.
+    normalises each head, as Qwen3 and Gemma 3 do, cannot be written so; project its tokens and call `score_and_select`.
 
     Attributes:
         norm_weight: what the normalised hidden state is multiplied by, `[C]`, floating point, or None for ones. Where a
@@ -47,7 +47,7 @@ class Layer(NamedTuple):
         """Read a layer from its modules. The tensors are shared with them, not copied.
 
         The norm is called on two probes, so that a module that centres its input, or that multiplies by one plus its
-        parameter as Gemma's does, is not misread. On a GPU that waits for the device.
+        parameter as Gemma's does, is not misread. On a GPU the host waits for the result.
 
         Args:
             norm: an RMSNorm with `weight` and `variance_epsilon` or `eps`.
@@ -70,8 +70,10 @@ class Layer(NamedTuple):
         return cls(factor, rms_norm.epsilon, query.weight, query.bias, key.weight, key.bias, num_key_value_heads)
 
     def to(self, target: torch.device | torch.dtype) -> Layer:
-        """The same layer on another device or in another dtype."""
-        moved = {name: value.to(target) for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
+        """Move the tensors to another device or dtype, and return the layer of them."""
+        moved: dict[str, Any] = {
+            name: value.to(target) for name, value in self._asdict().items() if isinstance(value, torch.Tensor)
+        }
         return self._replace(**moved)
 
 
@@ -87,7 +89,7 @@ class RMSNorm(NamedTuple):
     epsilon: float
 
     def factor(self, norm: nn.Module) -> torch.Tensor:
-        """What `norm` multiplies the normalised hidden state by, `[C]`."""
+        """Return what `norm`, the module, multiplies the normalised hidden state by, `[C]`."""
         weight = cast(torch.Tensor, norm.weight)
         # a half-precision sum would round the parameter away
         return weight.float() + self.offset if self.offset else weight
@@ -118,12 +120,12 @@ def recognised_rms_norm(norm: nn.Module) -> RMSNorm | None:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling the module multiplies by its weight, adds its bias and does nothing else."""
+    """Say whether calling the module multiplies by its weight, adds its bias and does nothing else."""
     return type(module) is nn.Linear and not runs_hooks(module) and all(map(_is_readable, _tensors(module).values()))
 
 
 def runs_hooks(module: nn.Module) -> bool:
-    """Whether something runs around the module, such as an adapter or the loading of weights that are elsewhere."""
+    """Say whether something runs around the module, such as an adapter or the loading of offloaded weights."""
     is_wrapped = "forward" in vars(module) or bool(module._forward_hooks) or bool(module._forward_pre_hooks)
     return is_wrapped or hasattr(module, "parametrizations")
 
@@ -138,7 +140,7 @@ def _tensors(linear: nn.Linear) -> dict[str, torch.Tensor]:
 
 
 def _checked_linear(name: str, module: nn.Module) -> nn.Linear:
-    """`module`, or an error where reading its weight would miss some of what it does."""
+    """Return `module`, or raise an error if it does more than its weight and bias say."""
     if type(module) is not nn.Linear:
         raise TypeError(
             f"{name}: expected a torch.nn.Linear, got {type(module).__name__}; dequantise a quantised projection, "

@@ -1,4 +1,4 @@
-"""What a selection is, and how a keep ratio becomes a number of tokens."""
+"""Selections of tokens, and how a keep ratio becomes a number of tokens."""
 
 from __future__ import annotations
 
@@ -29,6 +29,16 @@ class Selection(NamedTuple):
     mask: torch.Tensor
     indices: torch.Tensor
     scores: torch.Tensor
+
+
+Fields = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Mask, indices and scores, as an operator returns them."""
+
+
+def as_selection(fields: Fields, batched: bool) -> Selection:
+    """What an operator returned, without the batch axis where the caller gave none."""
+    mask, indices, scores = fields
+    return Selection(mask, indices, scores) if batched else Selection(mask[0], indices[0], scores[0])
 
 
 @lru_cache(maxsize=1024)
@@ -62,7 +72,7 @@ def _neighbour(exact: Fraction, rounding: str) -> Fraction:
 
 
 def kept_count(r: float | int, num_candidates: int, rounding: str = "floor") -> int:
-    """How many of `num_candidates` tokens are kept: `max(1, floor(r * num_candidates))`, at most all of them.
+    """Count the tokens that are kept of `num_candidates`: `max(1, floor(r * num_candidates))`, at most all of them.
 
     Args:
         r: a float in (0, 1] is the fraction that is kept, an int >= 1 a budget (clamped to the candidates).
@@ -79,7 +89,7 @@ def kept_count(r: float | int, num_candidates: int, rounding: str = "floor") -> 
 
 
 def kept_counts(r: float | int, num_candidates: torch.Tensor, rounding: str) -> torch.Tensor:
-    """`kept_count` of every row, on the device of `num_candidates` (int64 `[B]`), without a host sync."""
+    """Compute `kept_count` of every row on the device of `num_candidates` (int64 `[B]`), without a host sync."""
     if isinstance(r, int):
         # a budget may be any int, a tensor's bounds may not
         return num_candidates.clamp(max=min(r, _MAX_DENOMINATOR))
@@ -90,5 +100,5 @@ def kept_counts(r: float | int, num_candidates: torch.Tensor, rounding: str) -> 
 
 
 def max_kept(r: float | int, num_keys: int, rounding: str) -> int:
-    """Kmax, the width of `Selection.indices`: what a row keeps whose keys are all candidates."""
+    """Return Kmax, the width of `Selection.indices`: what a row keeps if all its keys are candidates."""
     return kept_count(r, num_keys, rounding)

@@ -59,7 +59,7 @@ _MEMORY_SHARE = 0.4
 
 @dataclass(frozen=True)
 class Model:
-    """Heads and sizes of the first decoder layer that shapes are measured with."""
+    """Sizes of the first decoder layer that shapes are measured with."""
 
     num_heads: int
     num_key_value_heads: int
@@ -111,7 +111,7 @@ def shapes(kernel: str, quick: bool = False) -> list[Shape]:
 
 @dataclass(frozen=True)
 class Problem:
-    """One shape with its inputs: `run` launches a configuration, `check` says why its result is wrong, or None."""
+    """One shape with its inputs: `run` launches a configuration; `check` says why its result is wrong, or None."""
 
     run: Callable[[Any], Selection]
     check: Callable[[Selection], str | None]
@@ -165,7 +165,7 @@ def problem(kernel: str, shape: Shape, device: torch.device, model: Model) -> Pr
 
 
 def refusal(kernel: str, config: dict[str, int], given: Problem, device: torch.device) -> str | None:
-    """Say why a candidate is not timed: it does not compile, spills, or selects something else; None if it may be."""
+    """Say why a candidate is not timed: it does not compile, spills, or selects something else. None if it may be."""
     try:
         with launched(kernel) as codes:
             wrong = given.check(given.run(_resolved(kernel, config, device)))
@@ -295,8 +295,9 @@ def tune(kernels: Sequence[str], out: Path, quick: bool, fresh: bool, say: Calla
     for number, (kernel, shape) in enumerate(wanted, 1):
         about_shape = " ".join(f"{name}={value}" for name, value in shape._asdict().items())
         label = f"[{number}/{len(wanted)}] {kernel} {about_shape}"
-        if (kernel, *shape) in measured:
-            table[kernel].append(measured[(kernel, *shape)])
+        key = (kernel, *shape)
+        if key in measured:
+            table[kernel].append(measured[key])
             say(f"{label}: measured before")
             continue
         if bytes_of(kernel, shape) > memory * _MEMORY_SHARE:

@@ -1,4 +1,4 @@
-"""Checks that the public functions share. Every error says what was expected, what came and what to do."""
+"""Checks that the public functions share. Each error says what was expected, what came and what to do."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from hawk_kernels.selection import ROUNDINGS
 
 # Rows are shorter than this, so a larger budget keeps as much; an operator takes no integers beyond 64 bits.
 _MAX_BUDGET = 2**31 - 1
-# What scores are computed from; float64 has no kernel.
+# Scores are computed from these dtypes; float64 has no kernel.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 NORMALIZATIONS = (None, "l2", "softmax", "minmax")
 
 
 def shape_of(tensor: torch.Tensor) -> list[int]:
-    """A shape as messages show it."""
+    """Return a shape as messages show it."""
     return list(tensor.shape)
 
 
 def check_tensor(name: str, value: object) -> None:
-    """`value` is a tensor."""
+    """Check that `value` is a tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}; use torch.as_tensor")
 
 
 def check_mask(name: str, mask: object, shape: tuple[int, ...], meaning: str, device: torch.device) -> None:
-    """`mask` is a bool tensor of this shape on this device; `meaning` says what an entry stands for."""
+    """Check that `mask` is a bool tensor of this shape on this device; `meaning` says what an entry stands for."""
     if not isinstance(mask, torch.Tensor):
         raise TypeError(f"{name}: expected a bool torch.Tensor or None, got {type(mask).__name__}; use torch.as_tensor")
     if mask.dtype != torch.bool:
@@ -45,7 +45,7 @@ def check_mask(name: str, mask: object, shape: tuple[int, ...], meaning: str, de
 
 
 def check_normalize(normalize: object) -> None:
-    """`normalize` is a known name."""
+    """Check that `normalize` is a known name."""
     if normalize not in NORMALIZATIONS:
         raise ValueError(
             f"normalize: expected None, 'l2', 'softmax' or 'minmax', got {normalize!r}; the release has 'l2'"
@@ -60,7 +60,7 @@ def check_rounding(rounding: str) -> str:
 
 
 def as_written(ratio: Any) -> float:
-    """A ratio as a person wrote it: NumPy's `float32(0.7)` is 0.7, not the 0.699999988 that it holds."""
+    """Read a ratio as it was written: NumPy's `float32(0.7)` is 0.7, not the 0.699999988 that it holds."""
     if isinstance(ratio, np.floating):
         return float(np.format_float_positional(ratio, unique=True))
     return float(ratio)
@@ -104,7 +104,7 @@ def checked_keep(r: object, num_keys: int, masked: bool) -> tuple[float, int]:
 
 
 def check_queries_and_keys(q: torch.Tensor, k: torch.Tensor) -> None:
-    """Types, dtypes, shapes and devices of `q` and `k`."""
+    """Check the types, dtypes, shapes and devices of `q` and `k`."""
     check_tensor("q", q)
     check_tensor("k", k)
     for name, tensor in (("q", q), ("k", k)):
@@ -145,7 +145,7 @@ def check_queries_and_keys(q: torch.Tensor, k: torch.Tensor) -> None:
 
 
 def check_head_vector(name: str, weights: torch.Tensor, q: torch.Tensor) -> None:
-    """One floating point weight a head of `q`, beside it."""
+    """Check that `weights` has one floating point weight for each head of `q`, on its device."""
     check_tensor(name, weights)
     if not weights.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating point dtype, got {weights.dtype}; use {name}.float()")
@@ -159,13 +159,13 @@ def check_head_vector(name: str, weights: torch.Tensor, q: torch.Tensor) -> None
 
 
 def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    """`tensor` is where `q` is."""
+    """Check that `tensor` is on `device`, where `q` is."""
     if tensor.device != device:
         raise ValueError(f"{name}: expected device {device} as q, got {tensor.device}; use {name}.to({str(device)!r})")
 
 
 def checked_scale(scale: float | None, head_dim: int) -> float:
-    """The scale, by default `D ** -0.5`."""
+    """Return the scale, by default `D ** -0.5`, or raise an error if it is not a finite number."""
     if scale is None:
         return float(head_dim**-0.5)
     if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymFloat, torch.SymInt)):

@@ -46,7 +46,7 @@ def make_case(
     seed: int = 0,
     **options: object,
 ) -> Case:
-    """Random inputs; masked ones have NaN wherever a mask says that nobody may look."""
+    """Make random inputs; masked ones have NaN wherever a mask is False."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(batch, num_heads, num_queries, head_dim, generator=generator).to(dtype)
     k = torch.randn(batch, num_key_value_heads, num_keys, head_dim, generator=generator).to(dtype)

@@ -114,7 +114,7 @@ def test_each_row_gives_away_one(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_what_nobody_looks_at_may_be_nan(backend, reduction, device):
+def test_rows_and_keys_that_do_not_count_may_be_nan(backend, reduction, device):
     """Rows that do not count, and keys in the future of all that do."""
     q, k = inputs(1, 2, 2, 12, 12)
     q_rows = torch.arange(12)[None] == 5

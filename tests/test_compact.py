@@ -188,7 +188,7 @@ def test_the_longest_rows(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_beyond_2_to_the_31_elements(backend, device):
-    """Memory is only reserved for what nobody reads."""
+    """Memory is only reserved, not read."""
     num_tokens, hidden_size = 70_000, 32_768
     try:
         embeds = torch.empty(1, num_tokens, hidden_size, dtype=torch.float16, device=device)
@@ -526,7 +526,7 @@ print(json.dumps(found))
 """
 
 
-def test_the_copy_goes_by_16_bytes_and_behind_a_barrier(repository):
+def test_the_copy_goes_by_16_bytes_and_after_a_barrier(repository):
     """What some threads of a program have written to `source`, others read: between the two stands a barrier."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(

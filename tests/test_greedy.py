@@ -95,7 +95,7 @@ def test_scores_rank_the_kept_tokens_first(function, problem):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @given(problem=problems())
-def test_a_row_keeps_the_same_alone_in_a_batch_and_behind_padding(function, problem):
+def test_a_row_keeps_the_same_alone_in_a_batch_and_after_padding(function, problem):
     features, quality, r, mask, rounding = problem
     mask = torch.ones_like(quality, dtype=torch.bool) if mask is None else mask
     whole = select(function, features, quality, r, mask=mask, rounding=rounding)

@@ -16,7 +16,7 @@ BACKENDS = ("torch", "triton")
 
 
 class HiddenCase:
-    """Random hidden states and a random layer; NaN wherever neither mask says that anybody may look."""
+    """Random hidden states and a random layer; NaN at all tokens that neither mask admits."""
 
     def __init__(
         self,

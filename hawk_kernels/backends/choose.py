@@ -1,8 +1,9 @@
-"""Which backend a call runs on."""
+"""Choose the backend that a call runs on."""
 
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -27,7 +28,7 @@ def _is_interpreting() -> bool:
 
 
 def choose_backend(requested: str | None, device: torch.device, head_dim: int | None = None) -> str:
-    """The backend that a call runs on: the requested one or an error, else Triton where it can run, else torch.
+    """Return the backend that a call runs on: the requested one or an error, else Triton where it can run, else torch.
 
     Raises:
         ValueError: the name is unknown, or Triton was asked for where it cannot run.
@@ -59,3 +60,9 @@ def choose_backend(requested: str | None, device: torch.device, head_dim: int | 
 def load_backend(name: str, operator: str) -> ModuleType:
     """Return the module that computes `operator` on a backend, importing it and nothing else on first use."""
     return import_module(f"{BACKENDS[name]}.{operator}")
+
+
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Keep autocast off, which would cast the products of float32 scores to half precision."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

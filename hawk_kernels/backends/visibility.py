@@ -1,4 +1,4 @@
-"""Who sees whom under right-aligned causality and segments: for a key always one range of rows, and the other way."""
+"""Which rows see which keys under right-aligned causality and segments: for each key it is one range of rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def segment_limits(cu_seqlens: torch.Tensor, length: int) -> list[int]:
-    """`cu_seqlens` as numbers; ValueError where they are no segments of a packed sequence. Waits for a GPU."""
+    """Read `cu_seqlens`, or raise a ValueError if they are not the segments of a packed sequence. Syncs with a GPU."""
     limits = cu_seqlens.tolist()
     if limits[0] != 0 or limits[-1] != length or any(end < start for start, end in pairwise(limits)):
         shown = limits if len(limits) <= 8 else [*limits[:4], "...", *limits[-3:]]
@@ -20,7 +20,7 @@ def segment_limits(cu_seqlens: torch.Tensor, length: int) -> list[int]:
 
 
 def segment_bounds(cu_seqlens: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the segment of each token begins and ends, int32 `[T]` each, without a host sync."""
+    """Return where the segment of each token begins and ends, int32 `[T]` each, without a host sync."""
     cu_seqlens = cu_seqlens.contiguous()
     tokens = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     segment = torch.searchsorted(cu_seqlens, tokens, right=True).clamp_(1, max(1, cu_seqlens.shape[0] - 1))
@@ -35,7 +35,7 @@ def seeing_rows(
     q_rows: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor:
-    """How many of the rows that count see each key, float32 `[1 or B, M]`, at least 1 so that it can divide.
+    """Count the rows that count and see each key, float32 `[1 or B, M]`, at least 1 so that it can divide.
 
     Args:
         num_queries: N.
@@ -46,13 +46,13 @@ def seeing_rows(
         device: of the result.
     """
     keys = torch.arange(num_keys, device=device)
-    first, behind = (torch.zeros_like(keys), torch.full_like(keys, num_queries)) if bounds is None else bounds
+    first, end = (torch.zeros_like(keys), torch.full_like(keys, num_queries)) if bounds is None else bounds
     if causal:
-        # rows before N - M see nothing, and no key is theirs
+        # rows before N - M see no key
         first = keys + (num_queries - num_keys)
-    # segments that were not checked stay inside, because an index beyond the end takes a GPU's context with it
-    first, behind = (rows.clamp(0, num_queries).long() for rows in (first, behind))
+    # unchecked segments are clamped, because an index out of bounds destroys the context of a GPU
+    first, end = (rows.clamp(0, num_queries).long() for rows in (first, end))
     if q_rows is None:
-        return (behind - first).clamp(min=1).float().unsqueeze(0)
+        return (end - first).clamp(min=1).float().unsqueeze(0)
     before = torch.nn.functional.pad(q_rows.cumsum(dim=1), (1, 0))
-    return (before[:, behind] - before[:, first]).clamp(min=1).float()
+    return (before[:, end] - before[:, first]).clamp(min=1).float()

@@ -1,1 +1,1 @@
-"""The operators: for each a file with the public function, its checks, and what `torch.library` needs to know of it."""
+"""Public operators, one file for each: the function, its checks and its definition in `torch.library`."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.backends.choose import choose_backend, load_backend
+from hawk_kernels.backends.choose import choose_backend, load_backend, without_autocast
 from hawk_kernels.backends.visibility import segment_limits
-from hawk_kernels.ops.library import define, without_autocast
+from hawk_kernels.ops.library import define
 from hawk_kernels.validation import (
     check_device,
     check_head_vector,
@@ -33,20 +33,20 @@ def attention_column_mean(
     scale: float | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Attention that each key receives: a statistic of the columns of `P[i] = softmax(q[i] k[i]^T * scale)`.
+    """Compute how much attention each key receives, from the columns of `P[i] = softmax(q[i] k[i]^T * scale)`.
 
     `a[i, m]` is the mean over the query rows that can see key `m` of `P[i, n, m]`, or their sum or maximum; 0 where no
     row sees the key. The matrix is never stored: memory grows with N + M. With the encoder's queries and keys this
     is the statistic of HiPrune (arXiv 2508.00553), with the last row only that of FastV, with the text rows that of
-    SparseVLM. A non-finite logit of a row that counts makes the keys of that row NaN, as in the softmax; rows and keys
-    that nothing looks at may hold anything.
+    SparseVLM. A non-finite logit of a row that counts makes the keys of that row NaN, as in the softmax. Rows that do
+    not count and keys that no row sees may hold anything.
 
     Args:
         q: queries, `[B, H, N, D]` or `[H, N, D]`, float32, float16 or bfloat16, any strides.
         k: keys, `[B, Hkv, M, D]` or `[Hkv, M, D]`, same dtype, `H % Hkv == 0`.
         cu_seqlens: int32 `[S + 1]`, ascending from 0 to T: `q` and `k` pack S sequences (B = 1, N = M = T) and
-            attention stays within each, as in `flash_attn_varlen_func`. Other numbers are an error on a CPU; a GPU is
-            not waited for, so that there `"triton"` makes something of them.
+            attention stays within each, as in `flash_attn_varlen_func`. Other numbers are an error on a CPU; on a GPU,
+            where checking them would be a host sync, the result of `"triton"` is then undefined.
         causal: row `n` sees keys up to `n + M - N` (right-aligned, as with a cache; with N > M the first rows see
             nothing), or up to itself in its segment.
         q_rows: bool `[B, N]` (`[N]` unbatched), True = this row counts.
@@ -103,7 +103,7 @@ def _check_flag(name: str, flag: object) -> None:
 
 
 def _check_segments(cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> None:
-    """What can be told of `cu_seqlens` without reading it."""
+    """Check of `cu_seqlens` what can be checked without reading it."""
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens: expected dtype torch.int32, got {cu_seqlens.dtype}; use cu_seqlens.int()")

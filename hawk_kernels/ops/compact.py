@@ -15,14 +15,14 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Compacted(NamedTuple):
-    """A pruned prompt, left-padded: the tokens of a row in their order at its end, zeros in front of them.
+    """A pruned prompt, padded on the left: a row ends with its tokens in their order and begins with zeros.
 
     Attributes:
         inputs_embeds: `[B, T', C]`, the dtype of the input; padding is zero.
-        position_ids: those the tokens had, `[B, T']` or `[A, B, T']`, the dtype of the input; 0 at padding.
+        position_ids: the tokens' own positions, `[B, T']` or `[A, B, T']`, the dtype of the input; 0 at padding.
         attention_mask: int64 `[B, T']`, 1 at tokens and 0 at padding.
-        source: int64 `[B, T']`, where in its row a token stood, 0 at padding: an index into whatever else has one
-            entry a token, `torch.take_along_dim(other, source, dim=1)`.
+        source: int64 `[B, T']`, where in its row a token stood, 0 at padding. It gathers whatever else has one entry a
+            token: `torch.take_along_dim(other, source, dim=1)`.
     """
 
     inputs_embeds: torch.Tensor
@@ -39,19 +39,20 @@ def compact(
     length: int | None = None,
     backend: str | None = None,
 ) -> Compacted:
-    """Build the pruned prompt from the tokens that stay: embeddings, positions and mask in one launch.
+    """Build the embeddings, positions and mask of the pruned prompt in one launch.
 
     Gradients flow back to `inputs_embeds`, zero to dropped tokens.
 
     Args:
         inputs_embeds: `[B, T, C]` or `[T, C]`, float32, float16, bfloat16 or float64, any strides.
-        keep_mask: bool `[B, T]` (`[T]` unbatched), True = stays, text as well as visual tokens; False = is dropped, or
-            is padding already.
+        keep_mask: bool `[B, T]` (`[T]` unbatched), True at text and visual tokens that stay, False at those that are
+            dropped and at padding.
         position_ids: int32 or int64 `[B, T]`, or `[A, B, T]` where RoPE has several axes, 1 in place of B for positions
             that all rows share (`[T]`, `[A, T]` unbatched). None: `0 .. T - 1`.
-        length: tokens of a packed row, `T'`, at least as many as the fullest row keeps. None asks the device for that
-            number: the one host sync, which a CUDA graph cannot hold. A larger one adds padding. A smaller one is an
-            error on a CPU; a GPU is not waited for, so that there a row keeps its last `length` tokens.
+        length: tokens of a packed row, `T'`, at least as many as the fullest row keeps; more add padding. None reads
+            that number from the device, which is the one host sync and cannot be captured in a CUDA graph. Too small
+            a number is an error on a CPU; on a GPU, where checking it would be a sync, a row keeps its last `length`
+            tokens.
         backend: `None` chooses; `"triton"` or `"torch"` is used or refused, never replaced.
 
     Returns:
@@ -140,7 +141,7 @@ def _check_length(length: object) -> None:
 
 
 def _check_fits(keep_mask: torch.Tensor, length: int) -> None:
-    """Refuse rows that are too short; on a CPU reading `keep_mask` waits for nothing."""
+    """Refuse rows that are too short. This reads `keep_mask`, which on a CPU costs no synchronisation."""
     fullest = _fullest_row(keep_mask)
     if fullest > length:
         raise ValueError(

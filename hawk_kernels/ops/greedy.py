@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from hawk_kernels.backends.choose import choose_backend, load_backend
-from hawk_kernels.ops.library import Fields, as_selection, define, fake_selection, without_autocast
-from hawk_kernels.selection import Selection
+from hawk_kernels.backends.choose import choose_backend, load_backend, without_autocast
+from hawk_kernels.ops.library import define, fake_selection
+from hawk_kernels.selection import Fields, Selection, as_selection
 from hawk_kernels.validation import check_mask, check_rounding, check_tensor, checked_keep, shape_of
 
 # With one token of padding, these are as many as fit into the registers of a program.
@@ -26,9 +26,9 @@ def greedy_max_min(
     """Keep tokens that are far from each other: greedy max-min cosine distance (DivPrune, arXiv 2503.02175).
 
     The first pick is the token whose nearest other candidate is farthest away; each next one is the token whose nearest
-    picked token is farthest away, by `1 - cos`. Equal distances go to the lower index, and below 1e-6, which float32
-    cannot tell from 0, all are 0. A zero vector has cosine 0 with every other; tokens with entries that are not finite
-    come last.
+    picked token is farthest away, by `1 - cos`. Equal distances go to the lower index; distances below 1e-6, which
+    float32 cannot tell from 0, count as 0. A zero vector has cosine 0 with every other; tokens with entries that are
+    not finite come last.
 
     Args:
         features: `[B, M, D]` or `[M, D]`, floating point, compared as float32.
@@ -62,13 +62,13 @@ def greedy_dpp(
     rounding: str = "floor",
     backend: str | None = None,
 ) -> Selection:
-    """Keep tokens that are good and differ: greedy MAP of a determinantal point process (arXiv 1709.05135).
+    """Keep tokens of high quality that differ: greedy MAP of a determinantal point process (arXiv 1709.05135).
 
     The kernel is `L[i, j] = q[i] cos(x[i], x[j]) q[j]`, as in CDPruner (arXiv 2506.10967); each pick is the token that
     multiplies the determinant of the picked ones' kernel by most. Equal gains go to the lower index. Once the picked
     tokens span the others (less than 1e-5 of a squared length is outside, about what float32 can tell), these follow
-    by quality; tokens that are not finite come last. Scaling all of a row's quality changes nothing, and less than 1e-6
-    of the largest counts as that.
+    by quality; tokens that are not finite come last. Scaling the quality of a whole row changes nothing. A quality
+    below 1e-6 of the row's largest counts as 1e-6 of it.
 
     Args:
         features: `[B, M, D]` or `[M, D]`, floating point, compared as float32.
@@ -106,7 +106,7 @@ def greedy_dpp(
 def _checked(
     features: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str
 ) -> tuple[bool, torch.Tensor, torch.Tensor | None, float, int | torch.SymInt]:
-    """Whether the arguments came batched, then they themselves, batched and without grad."""
+    """Check the arguments, and return whether they came batched, and them batched and without grad."""
     check_tensor("features", features)
     if not features.dtype.is_floating_point:
         raise TypeError(f"features: expected a floating point dtype, got {features.dtype}; use features.float()")

@@ -1,4 +1,4 @@
-"""HiPrune's choice of tokens (arXiv 2508.00553): anchors, the buffers around them, and registers."""
+"""Keep tokens as HiPrune does (arXiv 2508.00553): anchors, the buffers around them, and registers."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def hiprune_select(
 
 
 class HiPruneChoice(NamedTuple):
-    """A selection, and why each token is in it.
+    """A selection, and the role of each token in it.
 
     Attributes:
         selection: the kept tokens; its scores are the deep attention.
@@ -107,7 +107,7 @@ def choose(
     anchors: torch.Tensor | int,
     width: int,
 ) -> HiPruneChoice:
-    """The choice for validated arguments, of static shapes and without a host sync.
+    """Choose by validated arguments, with static shapes and without a host sync.
 
     Args:
         object_attention: float32 `[B, M]`.
@@ -141,12 +141,12 @@ def choose(
 
 
 def num_anchors(kept: int, alpha: float) -> int:
-    """Anchors among `kept` tokens: `round(alpha * kept / 5)`."""
+    """Return the number of anchors among `kept` tokens, `round(alpha * kept / 5)`."""
     return round(alpha * kept / 5)
 
 
 def grid_neighbours(grids: Sequence[tuple[int, int, int]], device: torch.device) -> torch.Tensor:
-    """The tokens above, below, left and right of each, int64 `[1, M, 4]`; M where the frame ends."""
+    """List the tokens above, below, left and right of each, int64 `[1, M, 4]`; M where the frame ends."""
     num_tokens = sum(math.prod(grid) for grid in grids)
     images, start = [], 0
     for frames, height, width in grids:
@@ -165,7 +165,7 @@ def grid_neighbours(grids: Sequence[tuple[int, int, int]], device: torch.device)
 
 
 def checked_alpha(alpha: float) -> float:
-    """`alpha`, or an error where it is no number in [0, 5]."""
+    """Return `alpha`, or raise an error if it is not a number in [0, 5]."""
     expected = "alpha: expected a number in [0, 5], of which a fifth is the share of anchors in the budget"
     if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
         raise TypeError(f"{expected}, got {type(alpha).__name__}; the paper uses 0.1")
@@ -175,7 +175,7 @@ def checked_alpha(alpha: float) -> float:
 
 
 def checked_grids(grid: Grid | Sequence[Grid]) -> list[tuple[int, int, int]]:
-    """Every image as `(t, h, w)`."""
+    """Return every image of a grid argument as `(t, h, w)`, or raise an error."""
     expected = "grid: expected (h, w), (t, h, w), or a sequence with one of these an image"
     if isinstance(grid, torch.Tensor):
         raise TypeError(f"{expected}, got a Tensor; read it first: grid.tolist() waits for the device")

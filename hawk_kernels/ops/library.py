@@ -7,15 +7,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from hawk_kernels.selection import Selection, keep_fraction
-
-Fields = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Mask, indices and scores, as an operator returns them."""
+from hawk_kernels.selection import Fields, keep_fraction
 
 LIBRARY = torch.library.Library("hawk_kernels", "DEF")
 
@@ -35,17 +31,11 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hawk_kernels::{name}", fake, lib=LIBRARY)
     implementations[name] = run
     operator: Callable[..., Any] = getattr(torch.ops.hawk_kernels, name).default
     return operator
-
-
-def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Keep autocast off, which would cast the products of float32 scores to half precision."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def fake_selection(
@@ -68,9 +58,3 @@ def _width(num_keys: int, ratio: float, budget: int | torch.SymInt, rounding: st
     extra = denominator - 1 if rounding == "ceil" else 0
     kept = torch.sym_max((num_keys * numerator + extra) // denominator, 1)
     return torch.sym_min(kept, num_keys)
-
-
-def as_selection(fields: Fields, batched: bool) -> Selection:
-    """What an operator returned, without the batch axis where the caller gave none."""
-    mask, indices, scores = fields
-    return Selection(mask, indices, scores) if batched else Selection(mask[0], indices[0], scores[0])

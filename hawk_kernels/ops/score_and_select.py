@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.backends.choose import choose_backend, load_backend
-from hawk_kernels.ops.library import Fields, as_selection, define, fake_selection, without_autocast
-from hawk_kernels.selection import Selection
+from hawk_kernels.backends.choose import choose_backend, load_backend, without_autocast
+from hawk_kernels.ops.library import define, fake_selection
+from hawk_kernels.selection import Fields, Selection, as_selection
 from hawk_kernels.validation import (
     check_head_vector,
     check_mask,
@@ -34,8 +34,9 @@ def score_and_select(
     """Score visual tokens by text queries and keep the best: HAWK (arXiv 2604.07812) in one launch.
 
     `c[i, k]` is the mean over text of `q[i] . k[k] * scale` (non-finite counts as 0), normalised per head over the
-    candidates, and `I[k] = sum_i w[i] c[i, k]`. A row with `M_b` candidates keeps `max(1, floor(r * M_b))`: higher
-    scores first, equal scores by lower index, NaN last. A row without candidates keeps nothing.
+    candidates, and `I[k] = sum_i w[i] c[i, k]`. A row with `M_b` candidates keeps `max(1, floor(r * M_b))`: those
+    with the highest scores, of equal ones those with the lower index; NaN ranks last. A row without candidates keeps
+    nothing.
 
     Args:
         q: text queries before RoPE, `[B, H, N, D]` or `[H, N, D]`, float32, float16 or bfloat16, any strides.
@@ -76,9 +77,9 @@ def score_tokens(
     scale: float | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Importance of visual tokens, the first half of `score_and_select`.
+    """Score visual tokens; this is the first half of `score_and_select`.
 
-    Arguments and errors as there.
+    Arguments and errors are those of `score_and_select`.
 
     Returns:
         float32 `[B, M]` (`[M]` unbatched), `-inf` at non-candidates, without grad.

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from hawk_kernels.backends.choose import choose_backend, load_backend
+from hawk_kernels.backends.choose import choose_backend, load_backend, without_autocast
 from hawk_kernels.layer import Layer
-from hawk_kernels.ops.library import Fields, as_selection, define, fake_selection, without_autocast
-from hawk_kernels.selection import Selection
+from hawk_kernels.ops.library import define, fake_selection
+from hawk_kernels.selection import Fields, Selection, as_selection
 from hawk_kernels.validation import (
     FLOATS,
     check_mask,
@@ -206,7 +206,7 @@ def _check_num_key_value_heads(num_key_value_heads: object, num_heads: int) -> N
 def _check_epsilon(norm_eps: object) -> None:
     if isinstance(norm_eps, bool) or not isinstance(norm_eps, numbers.Real):
         raise TypeError(f"layer.norm_eps: expected a float, got {type(norm_eps).__name__}; 1e-6 is usual")
-    if not (math.isfinite(norm_eps) and norm_eps >= 0):
+    if not (math.isfinite(norm_eps) and float(norm_eps) >= 0):
         raise ValueError(f"layer.norm_eps: expected a finite number of at least 0, got {norm_eps}; 1e-6 is usual")
 
 

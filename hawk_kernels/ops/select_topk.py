@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from hawk_kernels.backends.choose import choose_backend, load_backend
-from hawk_kernels.ops.library import Fields, as_selection, define, fake_selection
-from hawk_kernels.selection import Selection
+from hawk_kernels.ops.library import define, fake_selection
+from hawk_kernels.selection import Fields, Selection, as_selection
 from hawk_kernels.validation import check_mask, check_rounding, check_tensor, checked_keep, shape_of
 
 
@@ -17,7 +17,7 @@ def select_topk(
     mask: torch.Tensor | None = None,
     rounding: str = "floor",
 ) -> Selection:
-    """Keep the best tokens by given scores, the second half of `score_and_select`.
+    """Keep the best tokens by given scores; this is the second half of `score_and_select`.
 
     Args:
         scores: `[B, M]` or `[M]`, floating point, compared as float32; higher is better, equal scores (`-0 == +0`)

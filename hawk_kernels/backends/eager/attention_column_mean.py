@@ -1,4 +1,4 @@
-"""Column statistics of attention in PyTorch: whole rows of the attention matrix, one tile of rows at a time."""
+"""Compute column statistics of attention in PyTorch, from one tile of whole rows of the matrix at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def attention_column_mean(
     reduction: str,
     scale: float,
 ) -> torch.Tensor:
-    """Statistics `[B, M]` or `[B, H, M]` float32 of validated arguments.
+    """Compute the statistics `[B, M]` or `[B, H, M]`, float32, of validated arguments.
 
     Reads `q_rows` and `cu_seqlens` on the host: rows that do not count are never multiplied, and neighbouring segments
     of one length run side by side.
@@ -59,7 +59,7 @@ def _fill_segments(
     reduction: str,
     scale: float,
 ) -> None:
-    """`columns [Hkv, R, T]` of a packed sequence, queries `[Hkv, R, T, D]`, keys `[Hkv, T, D]`."""
+    """Fill `columns [Hkv, R, T]` of a packed sequence with queries `[Hkv, R, T, D]` and keys `[Hkv, T, D]`."""
     segments = [(start, end) for start, end in pairwise(limits) if end > start]
     if q_rows is not None:
         for start, end in segments:
@@ -86,7 +86,7 @@ def _fill_segments(
 def _columns(
     q: torch.Tensor, k: torch.Tensor, rows: range | list[int], causal: bool, reduction: str, scale: float
 ) -> torch.Tensor:
-    """Sums or maxima `[G, R, M]` over `rows` of the attention of queries `[G, R, N, D]` to keys `[G, M, D]`."""
+    """Compute sums or maxima `[G, R, M]` over `rows` of the attention of queries `[G, R, N, D]` to keys `[G, M, D]`."""
     groups, group_size, num_queries, _ = q.shape
     num_keys = k.shape[1]
     columns = q.new_zeros((groups, group_size, num_keys), dtype=torch.float32)
@@ -114,7 +114,7 @@ def _columns(
                 logits.masked_fill_(future, -torch.inf)
             attention = torch.softmax(logits, dim=-1, out=logits)
             if causal:
-                # a NaN fills its whole row, but the future of that row is not its to spoil
+                # a NaN has filled its whole row, and keys in the future of that row must not see it
                 attention.masked_fill_(future, 0.0)
             filled = columns[of_group, :, :seen]
             if reduction == "max":

@@ -1,4 +1,4 @@
-"""Compaction in PyTorch: a running count gives each token its slot, and the slots gather. No host sync on a device."""
+"""Compact in PyTorch: a running count gives each token its slot, and the slots gather, without a host sync on a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def slots(keep_mask: torch.Tensor, length: int) -> torch.Tensor:
-    """int64 `[B, T]`, where a kept token stands in its row of `length`; negative where a token has no place there."""
+    """Return int64 `[B, T]`, the slot of a kept token in its row of `length`; negative for a token without a slot."""
     counts = keep_mask.sum(dim=1, keepdim=True)
     return torch.where(keep_mask, keep_mask.cumsum(dim=1) + (length - 1 - counts), -1)
 
@@ -14,11 +14,11 @@ def slots(keep_mask: torch.Tensor, length: int) -> torch.Tensor:
 def compact(
     inputs_embeds: torch.Tensor, keep_mask: torch.Tensor, position_ids: torch.Tensor | None, length: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Packed embeddings `[B, T', C]`, positions `[A, B, T']`, mask and source `[B, T']` of validated arguments."""
+    """Pack embeddings `[B, T', C]`, positions `[A, B, T']`, mask and source `[B, T']` of validated arguments."""
     batch, num_tokens = keep_mask.shape
     slot = slots(keep_mask, length)
     tokens = torch.arange(num_tokens, device=keep_mask.device).expand_as(slot)
-    # Tokens without a slot all write to one behind the end.
+    # Tokens without a slot all write to an extra one at the end, which is cut off.
     target = torch.where(slot >= 0, slot, length)
     source = tokens.new_zeros(batch, length + 1).scatter_(1, target, tokens)[:, :length].contiguous()
     column = torch.arange(length, device=keep_mask.device)
@@ -43,14 +43,14 @@ def _packed(inputs_embeds: torch.Tensor, source: torch.Tensor, is_token: torch.T
     else:
         packed = inputs_embeds.gather(1, source.unsqueeze(-1).expand(-1, -1, hidden_size))
     if packed.device.type == "cpu":
-        # Touches the padding alone; looking for it is no host sync, because this is for CPU tensors.
+        # Only the padding is written; indexing by a mask is no host sync, because these are CPU tensors.
         packed[~is_token] = 0
         return packed
     return packed.masked_fill_(~is_token.unsqueeze(-1), 0)
 
 
 def restore(packed: torch.Tensor, keep_mask: torch.Tensor) -> torch.Tensor:
-    """`[B, T', C]` back to `[B, T, C]`: kept tokens where they stood, zeros where one was dropped; differentiable."""
+    """Put packed tokens back where they stood, `[B, T', C]` to `[B, T, C]`; dropped ones are zeros. Differentiable."""
     batch, length, hidden_size = packed.shape
     if length == 0:
         return packed.new_zeros(*keep_mask.shape, hidden_size)

@@ -1,4 +1,4 @@
-"""Greedy selection in PyTorch: one short run of whole-row steps for each pick, for all rows of the batch at once.
+"""Select greedily in PyTorch, with a few whole-row steps for each pick, for all rows of the batch at once.
 
 Cosines of all pairs are one matrix product where they fit in memory, and a product with the picked token's vector for
 each pick where they do not. Nothing is recomputed from the tokens picked before: the nearest picked token is a running
@@ -27,10 +27,10 @@ _UNLIKE, _BROKEN = -8.0, 4.0
 FIRST = 3.0
 # A token less of whose squared length is outside the span of the picked ones adds nothing that float32 can tell.
 SPANNED = 1e-5
-# Tokens in the span come behind all others, whose gain is at least SPANNED * LEAST_QUALITY**2.
+# Tokens in the span rank after all others, whose gain is at least SPANNED * LEAST_QUALITY**2.
 SPANNED_GAIN = 2.0**-60
 LEAST_QUALITY = 1e-6
-# and tokens that are not finite behind those
+# Tokens that are not finite rank after those.
 BROKEN_QUALITY = 1e-16
 
 Picks = tuple[torch.Tensor, torch.Tensor]
@@ -96,7 +96,7 @@ def greedy_max_min(
     rounding: str,
     picks: Callable[..., Picks] | None = None,
 ) -> Selection:
-    """Selection of validated features `[B, M, D]`, by `max_min_picks` or another backend's."""
+    """Select among validated features `[B, M, D]` by `max_min_picks` or another backend's."""
 
     def select(rows: slice) -> Selection:
         unit, candidates, finite = unit_vectors(features[rows], None if mask is None else mask[rows])
@@ -117,7 +117,7 @@ def max_min_picks(
     budget: torch.Tensor | None,
     width: int,
 ) -> Picks:
-    """The picks, one after the other.
+    """Make the picks one after another.
 
     Args:
         cosines: of the tokens, of which finite candidates count, and infinite from each to itself.
@@ -128,17 +128,17 @@ def max_min_picks(
 
     Returns:
         float32 `[B, M]`, distance to the nearest token that was picked before (at the end: to any that was picked), and
-        int64 `[B, width]`, the picks, M - 1 behind the end of a row.
+        int64 `[B, width]`, the picks, padded with M - 1 where a row makes fewer.
     """
-    batch, nobody = candidates.shape[0], candidates.shape[1] - 1
+    batch, padding = candidates.shape[0], candidates.shape[1] - 1
     nearest, worst = before_the_first(cosines, candidates, finite)
     at_pick = nearest.new_empty(width, batch)
     order = torch.empty(width, batch, dtype=torch.int64, device=nearest.device)
     for place in range(width):
         torch.min(nearest, dim=1, out=(at_pick[place], order[place]))
         if budget is not None:
-            # nobody is similar to none, so that a row that is full stays as it is
-            order[place] = torch.where(budget > place, order[place], nobody)
+            # the padding token is similar to none, so that a row that is full stays as it is
+            order[place] = torch.where(budget > place, order[place], padding)
         # the first pick is far from all others, the next ones from those that are picked
         torch.maximum(nearest if place else worst, cosines.rows(order[place]), out=nearest)
     return as_distances(nearest, at_pick.T, order.T), order.T
@@ -150,7 +150,7 @@ def before_the_first(
     """Similarity to the nearest other token, by which the first is picked, and what the next picks begin with."""
     nearest = cosines.nearest()
     worst = torch.full_like(nearest, -torch.inf)
-    # larger than any cosine: behind all that are finite
+    # larger than any cosine, so that they rank after all that are finite
     worst.masked_fill_(~finite, _BROKEN).masked_fill_(~candidates, torch.inf)
     return torch.maximum(nearest, worst), worst
 
@@ -170,7 +170,7 @@ def greedy_dpp(
     rounding: str,
     picks: Callable[..., Picks] | None = None,
 ) -> Selection:
-    """Selection of validated features `[B, M, D]` and float32 quality `[B, M]`, by `dpp_picks` or another backend's."""
+    """Select among validated features `[B, M, D]` of float32 quality `[B, M]` by `dpp_picks` or another backend's."""
 
     def select(rows: slice) -> Selection:
         unit, candidates, finite = unit_vectors(features[rows], None if mask is None else mask[rows])
@@ -189,7 +189,7 @@ def greedy_dpp(
 def dpp_picks(
     cosines: Cosines, length: torch.Tensor, weight: torch.Tensor, budget: torch.Tensor | None, width: int
 ) -> Picks:
-    """The picks, one after the other, by a Cholesky factor that grows (Chen et al., arXiv 1709.05135, algorithm 1).
+    """Make the picks one after another, by a Cholesky factor that grows (Chen et al., arXiv 1709.05135, algorithm 1).
 
     Args:
         cosines: of the tokens.
@@ -200,26 +200,26 @@ def dpp_picks(
 
     Returns:
         float32 `[B, M]`, the factor by which a token multiplied the determinant (or would now), and int64 `[B, width]`,
-        the picks, M - 1 behind the end of a row.
+        the picks, padded with M - 1 where a row makes fewer.
     """
     batch, padded = weight.shape
-    nobody = padded - 1
+    padding = padded - 1
     weight, outside = weight.clone(), length.clone()
     factor = weight.new_zeros(batch, width, padded)
     at_pick = weight.new_zeros(batch, padded)
-    order = torch.full((batch, width), nobody, dtype=torch.int64, device=weight.device)
+    order = torch.full((batch, width), padding, dtype=torch.int64, device=weight.device)
     for place in range(width):
         gain = torch.nn.functional.threshold(outside, SPANNED, SPANNED_GAIN).mul_(weight)
         picked = gain.argmax(dim=1)
         if budget is not None:
             active = budget > place
-            picked = torch.where(active, picked, nobody)
+            picked = torch.where(active, picked, padding)
         order[:, place] = picked
         chosen = picked.unsqueeze(1)
         at_pick.scatter_(1, chosen, gain.gather(1, chosen))
         weight.scatter_(1, chosen, -torch.inf)
         remains = outside.gather(1, chosen)
-        # nothing of a spanned token is left to take away from others; nor of nobody, a vector of zeros
+        # a spanned token, and the padding token, a vector of zeros, take nothing away from others
         scale = remains.rsqrt().masked_fill_(remains <= SPANNED, 0.0)
         row = cosines.rows(picked)
         if place:
@@ -234,9 +234,9 @@ def dpp_picks(
 
 
 def unit_vectors(features: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens of length 1 (0 where they are zero or not finite), which of them are candidates, and which are finite.
+    """Scale tokens to length 1 (0 where they are zero or not finite); say which are candidates and which are finite.
 
-    At least one token of zeros, no candidate, is added behind the end, up to a multiple of `_COLUMNS`: a matrix product
+    At least one token of zeros, no candidate, is appended, up to a multiple of `_COLUMNS`: a matrix product
     adds in another order in its last columns, so that equal tokens there would get another last bit and no longer tie.
     """
     batch, num_tokens, dim = features.shape
@@ -246,7 +246,7 @@ def unit_vectors(features: torch.Tensor, mask: torch.Tensor | None) -> tuple[tor
     norm = torch.linalg.vector_norm(own, dim=2, keepdim=True)
     is_ordinary = (norm > _SHORT) & (norm < _LONG)
     finite = torch.ones_like(is_ordinary)
-    # reading this waits for nobody on a CPU, where the passes below would take as long as a tenth of the cosines
+    # on a CPU reading this is no sync, and the passes below would take a tenth of the time of the cosines
     if dim and not (features.device.type == "cpu" and bool(is_ordinary.all())):
         # squares of some may over- or underflow
         largest = own.abs().amax(dim=2, keepdim=True)
@@ -270,10 +270,10 @@ def squared_quality(quality: torch.Tensor, candidates: torch.Tensor, finite: tor
 
 
 def as_selection(order: torch.Tensor, scores: torch.Tensor, candidates: torch.Tensor, num_tokens: int) -> Selection:
-    """The selection that picks make.
+    """Make the selection of given picks.
 
     Args:
-        order: int64 `[B, K]`, picks; at least `num_tokens` behind the end of a row.
+        order: int64 `[B, K]`, picks, padded with `num_tokens` or more where a row makes fewer.
         scores: float32 `[B, M']`.
         candidates: bool `[B, M']`.
         num_tokens: M, at most M'.
@@ -285,7 +285,7 @@ def as_selection(order: torch.Tensor, scores: torch.Tensor, candidates: torch.Te
 
 
 def _in_parts(select: Callable[[slice], Selection], batch: int, num_tokens: int) -> Selection:
-    """As many rows at a time as have cosines that fit in memory together."""
+    """Select for as many rows at a time as have cosines that fit in memory together."""
     together = max(1, _MATRIX // (num_tokens + _COLUMNS) ** 2)
     if batch <= together:
         return select(slice(None))
