@@ -169,7 +169,7 @@ OPTIONS = {
 
 
 def generation_example(name, mode):
-    # upstream proposes tokens for one row at a time; a row alone can be removed from physically
+    # upstream proposes tokens for one row at a time; only a single row can lose tokens physically
     one_row = mode in ("prompt lookup", "assisted") or not BY_NAME[name].hides
     model, inputs = example(name, "several images" if one_row else "padded batch")
     options = {"assistant_model": assistant_of(name)} if mode == "assisted" else OPTIONS[mode]
@@ -346,7 +346,7 @@ class ForwardOnly(torch.nn.Module):
 
 
 def check_quantised(name, _):
-    """Projections of all attention layers that are no `nn.Linear`."""
+    """Projections of all attention layers that are not `nn.Linear`."""
     _, inputs = example(name, "padded batch")
     model = copy.deepcopy(model_of(name))
     for layer in dissect(model).text.layers:
@@ -380,7 +380,7 @@ def compiled_decoding(model, inputs, positions):
 
 
 def compiled_example(name):
-    # tracing takes time by the layer
+    # tracing takes longer with each layer
     kinds = BY_NAME[name].text.get("layer_types")
     changes = {"num_hidden_layers": 2, **({} if kinds is None else {"layer_types": kinds[:2]})}
     model, inputs = tiny_model(name, text_changes=changes), batch(name, *prompts(name)["several images"])
@@ -400,7 +400,7 @@ def check_compiled(name, _):
 
 
 def dispatched(name, folder):
-    """A model whose text layers accelerate keeps by turns on the CPU and on the disk."""
+    """A model whose text layers accelerate keeps on the CPU and on the disk in turn."""
     from accelerate import dispatch_model
 
     model = copy.deepcopy(model_of(name))
@@ -413,7 +413,7 @@ def dispatched(name, folder):
 
 
 def _others(model, stem, prefix=""):
-    """Everything besides the layers under `stem`, in modules as large as possible, on the CPU."""
+    """Everything except the layers under `stem`, in modules as large as possible, on the CPU."""
     places = {}
     for part, module in model.named_children():
         path = f"{prefix}{part}"

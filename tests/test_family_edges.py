@@ -36,8 +36,8 @@ families = pytest.mark.parametrize("name", BY_NAME)
 
 
 WINDOW = 6
-# cohere_compass and muse_glimmer have windows too, but there is more to their logits than a text model and its head
-# where the text model sees kept tokens alone, windows count them; where masks over pairs are packed, as before
+# cohere_compass and muse_glimmer have windows too, but their logits take more than the text model and its head.
+# Where the text model sees kept tokens alone, windows count these; where masks over pairs are packed, they count all.
 SLIDING = {
     "aya_vision": {"sliding_window": WINDOW},
     "cohere2_vision": {"sliding_window": WINDOW},
@@ -85,7 +85,7 @@ def test_a_column_of_padding_keeps_flash_attention_from_splitting_the_row(name, 
     model, inputs = example(name, "several images")
     with pruned_by(model) as pruning:
         expected, said = model(**inputs).logits, generate(model, inputs)
-        # nothing here runs FlashAttention: what it would be given is given to another implementation
+        # FlashAttention does not run here, so another implementation gets what it would be given
         monkeypatch.setattr("hawk_kernels.hf.packing.splits_at_gaps", lambda *_: True)
         kept, seen = pruning.keep_mask, []
         hook = dissect(model).text.register_forward_pre_hook(
@@ -185,7 +185,7 @@ def test_images_beside_videos_without_a_cache_are_those_of_the_step_before(name)
 
 
 def attributes(model):
-    """What hangs on each module, but for what upstream keeps there."""
+    """What hangs on each module, except what upstream keeps there."""
     return {name: vars(module).keys() - {"rope_deltas"} for name, module in model.named_modules()}
 
 
@@ -259,7 +259,7 @@ def test_images_are_those_of_the_encoder_where_its_lengths_fit():
         assert prompt.with_images(lengths, kinds).image_lengths() == runs
 
 
-# what comes out last before RoPE, and norms that queries and keys share or that come behind RoPE
+# what comes out last before RoPE, and norms that queries and keys share or that come after RoPE
 LAST_BEFORE_ROPE = ("q_norm", "q_layernorm", "q_b_proj", "q_proj"), ("k_norm", "k_layernorm", "k_proj")
 OTHER_NORMS = {
     "llama4": ("qk_norm", "qk_norm"),
@@ -304,7 +304,7 @@ def test_scores_come_from_the_queries_and_keys_of_the_first_attention_layer(name
             expected = getattr(attention, head_norms[i])(expected)
         assert torch.allclose(found, expected, atol=1e-5)
     if index == 0:
-        # what enters the text model enters its first layer, but for a factor that a norm takes out again
+        # what enters the text model enters its first layer, up to a factor that a norm takes out again
         assert torch.allclose(projections.normalize(embeds), normalized, atol=1e-3)
 
 

@@ -36,25 +36,25 @@ MARKERS = Markers(vision_ends=(END,), turn_ends=(TURN, OTHER_TURN), reply_ends=(
     [
         # text, image, question, end of turn, header of the reply
         ([9, 9, START, IMAGE, IMAGE, END, 7, 8, TURN, 9], "......xx..", AFTER_LAST_VISUAL),
-        # padding is never asked, on neither side
+        # padding never ranks, on either side
         ([PAD, PAD, 9, START, IMAGE, END, 7, 8, TURN, 9], "......xx..", AFTER_LAST_VISUAL),
         ([9, START, IMAGE, END, 7, 8, TURN, 9, PAD, PAD], "....xx....", AFTER_LAST_VISUAL),
         # no end of turn: to the end
         ([9, START, IMAGE, END, 7, 8, 7], "....xxx", AFTER_LAST_VISUAL),
         # several images: after the last one
         ([START, IMAGE, END, 7, START, IMAGE, END, 8, TURN], ".......x.", AFTER_LAST_VISUAL),
-        # several turns: the user's last, with the header of the reply behind it
+        # several turns: the user's last, which the header of the reply follows
         ([START, IMAGE, END, 7, TURN, 9, 8, OTHER_TURN, 7, 7, TURN, 9, 9], "........xx...", LAST_TURN),
         # without that header too, whatever ends a turn
         ([START, IMAGE, END, 7, TURN, 9, 8, OTHER_TURN, 7, 7, TURN], "........xx.", LAST_TURN),
-        # the reply is there already, as in training: the question before it; behind it perhaps a line break
+        # the reply is there already, as in training: the question before it counts; a line break may follow it
         ([START, IMAGE, END, 7, 8, TURN, 9, 8, TURN], "...xx....", LAST_TURN),
         ([START, IMAGE, END, 7, 8, TURN, 9, 8, TURN, 9], "...xx.....", LAST_TURN),
-        # behind a reply a question that nothing closes yet
+        # after a reply comes a question that nothing closes yet
         ([START, IMAGE, END, 7, 8, TURN, 9, 8, TURN, 8, 7], ".........xx", LAST_TURN),
         # two questions in a row, each opened by 10, 11 as the image's turn is, and the opening of a reply, 10, 12
         ([10, 11, START, IMAGE, END, 7, TURN, 10, 11, 8, TURN, 10, 12], ".......xxx...", LAST_TURN),
-        # a question in the second place that nothing closes, behind a line break
+        # the second question, which nothing closes, comes after a line break
         (
             [9, TURN, 8, 10, 11, START, IMAGE, END, 7, TURN, 8, 10, 12, 7, TURN, 8, 10, 11, 7],
             "...............xxxx",
@@ -71,9 +71,9 @@ MARKERS = Markers(vision_ends=(END,), turn_ends=(TURN, OTHER_TURN), reply_ends=(
         # the question came first: all text after the first token
         ([9, 7, 8, START, IMAGE, IMAGE, END], ".xxx..x", ALL_TEXT),
         ([PAD, 9, 7, START, IMAGE, END, TURN, 9], "..xx.xxx", ALL_TEXT),
-        # but no system prompt
+        # but it does not take the system prompt
         ([9, 8, TURN, 7, START, IMAGE, END, TURN, 9], "...xx.xxx", ALL_TEXT_SINCE_IMAGE_TURN),
-        # nothing to rank
+        # there is nothing to rank
         ([9, 7, 8, TURN], "....", NO_VISUAL),
     ],
 )

@@ -23,7 +23,7 @@ from hawk_kernels.hf.encoders.tiles import TileEncoder
 from hawk_kernels.hf.families import ENCODERS, FAMILIES
 from hawk_kernels.hf.hooks import WatchedMethod
 from tests.encoder_oracles import eager_columns, influence
-from tests.tiny_families import BY_NAME, batch, text, tiny_model, vision
+from tests.tiny_families import BY_NAME, TEXT, batch, tiny_model
 from tests.tiny_models import (
     BEGIN,
     END_OF_TURN,
@@ -249,7 +249,7 @@ def test_each_image_has_its_budget_and_its_newlines():
     model, inputs = model_of("llava_next"), batch("llava_next", *prompts("llava_next")["padded batch"])
     with torch.no_grad(), prune(model, 3, method="hiprune", budget="per_image") as pruning:
         model(**inputs)
-    # two newlines behind the two rows of tiles of each
+    # two newlines after the two rows of tiles of each
     assert [sample.budget_per_image for sample in pruning.stats.samples] == [[5, 5], [5]]
     scored = pruning.scores > -torch.inf
     visual = inputs["input_ids"] == IMAGE
@@ -271,6 +271,15 @@ def test_tiles_that_stand_side_by_side_are_one_image_of_several_grids():
     with torch.no_grad(), prune(model, 5, method="hiprune", budget="per_image") as pruning:
         model(**inputs)
     assert pruning.stats.samples[0].budget_per_image == [5, 5]
+
+
+def text(model_type="llama"):
+    return {"model_type": model_type, **TEXT}
+
+
+def vision(model_type, image_size, patch_size, **changes):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return {"model_type": model_type, **sizes, "image_size": image_size, "patch_size": patch_size, **changes}
 
 
 ANY_RESOLUTION = {
@@ -515,7 +524,7 @@ def test_the_layer_of_qwen2_5_vl_is_the_published_one():
     assert options["object_layer_source"] == "arXiv 2508.00553"
 
 
-def test_queries_and_keys_are_read_behind_their_norms():
+def test_queries_and_keys_are_read_after_their_norms():
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     sizes = vision("internvl_vision", [24, 24], [4, 4], use_qk_norm=True)

@@ -27,8 +27,8 @@ def pieces(draw):
     height, width = draw(SIDES), draw(SIDES)
     if draw(st.booleans()):
         return Piece.of_cells(height, width)
-    newline_behind_each_row = np.tile(np.arange(width + 1) == width, height)
-    return Piece((1, height, width), newline_behind_each_row)
+    newline_after_each_row = np.tile(np.arange(width + 1) == width, height)
+    return Piece((1, height, width), newline_after_each_row)
 
 
 @st.composite

@@ -135,7 +135,7 @@ def test_generation_modes(options):
 
 def test_generation_steps_without_cache_keep_the_selection_of_the_prompt():
     model = qwen_vl(layers=2)
-    # no end of turn: without care the generated tokens would join the queries
+    # there is no end of turn, so generated tokens could be taken for queries
     inputs = qwen_batch([BEGIN, *words(3), Picture(4, 4), *words(5)])
     options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [*NO_MARKERS, END_OF_TURN]}
     with prune(model, 0.2, head_weights="uniform") as pruning:
@@ -143,7 +143,7 @@ def test_generation_steps_without_cache_keep_the_selection_of_the_prompt():
         keep_mask, scores = pruning.keep_mask, pruning.scores
         assert torch.equal(model.generate(**inputs, **options, use_cache=False), with_cache)
         assert torch.equal(pruning.keep_mask, keep_mask)
-        # another question about the same pixels is a new prompt, were it but one token longer
+        # another question about the same pixels is a new prompt, even if it is only one token longer
         length = inputs["input_ids"].shape[1]
         other = dict(inputs)
         for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
@@ -176,7 +176,7 @@ def test_prompt_lookup_decoding():
     model = qwen_vl(layers=2)
     phrase = words(4, 8)
     inputs = qwen_batch([BEGIN, *phrase, *phrase, Picture(4, 3), *phrase, *phrase])
-    # with padding the mask is a tensor, without it is None; both are cropped into when guesses are wrong
+    # with padding the mask is a tensor, without padding it is None; both are cropped into when guesses are wrong
     padding = {name: inputs[name].new_zeros(1, 3) for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
     padded = {**inputs, **{name: torch.cat([zeros, inputs[name]], dim=1) for name, zeros in padding.items()}}
     for prompt in (inputs, padded):
@@ -184,7 +184,7 @@ def test_prompt_lookup_decoding():
         keep_mask, stats = pruning.keep_mask, pruning.stats
         check_generation(model, prompt, 0.25, max_new_tokens=10)
         assert keep_mask.shape == prompt["input_ids"].shape
-        # the guesses that the first call brings along are no part of the question
+        # the first call brings guesses along, which are not part of the question
         with prune(model, 0.25, head_weights="uniform") as pruning:
             model.generate(**prompt, max_new_tokens=1)
         assert torch.equal(pruning.keep_mask, keep_mask)

@@ -238,13 +238,13 @@ def test_one_host_read_at_prefill_and_none_at_decode(model, monkeypatch):
     whole = reads()
     with prune(model, 0.3, head_weights="uniform"):
         pruned = reads()
-    # besides the fetch of the ids nothing is read: neither at the prefill nor in four decoding steps
+    # nothing but the ids is read, neither at the prefill nor in four decoding steps
     assert pruned == whole
     assert len(fetches) == 1
 
 
 def snapshot(model):
-    """Everything that hangs on the modules, but for what upstream itself keeps there."""
+    """Everything that hangs on the modules, except what upstream itself keeps there."""
     return {
         name: {
             key: dict(value) if isinstance(value, dict) else id(value)

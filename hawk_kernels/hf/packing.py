@@ -164,7 +164,7 @@ def packed_features(kwargs: dict[str, Any], prompt: Prompt, kept: torch.Tensor, 
     placeholders = upload(np.flatnonzero(prompt.all_placeholders()), kept.device)
     stays = kept.flatten().index_select(0, placeholders)
     count = packing.total - int((prompt.valid & ~prompt.visual).sum())
-    # those that stay come first, in their order; their number is known, so that nobody waits for the device
+    # those that stay come first, in their order; their number is known, so that the host does not wait for the device
     rows = torch.argsort((~stays).int(), stable=True)[:count]
 
     def select(features: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a pruned prompt leaves behind for the calls that follow: with its cache or, without a cache, by itself.
+"""What a pruned prompt leaves for the calls that follow, with its cache or without one.
 
 The caller goes on counting the tokens of the whole prompt: masks and positions have its length. The cache is shorter.
 The record that translates between the two is an attribute of the cache object, so that copies of a cache and several
