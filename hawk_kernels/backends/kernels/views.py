@@ -1,7 +1,8 @@
 """Tensors inside a kernel: a pointer and its strides travel as one value.
 
-A kernel takes pointers and strides apart, as Triton specialises a launch by each of them, and puts them together in its
-first lines. That costs nothing: tuples are gone before the compiler's first pass.
+A kernel takes all pointers in one tuple, the strides that a model has in another, and integers that vary with the
+prompt one by one, because Triton's `do_not_specialize` does not reach into a tuple. It puts them together in its first
+lines, which costs nothing: tuples are gone before the compiler's first pass.
 
 Triton keys its cache of compiled kernels by the source of jitted functions and knows nothing of these classes. Whoever
 changes the order of their fields must also change a function that builds them, or stale kernels may run.
