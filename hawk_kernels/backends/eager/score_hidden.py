@@ -46,8 +46,9 @@ def score_hidden(
     if bk is not None:
         key_bias = bk.float().unflatten(0, (num_key_value_heads, -1))
         c += torch.einsum("bgid,gd->bgi", query, key_bias).flatten(1).unsqueeze(-1)
-    c.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    return weighted_sum(c, w.float(), k_mask, normalize).masked_fill_(~k_mask, -torch.inf)
+    outside = ~k_mask
+    importance = weighted_sum(c.unsqueeze(1), w.float(), outside[:, None, None, :], normalize)
+    return importance.masked_fill_(outside, -torch.inf)
 
 
 def score_hidden_and_select(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from hawk_kernels.selection import Selection, kept_counts, max_kept
@@ -26,26 +27,47 @@ def select(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, roun
             scores.new_empty(scores.shape[0], width, dtype=torch.int64),
             scores,
         )
-    if mask is None and scores.device.type == "cpu":
-        untied = _untied_top(scores, width)
+    if scores.device.type == "cpu":
+        untied = _untied_top(scores, r, mask, rounding, width)
         if untied is not None:
             return untied
     return _ranked_top(scores, r, mask, rounding, width)
 
 
-def _untied_top(scores: torch.Tensor, width: int) -> Selection | None:
-    """The best `width` of each row by `torch.topk`, or None where a tie or a NaN would leave the order to it.
+def _untied_top(
+    scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str, width: int
+) -> Selection | None:
+    """The scores that reach a row's threshold, or None where a tie or a NaN makes them more or fewer than its budget.
 
-    The number of scores that reach a row's threshold tells. Reading it is no host sync: this is for CPU tensors.
+    NumPy partitions in a tenth of the time that `torch.topk` takes. Reading values is no host sync on a CPU.
     """
-    keep = scores >= scores.topk(width).values[:, -1:]
-    positions = keep.nonzero()
-    if positions.shape[0] != scores.shape[0] * width:
+    values = scores.numpy()
+    num_keys = values.shape[1]
+    if mask is None:
+        thresholds = np.partition(values, num_keys - width, axis=1)[:, num_keys - width, None]
+        budgets = None if len(values) == 1 else np.full(len(values), width)
+        count = len(values) * width
+    else:
+        budgets = kept_counts(r, mask.sum(dim=1), rounding).numpy()
+        if not budgets.all():
+            return None
+        places = num_keys - budgets
+        thresholds = np.array([[np.partition(row, place)[place]] for row, place in zip(values, places)])
+        count = budgets.sum()
+    keep = values >= thresholds
+    positions = np.flatnonzero(keep)
+    # Where the whole count is right, a row with a NaN may have as many too few as a row with a tie has too many.
+    if len(positions) != count or (budgets is not None and (np.count_nonzero(keep, axis=1) != budgets).any()):
         return None
-    # A row with a NaN falls as far below its budget as a row with a tie may rise above it.
-    if scores.shape[0] > 1 and bool((keep.sum(dim=1) != width).any()):
-        return None
-    return Selection(keep, positions[:, 1].clone(memory_format=torch.contiguous_format).view(-1, width), scores)
+    indices = torch.from_numpy(positions)
+    if len(values) > 1:
+        indices = indices.remainder_(num_keys)
+    if len(positions) == len(values) * width:
+        indices = indices.view(-1, width)
+    else:
+        is_kept = torch.arange(width) < torch.from_numpy(budgets).unsqueeze(1)
+        indices = indices.new_full((len(values), width), -1).masked_scatter_(is_kept, indices)
+    return Selection(torch.from_numpy(keep), indices, scores)
 
 
 def _ranked_top(
