@@ -26,8 +26,8 @@ _ROWS = 4
 _TILE = 1 << 19
 # A float32 sum of squares over more columns than this would need float64.
 _LONGEST_PIECE = 2048
-# Up to this many float32 keys are read faster where they are than through a tile.
-_DIRECT = 1 << 20
+# Up to these sizes float32 keys are read faster where they are than through a tile, by matrices and by vectors.
+_DIRECT, _DIRECT_VECTOR = 1 << 20, 1 << 22
 # Between these norms no float32 square of a part of the vector that matters over- or underflows.
 _SHORTEST, _LONGEST = 1e-12, 1e18
 
@@ -67,21 +67,22 @@ def _queries_and_weights(
     """
     group_size = w.shape[0] // num_key_value_heads
     weights = w.float()
-    queries = _mean_query(q, q_mask, scale).unflatten(1, (num_key_value_heads, group_size))
-    if q.device.type != "cpu" or group_size == 1:
+    mean = _mean_query(q, q_mask, scale)
+    queries = mean.view(mean.shape[0], num_key_value_heads, group_size, mean.shape[2])
+    if group_size == 1 or q.device.type != "cpu":
         return queries, weights
     weights = weights.view(num_key_value_heads, group_size)
     if normalize is None:
-        # Without a norm between them the sum over the heads and the product commute. A head that does not score, or
-        # a weight that spoils every score, does so alone: such groups do not fold.
+        # Without a norm between them the sum over the heads and the product commute. Where a head does not score, or a
+        # weight spoils every score, they do not.
         folded = torch.matmul(weights.unsqueeze(1), queries)
         if math.isfinite(folded.abs().sum()):
             return folded, weights.new_ones(num_key_value_heads)
     extra = -group_size % _ROWS
     if extra:
-        queries = torch.cat([queries, queries[:, :, :extra]], dim=2)
-        weights = torch.nn.functional.pad(weights, (0, extra))
-    return queries, weights.flatten()
+        queries = torch.cat((queries, queries[:, :, :extra]), dim=2)
+        weights = torch.constant_pad_nd(weights, (0, extra))
+    return queries, weights.view(-1)
 
 
 def _mean_query(q: torch.Tensor, q_mask: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -97,29 +98,36 @@ def _mean_query(q: torch.Tensor, q_mask: torch.Tensor | None, scale: float) -> t
 def _logits(queries: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """`c [B, P, Hkv * R, C]` float32: the keys of a row in P pieces of C, the last one filled up with zeros.
 
-    All products have one shape, a multiple of `COLUMNS`, so equal keys tie wherever they stand.
+    All products have one shape, whose columns are a multiple of `COLUMNS`, so equal keys tie wherever they stand.
     """
     batch, num_key_value_heads, num_keys, head_dim = k.shape
     group_size = queries.shape[2]
+    queries = queries.view(-1, group_size, head_dim)
+    if _is_read_directly(k, group_size):
+        # torch.matmul would do the same with twice the host work.
+        c = torch.bmm(queries, k.reshape(-1, num_keys, head_dim).transpose(1, 2))
+        return c.view(batch, 1, -1, num_keys)
     pieces, columns, rows_together = _tiling(k)
     c = queries.new_empty(batch, pieces, num_key_value_heads, group_size, columns)
-    queries = queries.flatten(0, 1)
-    is_direct = _is_direct(k) and pieces * columns == num_keys
-    tile = None if is_direct else queries.new_empty(rows_together, num_key_value_heads, columns, head_dim)
+    tile = queries.new_empty(rows_together, num_key_value_heads, columns, head_dim)
     for row in range(0, batch, rows_together):
         rows = slice(row, min(row + rows_together, batch))
         groups = slice(row * num_key_value_heads, rows.stop * num_key_value_heads)
         for piece in range(pieces):
-            keys = k[rows, :, piece * columns : (piece + 1) * columns]
-            if tile is not None:
-                keys = _copied(keys, tile[: keys.shape[0]])
-            # torch.matmul would do the same with twice the host work.
+            keys = _copied(k[rows, :, piece * columns : (piece + 1) * columns], tile[: rows.stop - row])
             torch.bmm(
                 queries[groups],
-                keys.reshape(-1, columns, head_dim).transpose(1, 2),
+                keys.view(-1, columns, head_dim).transpose(1, 2),
                 out=c[rows, piece].view(-1, group_size, columns),
             )
     return c.flatten(2, 3)
+
+
+def _is_read_directly(k: torch.Tensor, group_size: int) -> bool:
+    """Whether a product reads the keys where they are, in less time than a copy and a product of the copy take."""
+    if k.dtype != torch.float32 or k.shape[2] % COLUMNS:
+        return False
+    return k.device.type != "cpu" or k.numel() <= (_DIRECT_VECTOR if group_size == 1 else _DIRECT)
 
 
 def _tiling(k: torch.Tensor) -> tuple[int, int, int]:
@@ -128,14 +136,9 @@ def _tiling(k: torch.Tensor) -> tuple[int, int, int]:
     if k.device.type != "cpu":
         return 1, -(-num_keys // COLUMNS) * COLUMNS, batch
     keys_together = min(max(1, _TILE // (num_key_value_heads * head_dim)), _LONGEST_PIECE)
-    pieces = 1 if _is_direct(k) and num_keys <= _LONGEST_PIECE else max(1, round(num_keys / keys_together))
-    columns = -(-num_keys // (pieces * COLUMNS)) * COLUMNS
+    columns = -(-num_keys // (max(1, round(num_keys / keys_together)) * COLUMNS)) * COLUMNS
     pieces = -(-num_keys // columns)
-    return pieces, columns, max(1, keys_together // columns) if pieces == 1 else 1
-
-
-def _is_direct(k: torch.Tensor) -> bool:
-    return k.dtype == torch.float32 and (k.device.type != "cpu" or k.numel() <= _DIRECT)
+    return pieces, columns, min(batch, max(1, keys_together // columns)) if pieces == 1 else 1
 
 
 def _copied(keys: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
@@ -191,7 +194,9 @@ def weighted_sum(
         c.sub_(lowest)
         if outside is not None:
             c.masked_fill_(outside, 0.0)
-    weights = weights[:, None, :].expand(-1, pieces, -1).reshape(-1, 1, num_heads)
+    weights = weights.unsqueeze(1)
+    if pieces > 1:
+        weights = weights.repeat_interleave(pieces, dim=0)
     return torch.bmm(weights, c.view(-1, num_heads, columns)).view(batch, -1)
 
 
@@ -202,9 +207,9 @@ def _over_l2_norm(c: torch.Tensor, w: torch.Tensor, outside: torch.Tensor | None
     if c.device.type == "cpu" and c.shape[3] <= _LONGEST_PIECE:
         # Looking at the norms is no host sync: this is for CPU tensors.
         norm = torch.linalg.vector_norm(c, dim=3)
-        norm = torch.linalg.vector_norm(norm, dim=1, dtype=torch.float64)
+        norm = norm.squeeze(1) if norm.shape[1] == 1 else torch.linalg.vector_norm(norm, dim=1, dtype=torch.float64)
         shortest, longest = torch.aminmax(norm)
-        if shortest >= _SHORTEST and longest <= _LONGEST:
+        if shortest.item() >= _SHORTEST and longest.item() <= _LONGEST:
             return (w / norm).float()
     # In float64 no square over- or underflows; below float32's normal range a vector has no direction left.
     c.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
