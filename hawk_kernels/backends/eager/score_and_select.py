@@ -20,15 +20,13 @@ from hawk_kernels.selection import Selection
 # A matrix product adds in another order in its last columns, where equal keys would no longer tie. It does not where
 # the number of columns is a multiple of this.
 COLUMNS = 16
-# On a CPU a product with 7 rows takes longer than one with 8.
-_ROWS = 4
-# Elements of a float32 tile of keys: 2 MB, which two cores keep in their caches between the copy and the product.
+# Elements of a float32 tile of keys: 2 MB, which stay in a cache between the reading and the product.
 _TILE = 1 << 19
-# A float32 sum of squares over more columns than this would need float64.
-_LONGEST_PIECE = 2048
-# Up to these sizes float32 keys are read faster where they are than through a tile, by matrices and by vectors.
-_DIRECT, _DIRECT_VECTOR = 1 << 20, 1 << 22
-# Between these norms no float32 square of a part of the vector that matters over- or underflows.
+# Float32 keys with fewer elements, 10 MB, are multiplied where they are, all at once.
+_SMALL = 5 << 19
+# Float32 squares of more columns than this are not added up in float32: the error would show beside that of a score.
+_LONGEST_SUM = 2048
+# Between these norms no square over- or underflows in float32 that would change a bit of the norm.
 _SHORTEST, _LONGEST = 1e-12, 1e18
 
 
@@ -62,27 +60,18 @@ def _queries_and_weights(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean queries `[B, Hkv, R, D]` float32 times the scale, and the weights `[Hkv * R]` of their logits.
 
-    R is the number of heads in a group, or 1 where the group folds into one query; on a CPU it is rounded up, with
-    repeated queries that weigh nothing.
+    R is the number of heads in a group, or 1 where the group folds into one query.
     """
-    group_size = w.shape[0] // num_key_value_heads
     weights = w.float()
     mean = _mean_query(q, q_mask, scale)
-    queries = mean.view(mean.shape[0], num_key_value_heads, group_size, mean.shape[2])
-    if group_size == 1 or q.device.type != "cpu":
-        return queries, weights
-    weights = weights.view(num_key_value_heads, group_size)
-    if normalize is None:
+    queries = mean.view(mean.shape[0], num_key_value_heads, -1, mean.shape[2])
+    if normalize is None and q.device.type == "cpu":
         # Without a norm between them the sum over the heads and the product commute. Where a head does not score, or a
         # weight spoils every score, they do not.
-        folded = torch.matmul(weights.unsqueeze(1), queries)
+        folded = torch.matmul(weights.view(num_key_value_heads, 1, -1), queries)
         if math.isfinite(folded.abs().sum()):
             return folded, weights.new_ones(num_key_value_heads)
-    extra = -group_size % _ROWS
-    if extra:
-        queries = torch.cat((queries, queries[:, :, :extra]), dim=2)
-        weights = torch.constant_pad_nd(weights, (0, extra))
-    return queries, weights.view(-1)
+    return queries, weights
 
 
 def _mean_query(q: torch.Tensor, q_mask: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -103,7 +92,8 @@ def _logits(queries: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     batch, num_key_value_heads, num_keys, head_dim = k.shape
     group_size = queries.shape[2]
     queries = queries.view(-1, group_size, head_dim)
-    if _is_read_directly(k, group_size):
+    is_small = k.device.type != "cpu" or k.numel() < _SMALL
+    if is_small and k.dtype == torch.float32 and num_keys % COLUMNS == 0:
         # torch.matmul would do the same with twice the host work.
         c = torch.bmm(queries, k.reshape(-1, num_keys, head_dim).transpose(1, 2))
         return c.view(batch, 1, -1, num_keys)
@@ -114,20 +104,19 @@ def _logits(queries: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         rows = slice(row, min(row + rows_together, batch))
         groups = slice(row * num_key_value_heads, rows.stop * num_key_value_heads)
         for piece in range(pieces):
-            keys = _copied(k[rows, :, piece * columns : (piece + 1) * columns], tile[: rows.stop - row])
+            keys = k[rows, :, piece * columns : (piece + 1) * columns]
+            if keys.dtype == torch.float32 and keys.shape[2] == columns:
+                # A product reads short stretches of many rows at once, which memory serves slowly. A sum reads the
+                # keys in order, and then the product finds them in the cache.
+                keys.sum()
+            else:
+                keys = _copied(keys, tile[: rows.stop - row])
             torch.bmm(
                 queries[groups],
-                keys.view(-1, columns, head_dim).transpose(1, 2),
+                keys.reshape(-1, columns, head_dim).transpose(1, 2),
                 out=c[rows, piece].view(-1, group_size, columns),
             )
     return c.flatten(2, 3)
-
-
-def _is_read_directly(k: torch.Tensor, group_size: int) -> bool:
-    """Whether a product reads the keys where they are, in less time than a copy and a product of the copy take."""
-    if k.dtype != torch.float32 or k.shape[2] % COLUMNS:
-        return False
-    return k.device.type != "cpu" or k.numel() <= (_DIRECT_VECTOR if group_size == 1 else _DIRECT)
 
 
 def _tiling(k: torch.Tensor) -> tuple[int, int, int]:
@@ -135,7 +124,7 @@ def _tiling(k: torch.Tensor) -> tuple[int, int, int]:
     batch, num_key_value_heads, num_keys, head_dim = k.shape
     if k.device.type != "cpu":
         return 1, -(-num_keys // COLUMNS) * COLUMNS, batch
-    keys_together = min(max(1, _TILE // (num_key_value_heads * head_dim)), _LONGEST_PIECE)
+    keys_together = max(1, _TILE // (num_key_value_heads * head_dim))
     columns = -(-num_keys // (max(1, round(num_keys / keys_together)) * COLUMNS)) * COLUMNS
     pieces = -(-num_keys // columns)
     return pieces, columns, min(batch, max(1, keys_together // columns)) if pieces == 1 else 1
@@ -144,8 +133,6 @@ def _tiling(k: torch.Tensor) -> tuple[int, int, int]:
 def _copied(keys: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
     """The tile, with the keys in front and zeros after them."""
     count = keys.shape[2]
-    if count == tile.shape[2]:
-        return tile.copy_(keys)
     tile[:, :, :count].copy_(keys)
     tile[:, :, count:].zero_()
     return tile
@@ -204,10 +191,14 @@ def _over_l2_norm(c: torch.Tensor, w: torch.Tensor, outside: torch.Tensor | None
     """`w[i] / |c[i, :]|`, `[B, H]`, or 0 where the vector is too short to have a direction in float32."""
     if outside is not None:
         c.masked_fill_(outside, 0.0)
-    if c.device.type == "cpu" and c.shape[3] <= _LONGEST_PIECE:
+    batch, pieces, num_heads, columns = c.shape
+    parts = -(-columns // _LONGEST_SUM)
+    if c.device.type == "cpu" and columns % parts == 0:
         # Looking at the norms is no host sync: this is for CPU tensors.
-        norm = torch.linalg.vector_norm(c, dim=3)
-        norm = norm.squeeze(1) if norm.shape[1] == 1 else torch.linalg.vector_norm(norm, dim=1, dtype=torch.float64)
+        norm = torch.linalg.vector_norm(c.view(batch, pieces, num_heads, parts, -1), dim=4)
+        if pieces * parts > 1:
+            norm = torch.linalg.vector_norm(norm, dim=(1, 3), dtype=torch.float64)
+        norm = norm.view(batch, num_heads)
         shortest, longest = torch.aminmax(norm)
         if shortest.item() >= _SHORTEST and longest.item() <= _LONGEST:
             return (w / norm).float()

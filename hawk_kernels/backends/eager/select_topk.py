@@ -43,34 +43,29 @@ def _untied_top(
     """
     values = scores.numpy()
     num_rows, num_keys = values.shape
+    budgets: int | np.ndarray = width
     if mask is None:
-        budgets = np.full(num_rows, width)
         in_order = values.copy()
         in_order.partition(num_keys - width)
-        thresholds = in_order[:, num_keys - width, None]
+        keep = values >= in_order[:, num_keys - width, None]
     else:
         budgets = kept_counts(r, mask.sum(dim=1), rounding).numpy()
         if not budgets.all():
             return None
         places = num_keys - budgets
-        thresholds = np.array([[np.partition(row, place)[place]] for row, place in zip(values, places, strict=True)])
-    keep = values >= thresholds
+        keep = values >= [[np.partition(row, place)[place]] for row, place in zip(values, places, strict=True)]
     positions = keep.ravel().nonzero()[0]
-    # The counts of rows matter, not their sum: a NaN makes one too small, a tie another too large.
-    if num_rows == 1:
-        counts_are_right = len(positions) == budgets[0]
-    else:
-        counts_are_right = (keep.sum(axis=1) == budgets).all()
+    # The counts of the rows matter, not their sum: a NaN makes one too small, a tie another too large.
+    if num_rows > 1:
+        if (keep.sum(axis=1) != budgets).any():
+            return None
         positions %= num_keys
-    if not counts_are_right:
+    elif len(positions) != budgets:
         return None
-    if len(positions) == num_rows * width:
-        indices = torch.from_numpy(positions).view(num_rows, width)
-    else:
-        padded = np.full((num_rows, width), -1)
-        padded[np.arange(width) < budgets[:, None]] = positions
-        indices = torch.from_numpy(padded)
-    return Selection(torch.from_numpy(keep), indices, scores)
+    if len(positions) < num_rows * width:
+        packed, positions = positions, np.full((num_rows, width), -1)
+        positions[np.arange(width) < budgets[:, None]] = packed
+    return Selection(torch.from_numpy(keep), torch.from_numpy(positions).view(num_rows, width), scores)
 
 
 def _ranked_top(
