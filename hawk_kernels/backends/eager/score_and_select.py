@@ -138,9 +138,7 @@ def _copied(keys: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
     return tile
 
 
-def _outside(
-    c: torch.Tensor, k_mask: torch.Tensor | None, num_keys: int, normalize: str | None
-) -> torch.Tensor | None:
+def _outside(c: torch.Tensor, k_mask: torch.Tensor | None, num_keys: int, normalize: str | None) -> torch.Tensor | None:
     """bool `[B, P, 1, C]`, True at the columns that no norm may see, or None where the norm needs no such mask."""
     batch, pieces, _, columns = c.shape
     extra = pieces * columns - num_keys
@@ -152,9 +150,7 @@ def _outside(
     return outside.view(batch, pieces, 1, columns)
 
 
-def weighted_sum(
-    c: torch.Tensor, w: torch.Tensor, outside: torch.Tensor | None, normalize: str | None
-) -> torch.Tensor:
+def weighted_sum(c: torch.Tensor, w: torch.Tensor, outside: torch.Tensor | None, normalize: str | None) -> torch.Tensor:
     """`sum_i w[i] norm(c[i, :])`, `[B, P * C]`, of `c [B, P, H, C]`, whose columns stand in P pieces.
 
     A logit that is not finite counts as 0. The norm sees the columns that are not `outside` (bool `[B, P, 1, C]`);
