@@ -22,7 +22,7 @@ from hawk_kernels.selection import Selection
 COLUMNS = 16
 # Elements of a float32 tile of keys: 2 MB, which stay in a cache between the reading and the product.
 _TILE = 1 << 19
-# Float32 keys with fewer elements, 10 MB, are multiplied where they are, all at once.
+# Float32 keys of fewer elements, 10 MB, are multiplied all at once, where they are.
 _SMALL = 5 << 19
 # Float32 squares of more columns than this are not added up in float32: the error would show beside that of a score.
 _LONGEST_SUM = 2048
@@ -46,7 +46,8 @@ def score_tokens(
     queries, weights = _queries_and_weights(q, w, q_mask, scale, num_key_value_heads, normalize)
     c = _logits(queries, k)
     importance = weighted_sum(c, weights, _outside(c, k_mask, num_keys, normalize), normalize)
-    importance = importance[:, :num_keys].contiguous()
+    if importance.shape[1] > num_keys:
+        importance = importance[:, :num_keys].contiguous()
     return importance if k_mask is None else importance.masked_fill_(~k_mask, -torch.inf)
 
 
@@ -92,11 +93,8 @@ def _logits(queries: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     batch, num_key_value_heads, num_keys, head_dim = k.shape
     group_size = queries.shape[2]
     queries = queries.view(-1, group_size, head_dim)
-    is_small = k.device.type != "cpu" or k.numel() < _SMALL
-    if is_small and k.dtype == torch.float32 and num_keys % COLUMNS == 0:
-        # torch.matmul would do the same with twice the host work.
-        c = torch.bmm(queries, k.reshape(-1, num_keys, head_dim).transpose(1, 2))
-        return c.view(batch, 1, -1, num_keys)
+    if k.dtype == torch.float32 and (k.device.type != "cpu" or k.numel() < _SMALL):
+        return _products(queries, k.reshape(-1, num_keys, head_dim)).view(batch, 1, -1, aligned(num_keys))
     pieces, columns, rows_together = _tiling(k)
     c = queries.new_empty(batch, pieces, num_key_value_heads, group_size, columns)
     tile = queries.new_empty(rows_together, num_key_value_heads, columns, head_dim)
@@ -119,13 +117,33 @@ def _logits(queries: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return c.flatten(2, 3)
 
 
+def _products(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """`[G, R, C]` of float32 queries `[G, R, D]` and keys `[G, M, D]`, which are read where they are; zeros after M.
+
+    Where M is no multiple of `COLUMNS`, two overlapping products of one shape are put together: products of different
+    shapes may add in different orders.
+    """
+    # torch.matmul would do the same with twice the host work.
+    count = keys.shape[1]
+    columns = aligned(count)
+    if count == columns:
+        return torch.bmm(queries, keys.transpose(1, 2))
+    if count < COLUMNS:
+        return torch.bmm(queries, torch.constant_pad_nd(keys, (0, 0, 0, columns - count)).transpose(1, 2))
+    half = aligned(-(-count // 2))
+    front = torch.bmm(queries, keys[:, :half].transpose(1, 2))
+    back = torch.bmm(queries, keys[:, -half:].transpose(1, 2))
+    zeros = front.new_zeros(*front.shape[:2], columns - count)
+    return torch.cat((front, back[:, :, 2 * half - count :], zeros), dim=2)
+
+
 def _tiling(k: torch.Tensor) -> tuple[int, int, int]:
     """Pieces of a row, columns of a piece, and how many rows of one piece make up a tile."""
     batch, num_key_value_heads, num_keys, head_dim = k.shape
     if k.device.type != "cpu":
-        return 1, -(-num_keys // COLUMNS) * COLUMNS, batch
+        return 1, aligned(num_keys), batch
     keys_together = max(1, _TILE // (num_key_value_heads * head_dim))
-    columns = -(-num_keys // (max(1, round(num_keys / keys_together)) * COLUMNS)) * COLUMNS
+    columns = aligned(-(-num_keys // max(1, round(num_keys / keys_together))))
     pieces = -(-num_keys // columns)
     return pieces, columns, min(batch, max(1, keys_together // columns)) if pieces == 1 else 1
 
@@ -150,8 +168,15 @@ def _outside(c: torch.Tensor, k_mask: torch.Tensor | None, num_keys: int, normal
     return outside.view(batch, pieces, 1, columns)
 
 
+def aligned(count: int) -> int:
+    """The number of columns that a product needs so that all of `count` columns are added up in one order."""
+    return -(-count // COLUMNS) * COLUMNS
+
+
 def weighted_sum(c: torch.Tensor, w: torch.Tensor, outside: torch.Tensor | None, normalize: str | None) -> torch.Tensor:
     """`sum_i w[i] norm(c[i, :])`, `[B, P * C]`, of `c [B, P, H, C]`, whose columns stand in P pieces.
+
+    Equal columns get equal sums where C is a multiple of `COLUMNS`.
 
     A logit that is not finite counts as 0. The norm sees the columns that are not `outside` (bool `[B, P, 1, C]`);
     what the sum is there means nothing. `c` may be overwritten.

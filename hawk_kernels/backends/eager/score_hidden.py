@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.backends.eager.score_and_select import COLUMNS, weighted_sum
+from hawk_kernels.backends.eager.score_and_select import aligned, weighted_sum
 from hawk_kernels.backends.eager.select_topk import select
 from hawk_kernels.selection import Selection
 
@@ -46,9 +46,10 @@ def score_hidden(
     if bk is not None:
         key_bias = bk.float().unflatten(0, (num_key_value_heads, -1))
         c += torch.einsum("bgid,gd->bgi", query, key_bias).flatten(1).unsqueeze(-1)
-    outside = ~k_mask
+    num_tokens = x.shape[1]
+    outside = torch.nn.functional.pad(~k_mask, (0, c.shape[2] - num_tokens), value=True)
     importance = weighted_sum(c.unsqueeze(1), w.float(), outside[:, None, None, :], normalize)
-    return importance.masked_fill_(outside, -torch.inf)
+    return importance.masked_fill_(outside, -torch.inf)[:, :num_tokens].contiguous()
 
 
 def score_hidden_and_select(
@@ -102,9 +103,9 @@ def _inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
 
 
 def _logits(x: torch.Tensor, k_mask: torch.Tensor, folded: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """`c [B, H, T]` without the bias; anything where there is no candidate."""
+    """`c [B, H, C]` without the bias, C = T rounded up to `COLUMNS`; anything where there is no candidate."""
     batch, num_tokens, _ = x.shape
-    c = x.new_zeros((batch, folded.shape[1], num_tokens), dtype=torch.float32)
+    c = x.new_zeros((batch, folded.shape[1], aligned(num_tokens)), dtype=torch.float32)
     for row in range(batch):
         places = k_mask[row].nonzero().squeeze(1) if x.device.type == "cpu" else None
         count = num_tokens if places is None else places.numel()
@@ -112,7 +113,7 @@ def _logits(x: torch.Tensor, k_mask: torch.Tensor, folded: torch.Tensor, epsilon
             some = slice(start, min(start + _TOKENS, count))
             states = x[row, some] if places is None else x[row].index_select(0, places[some])
             # A product adds in another order in its last columns, where equal tokens would no longer tie.
-            padded = states.new_zeros((-(-states.shape[0] // COLUMNS) * COLUMNS, states.shape[1]), dtype=torch.float32)
+            padded = states.new_zeros((aligned(states.shape[0]), states.shape[1]), dtype=torch.float32)
             padded[: states.shape[0]] = states
             products = (folded[row] @ padded.T) * _inverse_rms(padded, epsilon).T
             c[row, :, some if places is None else places[some]] = products[:, : states.shape[0]]
