@@ -9,6 +9,7 @@ import csrc_ref
 from bench.timing import peak_bytes
 from hawk_kernels import score_and_select, score_tokens, select_topk
 from hawk_kernels.backends.eager import score_and_select as eager
+from hawk_kernels.backends.eager import score_hidden as eager_hidden
 from tests.cases import DTYPES, NORMALIZATIONS, SCORE_TOLERANCE, assert_matches_reference, make_case
 
 CPU = torch.device("cpu")
@@ -63,6 +64,26 @@ def test_equal_keys_score_equally_wherever_they_stand(threads, way, normalize, d
             assert scores[kinds == kind].unique().numel() <= 1
     exact = csrc_ref.select_topk(selection.scores, case.r)
     assert torch.equal(selection.indices, exact.indices)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_equal_hidden_states_score_equally_wherever_they_stand(threads, data):
+    """Rows of several tiles, candidates that are one span of tokens and such that are not."""
+    num_tokens, num_heads = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 30))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    kinds = torch.randint(4, (num_tokens,), generator=generator)
+    x = torch.randn(2, 4, data.draw(st.sampled_from([16, 48, 256])), generator=generator)[:, kinds]
+    x = x.to(data.draw(st.sampled_from(DTYPES)))
+    mask = torch.rand(2, num_tokens, generator=generator) < data.draw(st.sampled_from([0.3, 1.0]))
+    folded = torch.randn(2, num_heads, x.shape[2], generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eager_hidden, "_TOKENS", 96)
+        c = eager_hidden._logits(x, mask, folded, 1e-6)
+    importance = eager.weighted_sum(c.unsqueeze(1), torch.rand(num_heads, generator=generator), None, None)
+    for row in range(2):
+        for kind in range(4):
+            assert importance[row, :num_tokens][mask[row] & (kinds == kind)].unique().numel() <= 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -104,17 +104,33 @@ def _inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
 
 def _logits(x: torch.Tensor, k_mask: torch.Tensor, folded: torch.Tensor, epsilon: float) -> torch.Tensor:
     """`c [B, H, C]` without the bias, C = T rounded up to `COLUMNS`; anything where there is no candidate."""
-    batch, num_tokens, _ = x.shape
+    batch, num_tokens, hidden_size = x.shape
     c = x.new_zeros((batch, folded.shape[1], aligned(num_tokens)), dtype=torch.float32)
     for row in range(batch):
-        places = k_mask[row].nonzero().squeeze(1) if x.device.type == "cpu" else None
+        places = _places(k_mask[row])
         count = num_tokens if places is None else places.numel()
-        for start in range(0, count, _TOKENS):
-            some = slice(start, min(start + _TOKENS, count))
-            states = x[row, some] if places is None else x[row].index_select(0, places[some])
-            # A product adds in another order in its last columns, where equal tokens would no longer tie.
-            padded = states.new_zeros((aligned(states.shape[0]), states.shape[1]), dtype=torch.float32)
-            padded[: states.shape[0]] = states
-            products = (folded[row] @ padded.T) * _inverse_rms(padded, epsilon).T
-            c[row, :, some if places is None else places[some]] = products[:, : states.shape[0]]
+        if count == 0:
+            continue
+        # All products have one aligned shape: another one may add in another order, and equal tokens would not tie.
+        width = aligned(-(-count // -(-count // _TOKENS)))
+        tile = x.new_empty((width, hidden_size), dtype=torch.float32)
+        for start in range(0, count, width):
+            some = slice(start, min(start + width, count))
+            held = some.stop - start
+            if places is None:
+                where, states = some, x[row, some]
+            else:
+                where = places[some]
+                first, last = where[0].item(), where[-1].item()
+                is_span = last - first + 1 == held
+                states = x[row, first : last + 1] if is_span else x[row].index_select(0, where)
+            tile[:held].copy_(states)
+            tile[held:].zero_()
+            products = (folded[row] @ tile.T) * _inverse_rms(tile, epsilon).T
+            c[row, :, where] = products[:, :held]
     return c
+
+
+def _places(mask: torch.Tensor) -> torch.Tensor | None:
+    """Positions of the candidates; None on a GPU, where all tokens take part because counting waits for the device."""
+    return mask.nonzero().squeeze(1) if mask.device.type == "cpu" else None
