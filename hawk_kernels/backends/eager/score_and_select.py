@@ -222,11 +222,11 @@ def _over_l2_norm(c: torch.Tensor, w: torch.Tensor, outside: torch.Tensor | None
         norm = norm.view(batch, num_heads)
         shortest, longest = torch.aminmax(norm)
         if shortest.item() >= _SHORTEST and longest.item() <= _LONGEST:
-            return (w / norm).float()
+            return torch.div(w, norm).float()
     # In float64 no square over- or underflows; below float32's normal range a vector has no direction left.
     c.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     norm = torch.linalg.vector_norm(c, dim=(1, 3), dtype=torch.float64)
-    return (w / norm.masked_fill_(norm < torch.finfo(torch.float32).tiny, torch.inf)).float()
+    return torch.div(w, norm.masked_fill_(norm < torch.finfo(torch.float32).tiny, torch.inf)).float()
 
 
 def score_and_select(

@@ -78,7 +78,7 @@ def score_hidden_and_select(
 
 def _matrix_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`rows [B, C] @ weight [O, C]^T` in float32, the weight converted a piece at a time."""
-    return torch.cat([rows @ piece.float().T for piece in weight.split(_TOKENS)], dim=1)
+    return torch.cat([rows @ piece.float().T for piece in torch.split(weight, _TOKENS)], dim=1)
 
 
 def _mean_text(x: torch.Tensor, q_mask: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -115,13 +115,13 @@ def _logits(x: torch.Tensor, k_mask: torch.Tensor, folded: torch.Tensor, epsilon
         width = aligned(-(-count // -(-count // _TOKENS)))
         tile = x.new_empty((width, hidden_size), dtype=torch.float32)
         for start in range(0, count, width):
-            some = slice(start, min(start + width, count))
-            held = some.stop - start
+            held = min(width, count - start)
+            where: slice | torch.Tensor = slice(start, start + held)
             if places is None:
-                where, states = some, x[row, some]
+                states = x[row, where]
             else:
-                where = places[some]
-                first, last = where[0].item(), where[-1].item()
+                where = places[start : start + held]
+                first, last = int(where[0]), int(where[-1])
                 is_span = last - first + 1 == held
                 states = x[row, first : last + 1] if is_span else x[row].index_select(0, where)
             tile[:held].copy_(states)

@@ -43,8 +43,8 @@ def _untied_top(
     """
     values = scores.numpy()
     num_rows, num_keys = values.shape
-    budgets: int | np.ndarray = width
     if mask is None:
+        budgets = np.array([width])
         in_order = values.copy()
         in_order.partition(num_keys - width)
         keep = values >= in_order[:, num_keys - width, None]
@@ -60,7 +60,7 @@ def _untied_top(
         if (keep.sum(axis=1) != budgets).any():
             return None
         positions %= num_keys
-    elif len(positions) != budgets:
+    elif len(positions) != budgets[0]:
         return None
     if len(positions) < num_rows * width:
         packed, positions = positions, np.full((num_rows, width), -1)
