@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.backends.eager.score_and_select import COLUMNS, weighted_sum
+from hawk_kernels.backends.eager.score_and_select import aligned, weighted_sum
 from hawk_kernels.backends.eager.select_topk import select
 from hawk_kernels.layer import Layer
 from hawk_kernels.selection import Selection
@@ -43,8 +43,10 @@ def score_hidden(
     if bk is not None:
         key_bias = bk.float().unflatten(0, (num_key_value_heads, -1))
         c += torch.einsum("bgid,gd->bgi", query, key_bias).flatten(1).unsqueeze(-1)
-    c.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    return weighted_sum(c, w.float(), k_mask, normalize).masked_fill_(~k_mask, -torch.inf)
+    num_tokens = x.shape[1]
+    outside = torch.nn.functional.pad(~k_mask, (0, c.shape[2] - num_tokens), value=True)
+    importance = weighted_sum(c.unsqueeze(1), w.float(), outside[:, None, None, :], normalize)
+    return importance.masked_fill_(outside, -torch.inf)[:, :num_tokens].contiguous()
 
 
 def score_hidden_and_select(
@@ -64,7 +66,7 @@ def score_hidden_and_select(
 
 def _matrix_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`rows [B, C] @ weight [O, C]^T` in float32, the weight converted a piece at a time."""
-    return torch.cat([rows @ piece.float().T for piece in weight.split(_TOKENS)], dim=1)
+    return torch.cat([rows @ piece.float().T for piece in torch.split(weight, _TOKENS)], dim=1)
 
 
 def _mean_text(x: torch.Tensor, q_mask: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -89,18 +91,34 @@ def _inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
 
 
 def _logits(x: torch.Tensor, k_mask: torch.Tensor, folded: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """`c [B, H, T]` without the bias; anything where there is no candidate."""
-    batch, num_tokens, _ = x.shape
-    c = x.new_zeros((batch, folded.shape[1], num_tokens), dtype=torch.float32)
+    """`c [B, H, C]` without the bias, C = T rounded up to `COLUMNS`; anything where there is no candidate."""
+    batch, num_tokens, hidden_size = x.shape
+    c = x.new_zeros((batch, folded.shape[1], aligned(num_tokens)), dtype=torch.float32)
     for row in range(batch):
-        places = k_mask[row].nonzero().squeeze(1) if x.device.type == "cpu" else None
+        places = _places(k_mask[row])
         count = num_tokens if places is None else places.numel()
-        for start in range(0, count, _TOKENS):
-            some = slice(start, min(start + _TOKENS, count))
-            states = x[row, some] if places is None else x[row].index_select(0, places[some])
-            # A product adds in another order in its last columns, where equal tokens would no longer tie.
-            padded = states.new_zeros((-(-states.shape[0] // COLUMNS) * COLUMNS, states.shape[1]), dtype=torch.float32)
-            padded[: states.shape[0]] = states
-            products = (folded[row] @ padded.T) * _inverse_rms(padded, epsilon).T
-            c[row, :, some if places is None else places[some]] = products[:, : states.shape[0]]
+        if count == 0:
+            continue
+        # All products have one aligned shape: another one may add in another order, and equal tokens would not tie.
+        width = aligned(-(-count // -(-count // _TOKENS)))
+        tile = x.new_empty((width, hidden_size), dtype=torch.float32)
+        for start in range(0, count, width):
+            held = min(width, count - start)
+            where: slice | torch.Tensor = slice(start, start + held)
+            if places is None:
+                states = x[row, where]
+            else:
+                where = places[start : start + held]
+                first, last = int(where[0]), int(where[-1])
+                is_span = last - first + 1 == held
+                states = x[row, first : last + 1] if is_span else x[row].index_select(0, where)
+            tile[:held].copy_(states)
+            tile[held:].zero_()
+            products = (folded[row] @ tile.T) * _inverse_rms(tile, epsilon).T
+            c[row, :, where] = products[:, :held]
     return c
+
+
+def _places(mask: torch.Tensor) -> torch.Tensor | None:
+    """Positions of the candidates; None on a GPU, where all tokens take part because counting waits for the device."""
+    return mask.nonzero().squeeze(1) if mask.device.type == "cpu" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from hawk_kernels.selection import Selection, kept_counts, max_kept
@@ -26,26 +27,45 @@ def select(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, roun
             scores.new_empty(scores.shape[0], width, dtype=torch.int64),
             scores,
         )
-    if mask is None and scores.device.type == "cpu":
-        untied = _untied_top(scores, width)
+    if scores.device.type == "cpu":
+        untied = _untied_top(scores, r, mask, rounding, width)
         if untied is not None:
             return untied
     return _ranked_top(scores, r, mask, rounding, width)
 
 
-def _untied_top(scores: torch.Tensor, width: int) -> Selection | None:
-    """The best `width` of each row by `torch.topk`, or None where a tie or a NaN would leave the order to it.
+def _untied_top(
+    scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str, width: int
+) -> Selection | None:
+    """The scores that reach a row's threshold, or None where a tie or a NaN makes them more or fewer than its budget.
 
-    The number of scores that reach a row's threshold tells. Reading it is no host sync: this is for CPU tensors.
+    NumPy partitions in a tenth of the time that `torch.topk` takes. Reading values is no host sync on a CPU.
     """
-    keep = scores >= scores.topk(width).values[:, -1:]
-    positions = keep.nonzero()
-    if positions.shape[0] != scores.shape[0] * width:
+    values = scores.numpy()
+    num_rows, num_keys = values.shape
+    if mask is None:
+        budgets = np.array([width])
+        in_order = values.copy()
+        in_order.partition(num_keys - width)
+        keep = values >= in_order[:, num_keys - width, None]
+    else:
+        budgets = kept_counts(r, mask.sum(dim=1), rounding).numpy()
+        if not budgets.all():
+            return None
+        places = num_keys - budgets
+        keep = values >= [[np.partition(row, place)[place]] for row, place in zip(values, places, strict=True)]
+    positions = keep.ravel().nonzero()[0]
+    # The counts of the rows matter, not their sum: a NaN makes one too small, a tie another too large.
+    if num_rows > 1:
+        if (keep.sum(axis=1) != budgets).any():
+            return None
+        positions %= num_keys
+    elif len(positions) != budgets[0]:
         return None
-    # A row with a NaN falls as far below its budget as a row with a tie may rise above it.
-    if scores.shape[0] > 1 and bool((keep.sum(dim=1) != width).any()):
-        return None
-    return Selection(keep, positions[:, 1].clone(memory_format=torch.contiguous_format).view(-1, width), scores)
+    if len(positions) < num_rows * width:
+        packed, positions = positions, np.full((num_rows, width), -1)
+        positions[np.arange(width) < budgets[:, None]] = packed
+    return Selection(torch.from_numpy(keep), torch.from_numpy(positions).view(num_rows, width), scores)
 
 
 def _ranked_top(

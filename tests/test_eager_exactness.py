@@ -1,0 +1,185 @@
+"""The PyTorch backend on a CPU: exact ties and repeatable bits by every way that it takes through the keys."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import csrc_ref
+from bench.timing import peak_bytes
+from hawk_kernels import score_and_select, score_tokens, select_topk
+from hawk_kernels.backends.eager import score_and_select as eager
+from hawk_kernels.backends.eager import score_hidden as eager_hidden
+from tests.cases import DTYPES, NORMALIZATIONS, SCORE_TOLERANCE, assert_matches_reference, make_case
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["as sized", "every key through tiles", "nothing through tiles"])
+def way(request, monkeypatch):
+    """Tiny tiles cut short rows into many pieces; without a limit long float32 rows are one product."""
+    if request.param == "every key through tiles":
+        monkeypatch.setattr(eager, "_TILE", 1 << 12)
+        monkeypatch.setattr(eager, "_SMALL", 0)
+    elif request.param == "nothing through tiles":
+        monkeypatch.setattr(eager, "_SMALL", 1 << 40)
+    return request.param
+
+
+def run(case):
+    return score_and_select(case.q, case.k, case.w, case.r, backend="torch", **case.options)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_equal_keys_score_equally_wherever_they_stand(threads, way, normalize, data):
+    """Few different keys at random places of a row: each scores the same bits everywhere, so lower indices win."""
+    num_keys = data.draw(st.integers(1, 700) | st.sampled_from([1024, 1296, 1301, 2064, 5120]))
+    num_key_value_heads = data.draw(st.sampled_from([1, 2, 4]))
+    case = make_case(
+        batch=data.draw(st.integers(1, 2)),
+        num_heads=num_key_value_heads * data.draw(st.integers(1, 9)),
+        num_key_value_heads=num_key_value_heads,
+        num_keys=4,
+        head_dim=data.draw(st.sampled_from([1, 16, 40, 64, 128])),
+        dtype=data.draw(st.sampled_from(DTYPES)),
+        seed=data.draw(st.integers(0, 1000)),
+        r=0.3,
+        normalize=normalize,
+    )
+    kinds = torch.randint(4, (num_keys,), generator=torch.Generator().manual_seed(num_keys))
+    case.k = case.k[:, :, kinds]
+    selection = run(case)
+    for scores in selection.scores:
+        for kind in range(4):
+            assert scores[kinds == kind].unique().numel() <= 1
+    exact = csrc_ref.select_topk(selection.scores, case.r)
+    assert torch.equal(selection.indices, exact.indices)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_equal_hidden_states_score_equally_wherever_they_stand(threads, data):
+    """Rows of several tiles, candidates that are one span of tokens and such that are not."""
+    num_tokens, num_heads = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 30))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    kinds = torch.randint(4, (num_tokens,), generator=generator)
+    x = torch.randn(2, 4, data.draw(st.sampled_from([16, 48, 256])), generator=generator)[:, kinds]
+    x = x.to(data.draw(st.sampled_from(DTYPES)))
+    mask = torch.rand(2, num_tokens, generator=generator) < data.draw(st.sampled_from([0.3, 1.0]))
+    folded = torch.randn(2, num_heads, x.shape[2], generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eager_hidden, "_TOKENS", 96)
+        c = eager_hidden._logits(x, mask, folded, 1e-6)
+    importance = eager.weighted_sum(c.unsqueeze(1), torch.rand(num_heads, generator=generator), None, None)
+    for row in range(2):
+        for kind in range(4):
+            assert importance[row, :num_tokens][mask[row] & (kinds == kind)].unique().numel() <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_every_way_gives_the_scores_of_the_reference(way, normalize, dtype):
+    for num_keys, masked in ((5, False), (333, False), (333, True), (1296, True), (2064, False)):
+        case = make_case(2, 14, 2, 3, num_keys, 40, dtype=dtype, masked=masked, normalize=normalize)
+        assert_matches_reference(case, run(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_the_same_bits_run_after_run(threads, way, normalize, dtype):
+    for num_keys in (333, 2064):
+        case = make_case(2, 28, 4, 20, num_keys, 64, dtype=dtype, normalize=normalize)
+        first = run(case)
+        for _ in range(3):
+            for got, expected in zip(run(case), first, strict=True):
+                assert torch.equal(got, expected)
+
+
+def test_the_same_bits_whatever_ran_before():
+    """A tile that is used again must not let the row before it show."""
+    case, other = (make_case(1, 8, 2, 3, 333, 32, dtype=torch.bfloat16, seed=seed, normalize="l2") for seed in (0, 1))
+    expected = run(case)
+    other.k.fill_(torch.nan)
+    run(other)
+    for got, before in zip(run(case), expected, strict=True):
+        assert torch.equal(got, before)
+
+
+@pytest.mark.parametrize("num_keys", [1000, 16384, 70001])
+def test_the_norm_of_a_long_constant_row_keeps_its_last_bits(num_keys):
+    """Equal squares all round in one direction, so a float32 sum of many of them drifts away."""
+    case = make_case(1, 2, 1, 1, 1, 16, normalize="l2")
+    case.k = case.k.expand(-1, -1, num_keys, -1)
+    expected = csrc_ref.score_tokens(case.q.double(), case.k.double(), case.w.double(), normalize="l2")
+    error = (run(case).scores.double() / expected - 1).abs().max().item()
+    assert error <= SCORE_TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("magnitude", [1e-25, 1e-14, 1e14, 1e25])
+@pytest.mark.parametrize("num_keys", [37, 5000])
+def test_the_norm_is_right_where_squares_leave_float32(magnitude, num_keys):
+    """One head far below or above the others must not be taken for one that float32 can hold."""
+    case = make_case(1, 4, 1, 3, num_keys, 16, normalize="l2", scale=1.0)
+    case.q[:, 1] *= magnitude
+    assert_matches_reference(case, run(case))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_heads_that_do_not_score_leave_the_others_alone(bad):
+    """Without a norm the heads of a group fold into one query, but not where one of them counts as 0."""
+    case = make_case(2, 6, 2, 3, 50, 16)
+    case.q[1, 2, 0, 5] = bad
+    case.k[0, 1, 7, 2] = bad
+    selection = run(case)
+    assert_matches_reference(case, selection)
+    assert selection.scores.isfinite().all()
+
+
+@pytest.mark.parametrize("weight", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_shows_in_every_score(weight):
+    case = make_case(1, 6, 2, 3, 50, 16)
+    case.w[1] = weight
+    assert not run(case).scores.isfinite().any()
+
+
+def test_heads_fold_whose_weights_cancel():
+    case = make_case(1, 4, 2, 3, 50, 16)
+    case.w = torch.tensor([1.0, -1.0, 0.0, 0.0])
+    case.q[:, 1] = case.q[:, 0]
+    assert (score_tokens(case.q, case.k, case.w, backend="torch") == 0).all()
+
+
+def test_rows_with_masks_and_budgets_of_their_own():
+    scores = torch.randn(5, 200)
+    mask = torch.rand(5, 200) < torch.tensor([0.05, 0.3, 0.6, 1.0, 0.9])[:, None]
+    mask[:, 0] = True
+    for r, rounding in ((0.2, "floor"), (0.2, "ceil"), (1.0, "floor"), (40, "floor"), (1, "floor")):
+        got = select_topk(scores, r, mask=mask, rounding=rounding)
+        expected = csrc_ref.select_topk(scores, r, mask=mask, rounding=rounding)
+        assert torch.equal(got.mask, expected.mask)
+        assert torch.equal(got.indices, expected.indices)
+
+
+def test_selections_share_no_memory_with_the_scores_they_came_from():
+    scores = torch.randn(1, 50)
+    before = scores.clone()
+    selection = select_topk(scores, 0.2)
+    for tensor in selection:
+        tensor.zero_()
+    assert torch.equal(scores, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_rows_are_never_copied_whole(dtype):
+    case = make_case(1, 8, 2, 3, 40000, 128, dtype=dtype, r=0.2, normalize="l2")
+    assert peak_bytes(lambda: run(case), CPU) < case.k.numel() * 4 / 2
