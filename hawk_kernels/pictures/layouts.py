@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from hawk_kernels.pictures.sheets import (
     Canvas,
     Sheet,
     Size,
-    UnknownGeometry,
-    WrongPicture,
+    UnknownGeometryError,
+    WrongPictureError,
     arrangement_by_marks,
     centre_square,
     letterboxed,
@@ -60,7 +61,7 @@ class Pictured:
     def known_size(self) -> Size:
         """The size, where a layout cannot do without it."""
         if self.size is None:
-            raise UnknownGeometry("how the picture was cut depends on its shape; pass image=")
+            raise UnknownGeometryError("how the picture was cut depends on its shape; pass image=")
         return self.size
 
 
@@ -71,11 +72,11 @@ def told_row(entry: Entry, name: str) -> list[int]:
     """The entry's row of a table that the encoder was told, such as `image_grid_thw`.
 
     Raises:
-        UnknownGeometry: it was told none.
+        UnknownGeometryError: it was told none.
     """
     table = entry.arguments.get(name)
     if not isinstance(table, torch.Tensor) or table.dim() != 2 or entry.index >= len(table):
-        raise UnknownGeometry(f"the encoder was told no {name}")
+        raise UnknownGeometryError(f"the encoder was told no {name}")
     return [int(value) for value in table[entry.index].tolist()]
 
 
@@ -90,7 +91,7 @@ def pixel_shape(entry: Entry) -> tuple[int, ...]:
 
 def _checked(size: Size | None, rows: int, columns: int) -> None:
     if size is not None and not may_have_shape(size, rows, columns):
-        raise WrongPicture(
+        raise WrongPictureError(
             f"expected a picture that becomes {rows} rows of {columns} visual tokens, got one of {size[0]} x {size[1]} "
             "pixels"
         )
@@ -137,7 +138,7 @@ def bordered_grid(image: Pictured) -> list[Sheet]:
                 inner = entry.positions[border : count - border].reshape(rows, columns + 1)
                 _checked(image.size, rows, columns)
                 return [Sheet("picture", inner[:, :-1])]
-    raise UnknownGeometry(f"{count} tokens do not fit a grid of {height} x {width} patches")
+    raise UnknownGeometryError(f"{count} tokens do not fit a grid of {height} x {width} patches")
 
 
 def _told_cells(entry: Entry) -> tuple[int, int, np.ndarray]:
@@ -151,7 +152,7 @@ def _told_cells(entry: Entry) -> tuple[int, int, np.ndarray]:
             rows, columns = height // side, width // side
             if frames // in_time * rows * columns == count:
                 return rows, columns, entry.positions
-    raise UnknownGeometry(f"{count} tokens do not fit a grid of {frames} x {height} x {width} patches")
+    raise UnknownGeometryError(f"{count} tokens do not fit a grid of {frames} x {height} x {width} patches")
 
 
 def frame_sheets(tokens: np.ndarray, box: Box) -> list[Sheet]:
@@ -198,7 +199,7 @@ def told_pixels(image: Pictured) -> list[Sheet]:
     count = len(entry.positions)
     rows = max(1, round(height / math.sqrt(height * width / count)))
     if count % rows:
-        raise UnknownGeometry(f"{count} tokens do not fit {height} x {width} pixels")
+        raise UnknownGeometryError(f"{count} tokens do not fit {height} x {width} pixels")
     _checked(image.size, rows, count // rows)
     return [Sheet("picture", entry.positions.reshape(rows, -1))]
 
@@ -209,7 +210,7 @@ def told_positions(image: Pictured) -> list[Sheet]:
     name = f"{entry.kind}_position_ids"
     table = entry.arguments.get(name)
     if not isinstance(table, torch.Tensor) or table.dim() != 3:
-        raise UnknownGeometry(f"the encoder was told no {name}")
+        raise UnknownGeometryError(f"the encoder was told no {name}")
     first, frames = entry.index, 1
     of_videos = entry.arguments.get("num_frames_per_video")
     if entry.kind == "video" and of_videos is not None:
@@ -219,7 +220,7 @@ def told_positions(image: Pictured) -> list[Sheet]:
     count = len(entry.positions) // frames
     side = math.isqrt(width * height // max(1, count))
     if not side or width // side * (height // side) * frames != len(entry.positions):
-        raise UnknownGeometry(f"{count} tokens do not fit a grid of {height} x {width} patches")
+        raise UnknownGeometryError(f"{count} tokens do not fit a grid of {height} x {width} patches")
     rows, columns = height // side, width // side
     _checked(image.size, rows, columns)
     return frame_sheets(entry.positions.reshape(frames, rows, columns), WHOLE)
@@ -246,7 +247,7 @@ class SquareFrames:
         positions = positions[: len(positions) - self.trailing]
         frames = shape[1] if len(shape) == 5 else 0
         if not frames or len(positions) % frames:
-            raise UnknownGeometry(f"{len(positions)} tokens do not fit {frames} frames")
+            raise UnknownGeometryError(f"{len(positions)} tokens do not fit {frames} frames")
         tokens = np.stack([square_grid(frame) for frame in positions.reshape(frames, -1)])
         return frame_sheets(tokens, WHOLE if video.size is None else self.fit(video.size))
 
@@ -278,7 +279,7 @@ class ToldShape:
             rows, columns = math.ceil(height / side), math.ceil(width / side)
             if rows * columns == len(entry.positions):
                 return entry.positions.reshape(rows, columns)
-        raise UnknownGeometry(f"{len(entry.positions)} tokens do not fit a tile of {height} x {width} patches")
+        raise UnknownGeometryError(f"{len(entry.positions)} tokens do not fit a tile of {height} x {width} patches")
 
 
 @dataclass(frozen=True)
@@ -318,7 +319,7 @@ class Tiled:
         rows, columns = self._arrangement(image, tiles, tile)
         grids = [self.grid(entry) for entry in tiles]
         if len({grid.shape for grid in grids}) > 1:
-            raise UnknownGeometry("its tiles have different numbers of tokens")
+            raise UnknownGeometryError("its tiles have different numbers of tokens")
         high, wide = grids[0].shape
         tokens = np.stack(grids).reshape(rows, columns, high, wide).swapaxes(1, 2).reshape(rows * high, columns * wide)
         box = WHOLE if image.size is None else self.canvas(image.size, (rows, columns), tile)
@@ -326,14 +327,11 @@ class Tiled:
 
     def _arrangement(self, image: Pictured, tiles: list[Entry], tile: int) -> Arrangement:
         if self.marked:
-            between = [
-                tuple(image.ids[a.positions[-1] + 1 : b.positions[0]].tolist())
-                for a, b in zip(tiles, tiles[1:], strict=False)
-            ]
+            between = [tuple(image.ids[a.positions[-1] + 1 : b.positions[0]].tolist()) for a, b in pairwise(tiles)]
             found = arrangement_by_marks(between)
             if found is not None:
                 if image.size is not None and self.arrange is nearest_shape and not may_have_shape(image.size, *found):
-                    raise WrongPicture(
+                    raise WrongPictureError(
                         f"expected a picture that was cut into {found[0]} rows of {found[1]} tiles, got one of "
                         f"{image.size[0]} x {image.size[1]} pixels"
                     )
@@ -362,7 +360,7 @@ def any_resolution(image: Pictured) -> list[Sheet]:
     entry, config = image.first, image.multimodal.config
     height, width = told_row(entry, "image_sizes")
     if image.size is not None and not _same_ratio(image.size, (width, height)):
-        raise WrongPicture(
+        raise WrongPictureError(
             f"expected a picture of {width} x {height} pixels or the same shape, got one of {image.size[0]} x "
             f"{image.size[1]} pixels"
         )
@@ -394,7 +392,7 @@ def _unpadded(image: Pictured, side: int, tiles: Arrangement, size: tuple[int, i
     below = packed[0][0][side * side :, 0]
     rows = int((below == 1).sum())
     if len(below) != length or not rows or length % rows:
-        raise UnknownGeometry(f"{length} tokens do not fit {tiles[0]} x {tiles[1]} tiles")
+        raise UnknownGeometryError(f"{length} tokens do not fit {tiles[0]} x {tiles[1]} tiles")
     return rows, length // rows - 1
 
 
@@ -429,4 +427,4 @@ def _same_ratio(one: Size, other: Size) -> bool:
 
 def resampled(image: Pictured) -> list[Sheet]:
     """Tokens that are learned queries over the whole picture."""
-    raise UnknownGeometry("each token is a learned query over the whole picture, not a part of it")
+    raise UnknownGeometryError("each token is a learned query over the whole picture, not a part of it")

@@ -6,6 +6,7 @@ import numbers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from hawk_kernels.hf.families import Anatomy
@@ -54,8 +55,8 @@ class PrunedPrompt:
             raise TypeError(f"row: expected an int, got {type(row).__name__}; the first row of a batch is 0")
         if not 0 <= row < batch:
             raise ValueError(
-                f"row: expected 0 to {batch - 1}, the rows that the model saw, got {row}; generate repeats a sample for "
-                "its beams and return sequences"
+                f"row: expected 0 to {batch - 1}, the rows that the model saw, got {row}; generate repeats a sample "
+                "for its beams and return sequences"
             )
         return int(row)
 
@@ -67,8 +68,6 @@ class PrunedPrompt:
         missing = length - len(kept)
         if missing:
             # guesses of assisted decoding follow the prompt
-            import numpy as np
-
             kept, scores = np.pad(kept, (0, missing)), np.pad(scores, (0, missing), constant_values=-np.inf)
         return RowValues(kept, scores)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from hawk_kernels.pictures.entries import Entry, entries_of_row, split_at_text
 from hawk_kernels.pictures.families import GEOMETRIES, Geometry
 from hawk_kernels.pictures.given import Given
 from hawk_kernels.pictures.layouts import Pictured, pixel_shape
-from hawk_kernels.pictures.sheets import Sheet, UnknownGeometry, WrongPicture, in_order
+from hawk_kernels.pictures.sheets import Sheet, UnknownGeometryError, WrongPictureError, in_order
 
 _REMEDY = "pass the picture that the processor got"
 
@@ -127,7 +128,7 @@ def _divided(entries: list[Entry], rule: str, pictures: int | None) -> list[list
         "after": lambda place: entries[place - 1].after == entries[-1].after,
     }[rule]
     starts = [0, *(place for place in range(1, len(entries)) if begins(place)), len(entries)]
-    return [entries[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+    return [entries[start:end] for start, end in pairwise(starts)]
 
 
 def _matched(groups: list[_Group], given: list[Given] | None, row: int) -> list[tuple[list[_Group], Given | None]]:
@@ -172,10 +173,10 @@ def _placed(
         if given is not None:
             for sheet in sheets:
                 frame_index(sheet, len(given.frames))
-    except UnknownGeometry as error:
+    except UnknownGeometryError as error:
         note = f"Where the tokens of {anatomy.family.model_type} stand on this picture is not known: {error}."
         return Regions(name, positions, [in_order(positions, "tokens in their order")], given, note)
-    except WrongPicture as error:
+    except WrongPictureError as error:
         raise ValueError(f"image: {error} for {name}; {_REMEDY}") from None
     return Regions(name, positions, sheets, given)
 
@@ -190,16 +191,16 @@ def frame_index(sheet: Sheet, frames: int) -> int:
     as many evenly spaced frames as were encoded.
 
     Raises:
-        WrongPicture: fewer frames than were encoded.
+        WrongPictureError: fewer frames than were encoded.
     """
     if sheet.frames == 1:
         return 0
     if frames < sheet.frames:
-        raise WrongPicture(f"expected a video of at least {sheet.frames} frames, got {frames}")
+        raise WrongPictureError(f"expected a video of at least {sheet.frames} frames, got {frames}")
     if (frames + 1) // 2 == sheet.frames:
         return 2 * sheet.frame
     return round(sheet.frame * (frames - 1) / (sheet.frames - 1))
 
 
 def _not_known(image: Pictured) -> list[Sheet]:
-    raise UnknownGeometry("this version of the package does not describe the family")
+    raise UnknownGeometryError("this version of the package does not describe the family")

@@ -15,11 +15,11 @@ Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
-class UnknownGeometry(Exception):
+class UnknownGeometryError(Exception):
     """Where the tokens of an image stand on the picture cannot be known; the message says why."""
 
 
-class WrongPicture(Exception):
+class WrongPictureError(Exception):
     """The caller's picture cannot be the one that was encoded; the message says what was expected, and what came."""
 
 
@@ -55,14 +55,14 @@ def square_grid(positions: np.ndarray) -> np.ndarray:
     """Tokens of a square, row by row, int64 `[side, side]`; a token in front, such as CLS, is left out.
 
     Raises:
-        UnknownGeometry: their number is no square.
+        UnknownGeometryError: their number is no square.
     """
     count = len(positions)
     for prefix in (0, 1):
         side = math.isqrt(max(0, count - prefix))
         if side and side * side == count - prefix:
             return positions[prefix:].reshape(side, side)
-    raise UnknownGeometry(f"{count} tokens do not fill a square")
+    raise UnknownGeometryError(f"{count} tokens do not fill a square")
 
 
 # How a picture of any shape becomes one square.
@@ -109,7 +109,7 @@ def closest_ratio(size: Size, count: int, tile: int) -> Arrangement:
     Of two equally close ones the later counts where the picture has more than half the pixels of the tiles.
 
     Raises:
-        WrongPicture: fewer tiles would have been closer.
+        WrongPictureError: fewer tiles would have been closer.
     """
     width, height = size
     best, least = (1, 1), math.inf
@@ -121,7 +121,7 @@ def closest_ratio(size: Size, count: int, tile: int) -> Arrangement:
     for fewer in range(2, count):
         for rows, columns in _arrangements(fewer):
             if abs(width / height - columns / rows) < least:
-                raise WrongPicture(
+                raise WrongPictureError(
                     f"expected a picture that is cut into {count} tiles, got one of {width} x {height} pixels, which "
                     f"{rows} x {columns} tiles fit better"
                 )
