@@ -1,4 +1,4 @@
-"""Which visual tokens a part of a picture becomes, found without the package: the real processor, and a local encoder."""
+"""Which visual tokens a part of a picture becomes, found without the package: by an encoder without attention."""
 
 from __future__ import annotations
 

@@ -274,7 +274,7 @@ def test_every_family_has_a_geometry():
 
 
 def from_source(path: str, *names: str) -> dict[str, Any]:
-    """Functions and classes of a module of transformers that cannot be imported without torchvision, by their source."""
+    """Functions of a module of transformers that cannot be imported without torchvision, from their source."""
     import ast
     import math
     from collections import defaultdict

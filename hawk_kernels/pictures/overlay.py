@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -45,7 +45,8 @@ class RowValues:
 
     def kept_on(self, sheet: Sheet) -> np.ndarray:
         """bool `[rows, columns]`, the cells whose tokens stayed."""
-        return self.kept[sheet.tokens] & (sheet.tokens >= 0)
+        kept: np.ndarray = self.kept[sheet.tokens] & (sheet.tokens >= 0)
+        return kept
 
     def heat_on(self, sheet: Sheet) -> np.ndarray:
         """float64 `[rows, columns]`, scores from 0 (the lowest of the row) to 1; NaN where there is none.
@@ -231,7 +232,7 @@ class _Page:
             else round(1.5 * block[1] * unit)
             for block in self._blocks
         ]
-        page: Any = Image.new("RGB", (width, sum(heights) + 3 * unit), _PAGE)
+        page = Image.new("RGB", (width, sum(heights) + 3 * unit), _PAGE)
         draw = ImageDraw.Draw(page)
         y = unit // 2
         for block, height in zip(self._blocks, heights, strict=True):
