@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import numbers
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -47,6 +47,7 @@ from hawk_kernels.hf.view import Context
 from hawk_kernels.hf.vision_attention import PromptAttention, VisionRecorder, attention_of_prompt
 from hawk_kernels.hf.watched_method import WatchedMethod
 from hawk_kernels.methods import Method, resolve_method
+from hawk_kernels.pictures.encoded import Encoded, EncodingWatch
 from hawk_kernels.validation import as_written
 
 BUDGETS = ("shared", "per_image")
@@ -140,6 +141,7 @@ class Pruning:
         self._grid_watch = GridWatch(self._anatomy) if self._method.uses_grids else None
         wants_images = self._per_image or self._method.uses_grids
         self._image_watch = ImageWatch(self._anatomy) if wants_images and self._anatomy.family.encoded_whole else None
+        self._encoding_watch = EncodingWatch(self._anatomy.multimodal)
         if self._method.uses_positions:
             check_rotates(self._anatomy, self._method.name)
         layer = self._method.hidden_from_layer
@@ -178,6 +180,67 @@ class Pruning:
         """Sample by sample: tokens before and after, budget, and why something was left alone."""
         return self._no_stats if self._result is None else self._result.stats
 
+    def overlay(self, image: Any, *, row: int = 0, processor: Any = None, title: str | None = None) -> Any:
+        """Draw the last prompt: its pictures with the dropped tokens dimmed, and with the scores as heat.
+
+        Args:
+            image: what the processor got for the row: a PIL image; a list of them in the order of the prompt; a video
+                as a list of frames or an array `[frames, height, width, 3]`; a list with videos in it.
+            row: of the batch, as the model saw it.
+            processor: the one that made the inputs; tells how it cuts pictures where that is a setting of its own.
+            title: a line above the pictures, say the question.
+
+        Returns:
+            a PIL image.
+
+        Raises:
+            ValueError: nothing was pruned yet, another number of pictures, or one that cannot be the encoded one.
+            TypeError: `image` is no picture.
+        """
+        from hawk_kernels.pictures.pruned import overlay
+
+        return overlay(self._pruned_prompt, image, row=row, processor=processor, title=title)
+
+    def report(
+        self,
+        path: str | Path,
+        image: Any = None,
+        *,
+        row: int = 0,
+        processor: Any = None,
+        timings: Mapping[str, float] | None = None,
+    ) -> Path:
+        """Write the last prompt as one HTML page without references to anything outside it.
+
+        Args:
+            path: of the page; replaces an earlier report, and nothing else.
+            image: as for `overlay`; without it the page shows the tokens alone.
+            row: of the batch, as the model saw it.
+            processor: the one that made the inputs, or a tokenizer; tells what was asked.
+            timings: seconds by name, shown as they are.
+
+        Returns:
+            the path.
+
+        Raises:
+            ValueError: as for `overlay`, or a path that holds something else than a report.
+            OSError: the page cannot be written; what was there before stays.
+        """
+        from hawk_kernels.pictures.report import write_report
+
+        return write_report(self._pruned_prompt, path, image, row=row, processor=processor, timings=timings)
+
+    @property
+    def _pruned_prompt(self) -> Any:
+        from hawk_kernels.pictures.pruned import PrunedPrompt
+
+        last = self._result
+        if last is None or last.prompt is None:
+            return None
+        return PrunedPrompt(
+            self._anatomy, last.prompt, last.encoded, last.keep_mask, last.scores, last.stats, self._method
+        )
+
     def __enter__(self) -> Pruning:
         parts = self._anatomy
         watched = (parts.head, parts.multimodal, parts.text)
@@ -201,6 +264,7 @@ class Pruning:
             *([] if self._grid_watch is None else self._grid_watch.attach()),
             *([] if self._image_watch is None else self._image_watch.attach()),
             *([] if self._hiding is None else self._hiding.attach()),
+            *self._encoding_watch.attach(),
         ]
         return self
 
@@ -267,6 +331,7 @@ class Pruning:
                 self._recorder.start()
             if self._image_watch is not None:
                 self._image_watch.start()
+            self._encoding_watch.start()
             if input_ids is not None:
                 self._thread.prefill = self._read(kwargs, input_ids)
             if self._thread.prefill is not None:
@@ -401,6 +466,9 @@ class Pruning:
         samples = sample_stats(prompt, choice.budgets, self._per_image, None)
         masks = (choice.kept, choice.scores, upload(prompt.query, states.device))
         self._publish(prompt.length, masks, samples, None)
+        if self._thread.prefill is not None and self._thread.result is not None:
+            encoded = self._encoding_watch.encoded(self._thread.prefill.arguments)
+            self._thread.result = self._latest = replace(self._thread.result, prompt=prompt, encoded=encoded)
         return choice.kept, choice.counts
 
     def _hidden_tokens(
@@ -471,6 +539,8 @@ class _Result:
     scores: torch.Tensor
     query_mask: torch.Tensor
     stats: PruningStats
+    prompt: Prompt | None = None
+    encoded: dict[str, Encoded] = field(default_factory=dict)
 
 
 @dataclass
