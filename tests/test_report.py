@@ -73,6 +73,8 @@ class Opened:
             [
                 *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
                 *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
+                # the browser itself would look for updates
+                "--host-resolver-rules=MAP * ~NOTFOUND",
                 *("--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}"),
                 *("--virtual-time-budget=5000", "--window-size=1000,1200", "--dump-dom", page.as_uri() + fragment),
             ],
@@ -85,7 +87,7 @@ class Opened:
         self.dom = ran.stdout
         self.console = [line for line in ran.stderr.splitlines() if ":CONSOLE" in line]
         # what the browser itself asks for has no initiator
-        found = re.findall(r'"initiator":"([^"]*)"[^{}]*?"url":"([^"]+)"', log.read_text())
+        found = re.findall(r'"initiator":"([^"]*)".*?"url":"([^"]+)"', log.read_text())
         self.requests = [url for by, url in found if by != "not an origin" and not url.startswith(("file:", "data:"))]
 
     def body(self, name: str) -> str:

@@ -288,7 +288,8 @@ def _token_table(regions: list[Regions]) -> str:
     )
     return (
         "<table><caption>Visual tokens at the ratio shown</caption><thead><tr><th scope='col'>picture</th>"
-        f"<th scope='col'>before</th><th scope='col'>kept</th><th scope='col'>share</th></tr></thead><tbody>{rows}</tbody></table>"
+        "<th scope='col'>before</th><th scope='col'>kept</th><th scope='col'>share</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table>"
     )
 
 
