@@ -435,3 +435,108 @@ def test_tokens_of_a_tile_are_its_rows_and_columns(name, kind, side):
             assert int(sheet.tokens[row, column]) in found, (frame, row, column)
             nearby = {int(t) for (r, c), t in np.ndenumerate(sheet.tokens) if abs(r - row) < 2 and abs(c - column) < 2}
             assert found <= nearby | set(regions.others().tolist()), (frame, row, column)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("idefics3", ((140, 70), (20, 20), (61, 130))),
+        ("smolvlm", ((61, 130), (140, 70))),
+        ("aya_vision", ((140, 70), (24, 24), (61, 130))),
+        ("internvl", ((24, 24), (140, 70), (61, 130))),
+        ("ovis2", ((61, 130), (12, 12), (140, 70))),
+        ("minicpmv4_6", ((140, 70), (40, 40), (61, 130))),
+        ("granite_docling", ((24, 24), (140, 70))),
+        ("qwen2_5_vl", ((140, 70), (61, 130))),
+        ("llava_next", ((140, 70), (61, 130), (30, 30))),
+    ],
+)
+def test_several_pictures_of_a_row_get_their_own_tiles(name, sizes):
+    case = next(case for case in CASES if case.family == name)
+    model = made_model(case)
+    pictures = [blank(size) for size in sizes]
+    parts = []
+    for picture in pictures:
+        _, output, grid = processed(case, picture)
+        parts.append(model_inputs(case, model, output, grid))
+    alone = []
+    for picture, inputs in zip(pictures, parts, strict=True):
+        with prune(model, 0.5, method="random") as pruning, torch.no_grad():
+            model(**inputs)
+        (regions,) = pruning._pruned_prompt.regions(picture, 0, None)
+        alone.append([(sheet.name, sheet.tokens.shape, sheet.box) for sheet in regions.sheets])
+    together = {"input_ids": torch.cat([part["input_ids"] for part in parts], dim=1)}
+    together["attention_mask"] = torch.ones_like(together["input_ids"])
+    for key in set(parts[0]) - set(together):
+        # Idefics takes the tiles of a row as its second size, LLaVA-NeXT those of each picture
+        if key in BY_NAME[name].token_types or (
+            name in ("idefics3", "smolvlm", "granite_docling") and key != "input_ids"
+        ):
+            together[key] = torch.cat([part[key] for part in parts], dim=1)
+        elif name == "llava_next" and key == "pixel_values":
+            most = max(part[key].shape[1] for part in parts)
+            padded = [torch.nn.functional.pad(p[key], (0,) * 7 + (most - p[key].shape[1],)) for p in parts]
+            together[key] = torch.cat(padded)
+        else:
+            together[key] = torch.cat(
+                [part[key] for part in parts], dim=3 if name == "minicpmv4_6" and key == "pixel_values" else 0
+            )
+    with prune(model, 0.5, method="random") as pruning, torch.no_grad():
+        model(**together)
+    found = pruning._pruned_prompt.regions(pictures, 0, None)
+    assert [[(s.name, s.tokens.shape, s.box) for s in regions.sheets] for regions in found] == alone
+    assert [regions.name for regions in found] == [f"image {n + 1}" for n in range(len(pictures))]
+    with pytest.raises(ValueError, match=f"expected {len(pictures)} pictures for row 0, got {len(pictures) - 1}"):
+        pruning._pruned_prompt.regions(pictures[1:], 0, None)
+
+
+def test_a_picture_that_other_tiles_fit_better_is_refused():
+    case = next(case for case in CASES if case.family == "internvl")
+    model = made_model(case)
+    _, output, grid = processed(case, blank((140, 20)))
+    with prune(model, 0.5, method="random") as pruning, torch.no_grad():
+        model(**model_inputs(case, model, output, grid))
+    assert pruning._pruned_prompt.regions(blank((280, 40)), 0, None)[0].sheets[1].name == "1 x 7 tiles"
+    with pytest.raises(
+        ValueError, match=r"cut into 7 tiles, got one of 60 x 60 pixels, which .* fit better.*; pass the"
+    ):
+        pruning._pruned_prompt.regions(blank((60, 60)), 0, None)
+
+
+@pytest.mark.parametrize("name", ["idefics3", "llava_next", "gemma4", "mistral3", "minicpmv4_6"])
+def test_a_picture_of_another_shape_is_refused(name):
+    case = next(case for case in CASES if case.family == name)
+    model = made_model(case)
+    _, output, grid = processed(case, blank((140, 70)))
+    with prune(model, 0.5, method="random") as pruning, torch.no_grad():
+        model(**model_inputs(case, model, output, grid))
+    assert pruning._pruned_prompt.regions(blank((280, 140)), 0, None)[0].note is None
+    with pytest.raises(
+        ValueError, match=r"^image: expected a picture .*got one of 50 x 300 pixels for image 1; pass the"
+    ):
+        pruning._pruned_prompt.regions(blank((50, 300)), 0, None)
+
+
+def test_frames_that_are_encoded_as_images_make_up_a_video():
+    case = next(case for case in CASES if case.family == "minicpmv4_6")
+    model = made_model(case)
+    _, output, grid = processed(case, blank((140, 70)))
+    one = model_inputs(case, model, output, grid)
+    rows, columns = grid
+    frame = one["input_ids"][:, 4:-5]
+    ids = torch.cat([torch.tensor([[BEGIN]]), frame, frame, torch.tensor([[*words(4), END_OF_TURN]])], dim=1)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.cat([one["pixel_values"]] * 2, dim=3),
+        "target_sizes": torch.cat([one["target_sizes"]] * 2),
+    }
+    with prune(model, 0.5, method="random") as pruning, torch.no_grad():
+        model(**inputs)
+    frames = [painted((140, 70), (0, 0, 20 * n + 1, 30)) for n in range(2)]
+    (video,) = pruning._pruned_prompt.regions([frames], 0, None)
+    names = [sheet.name for sheet in video.sheets]
+    assert names == [
+        f"frame {n} of 2, {what}" for n in (1, 2) for what in ("whole picture", f"{rows} x {columns} tiles")
+    ]
+    assert [frames.index(video.frame_of(sheet)) for sheet in video.sheets] == [0, 0, 1, 1]
