@@ -266,3 +266,9 @@ def test_a_processor_tells_how_it_cuts():
     assert cut.sheets[0].box == (0.25, 0.0, 0.75, 1.0)
     (whole,) = pruning._pruned_prompt.regions(wide, 0, CLIPImageProcessorPil(do_center_crop=False))
     assert whole.sheets[0].box == WHOLE
+    assert "processor= would tell" in cut.sheets[0].name
+    (told,) = pruning._pruned_prompt.regions(wide, 0, CLIPImageProcessorPil())
+    assert told.sheets[0].name == "the middle of the picture"
+    smaller = CLIPImageProcessorPil(size={"shortest_edge": 448}, crop_size={"height": 224, "width": 224})
+    (inner,) = pruning._pruned_prompt.regions(wide, 0, smaller)
+    assert inner.sheets[0].box == (0.375, 0.25, 0.625, 0.75)

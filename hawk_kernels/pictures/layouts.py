@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -165,14 +166,17 @@ def frame_sheets(tokens: np.ndarray, box: Box) -> list[Sheet]:
 # One picture, one entry.
 
 
-def processor_fit(image: Pictured, usual: Fit) -> Fit:
-    """How the processor makes a square, where it was given; else as the released ones of the family do."""
-    processor = getattr(image.processor, "image_processor", image.processor)
+def processor_fit(processor: Any) -> Fit | None:
+    """How a processor makes a square, or None where it does not say."""
+    processor = getattr(processor, "image_processor", processor)
     if processor is None or not hasattr(processor, "do_resize"):
-        return usual
+        return None
     if getattr(processor, "do_pad", False) and hasattr(processor, "pad_to_square"):
         return letterboxed
     if getattr(processor, "do_center_crop", False):
+        resized, cut = (dict(getattr(processor, name, None) or {}) for name in ("size", "crop_size"))
+        if resized.get("shortest_edge") and cut.get("height") not in (None, resized["shortest_edge"]):
+            return partial(centre_square, share=cut["height"] / resized["shortest_edge"])
         return centre_square
     return stretched
 
@@ -188,8 +192,17 @@ class OneSquare:
     fit: Fit
 
     def __call__(self, image: Pictured) -> list[Sheet]:
-        box = WHOLE if image.size is None else processor_fit(image, self.fit)(image.size)
-        return [Sheet("picture", square_grid(image.first.positions), box)]
+        tokens = square_grid(image.first.positions)
+        if image.size is None:
+            return [Sheet("picture", tokens)]
+        told = processor_fit(image.processor)
+        box = (told or self.fit)(image.size)
+        if box == WHOLE:
+            return [Sheet("picture", tokens)]
+        name = "the middle of the picture" if box[0] > 0 or box[1] > 0 else "picture with its padding"
+        if told is None:
+            name += ", as the usual processors cut it; processor= would tell"
+        return [Sheet(name, tokens, box)]
 
 
 def told_pixels(image: Pictured) -> list[Sheet]:

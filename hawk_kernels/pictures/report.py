@@ -197,10 +197,16 @@ def _image_html(number: int, image: Regions) -> str:
         size = f"width='{picture.width}' height='{picture.height}'"
         alt = f"{html.escape(image.name)}, {name}" + ("" if image.given else ": no picture was given")
         heading = "" if sheet.name == "picture" else f"<h3>{name}</h3>"
+        source = f"<img id='picture-{key}' src='{_data_uri(picture)}'"
+        shown = f"{source} alt='{alt}, as the model saw it' {size}>"
+        if sheet.box is None and image.given is not None:
+            # what is drawn on is blank, and beside it stands what was given
+            whole = image.given.frames[0].copy()
+            whole.thumbnail((800, 800))
+            shown = f"<img src='{_data_uri(whole)}' alt='{html.escape(image.name)}'>{source} alt='blank' hidden {size}>"
         sheets.append(
             f"<div class='sheet'>{heading}<div class='panels'>"
-            f"<figure><img id='picture-{key}' src='{_data_uri(picture)}' alt='{alt}, as the model saw it' {size}>"
-            "<figcaption>picture</figcaption></figure>"
+            f"<figure>{shown}<figcaption>picture</figcaption></figure>"
             f"<figure><canvas id='heat-{key}' role='img' aria-label='{alt}: scores as heat' {size}></canvas>"
             "<figcaption>scores</figcaption></figure>"
             f"<figure><canvas id='kept-{key}' role='img' aria-label='{alt}: kept tokens' {size}></canvas>"
@@ -208,12 +214,7 @@ def _image_html(number: int, image: Regions) -> str:
         )
     heading = f"<h2>{html.escape(image.name.capitalize())}</h2>"
     kind = "strip" if is_strip else "still"
-    original = ""
-    if image.note is not None and image.given is not None:
-        picture = image.given.frames[0].copy()
-        picture.thumbnail((800, 800))
-        original = f"<img class='original' src='{_data_uri(picture)}' alt='{html.escape(image.name)}'>"
-    return f"<section class='{kind}'>{heading}{note}{original}{''.join(sheets)}</section>"
+    return f"<section class='{kind}'>{heading}{note}{''.join(sheets)}</section>"
 
 
 def _data_uri(picture: Image.Image) -> str:

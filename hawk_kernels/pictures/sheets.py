@@ -73,10 +73,10 @@ def stretched(size: Size) -> Box:
     return WHOLE
 
 
-def centre_square(size: Size) -> Box:
-    """The shorter side is resized to the square's, and the middle of the longer one is cut out."""
+def centre_square(size: Size, share: float = 1.0) -> Box:
+    """The shorter side is resized, and a square in the middle is cut out, whose side is a share of it."""
     width, height = size
-    side = min(size)
+    side = min(size) * share
     left, top = (width - side) / 2 / width, (height - side) / 2 / height
     return left, top, left + side / width, top + side / height
 
