@@ -234,8 +234,10 @@ def test_a_video_needs_its_frames():
 def test_before_a_prompt_and_without_images_there_is_nothing_to_draw():
     model = qwen_vl()
     pruning = prune(model, 0.5, method="random")
-    with pytest.raises(ValueError, match=r"expected a prompt that was read inside the block, got none so far"):
+    with pytest.raises(ValueError, match="expected a prompt with images that was pruned inside the block"):
         pruning.overlay(noise(60, 40))
+    with pytest.raises(ValueError, match="expected a prompt with images that was pruned inside the block"):
+        pruned(model, qwen_batch(words(6))).overlay(noise(60, 40))
     pruning = pruned(model, qwen_batch(question(Picture(4, 6)), words(6)))
     with pytest.raises(ValueError, match="row: expected a row with an image or a video, got row 1, which is text"):
         pruning.overlay(noise(60, 40), row=1)

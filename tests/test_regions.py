@@ -162,6 +162,13 @@ CASES = (
         {**ANYRES, "size": {"height": 16, "width": 16}},
         model={"image_grid_pinpoints": ANYRES["image_grid_pinpoints"]},
     ),
+    Case(
+        "llava_next",
+        "LlavaNextImageProcessorPil",
+        {**ANYRES, "image_grid_pinpoints": [[48, 48]], "do_pad": True},
+        sizes=((140, 50), (45, 130), (100, 90)),
+        model={"image_grid_pinpoints": [[48, 48]]},
+    ),
     Case("ovis2", "Ovis2ImageProcessorPil", {**SIDE_12, "crop_to_patches": True, "max_patches": 9}, ovis),
     Case(
         "minicpmv4_6",

@@ -310,7 +310,7 @@ def test_a_report_is_readable_as_any_new_file_is(pruning, tmp_path):
 
 
 def test_nothing_is_written_where_there_is_nothing_to_report(tmp_path):
-    with pytest.raises(ValueError, match="expected a prompt that was read inside the block"):
+    with pytest.raises(ValueError, match="expected a prompt with images that was pruned inside the block"):
         prune(qwen_vl(), 0.5, method="random").report(tmp_path / "a.html")
     assert not (tmp_path / "a.html").exists()
 

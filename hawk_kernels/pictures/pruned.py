@@ -107,7 +107,7 @@ def read(pruned: PrunedPrompt | None) -> PrunedPrompt:
     """
     if pruned is None:
         raise ValueError(
-            "prune: expected a prompt that was read inside the block, got none so far; call model.generate(**inputs) "
-            "or model(**inputs) inside it first"
+            "prune: expected a prompt with images that was pruned inside the block, got none; call "
+            "model.generate(**inputs) or model(**inputs) inside it first, with the pixels"
         )
     return pruned
