@@ -36,6 +36,7 @@ setup(
         "hawk_kernels": [
             "py.typed",
             "head_weights/*.json",
+            "pictures/*.html",
             "backends/kernels/tables/*.json",
             "assets/*",
             "assets/*/*",

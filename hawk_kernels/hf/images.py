@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,40 +23,66 @@ from hawk_kernels.hf.hooks import Handle, WatchedMethod
 from hawk_kernels.hf.prompt import Prompt
 
 Frame = tuple[int, int]
-_ATTRIBUTE = "_hawk_kernels_grids"
+_ATTRIBUTE = "_hawk_kernels_encoded"
+_KINDS = ("image", "video")
 # what processors call the patches of each image or video, (t, h, w)
 _GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
+# one entry a token, which describes no image
+_OF_TOKENS = ("input_ids", "attention_mask", "position_ids", "labels", "token_type_ids", "mm_token_type_ids")
 
 
-class ImageWatch:
-    """Notes how many visual tokens each encoded image becomes, for families whose encoder returns whole images.
+@dataclass(frozen=True)
+class Encoded:
+    """The images, or the videos, of one call of the multimodal model.
 
-    Args:
-        anatomy: the model's parts.
+    Attributes:
+        arguments: what the encoder was told. Integer tensors, numbers and lists are kept as they are; of every other
+            tensor, the pixels above all, only the shape is kept.
+        lengths: visual tokens of each entry that the encoder returned; empty where it returned no entries.
     """
 
-    def __init__(self, anatomy: Anatomy) -> None:
-        self._multimodal: Any = anatomy.multimodal
-        self._kinds = anatomy.family.encoded_whole
+    arguments: dict[str, Any]
+    lengths: list[int]
+
+
+class EncodingWatch:
+    """Notes what is encoded while it is attached, beside the features, because `generate` hands on features alone.
+
+    It keeps references and reads no values, so that it never waits for a device.
+
+    Args:
+        multimodal: the model that has `get_image_features` or `get_video_features`.
+    """
+
+    def __init__(self, multimodal: Any) -> None:
+        self._multimodal = multimodal
         self._thread = _ThreadState()
 
     def attach(self) -> list[Handle]:
         """Watch the encoding; removing the handles ends that."""
-        return _watch_encoding(self._multimodal, self._watch)
+        return [
+            WatchedMethod(self._multimodal, f"get_{kind}_features", partial(self._watch, kind))
+            for kind in _KINDS
+            if hasattr(self._multimodal, f"get_{kind}_features")
+        ]
 
     def start(self) -> None:
         """Forget what earlier calls of the multimodal model encoded."""
-        self._thread.lengths = {}
+        self._thread.seen = {}
 
-    def lengths(self, arguments: dict[str, Any]) -> dict[str, list[int]]:
-        """Count the visual tokens of each image and of each video of a call of the multimodal model, by kind.
+    def encoded(self, arguments: dict[str, Any]) -> dict[str, Encoded]:
+        """Collect what was encoded for a call of the multimodal model, by kind, "image" and "video".
 
         Args:
-            arguments: those of the call.
+            arguments: those of the call; `generate` encodes beforehand and hands over the features in them.
         """
-        encoded = arguments.get("mm_encoder_outputs") or {}
-        given = {kind: _lengths(encoded[kind]) for kind in self._kinds if encoded.get(kind) is not None}
-        return {**self._thread.lengths, **given}
+        features = arguments.get("mm_encoder_outputs") or {}
+        told, found = _small(arguments), dict(self._thread.seen)
+        for kind in _KINDS:
+            given = features.get(kind)
+            if given is not None:
+                found[kind] = getattr(given, _ATTRIBUTE, None) or Encoded({}, _lengths(given))
+        return {kind: Encoded({**told, **run.arguments}, run.lengths) for kind, run in found.items()}
 
     @contextmanager
     def _watch(self, kind: str, arguments: dict[str, Any]) -> Iterator[Callable[[Any], None]]:
@@ -64,8 +91,12 @@ class ImageWatch:
         is_inner, thread.is_encoding = thread.is_encoding, True
 
         def keep(features: Any) -> None:
-            if not is_inner and kind in self._kinds:
-                thread.lengths[kind] = _lengths(features)
+            if is_inner:
+                return
+            run = thread.seen[kind] = Encoded(_small(arguments), _lengths(features))
+            # a plain tuple or tensor cannot carry an attribute of ours, and no model accepts one back
+            if not isinstance(features, tuple | list | torch.Tensor):
+                setattr(features, _ATTRIBUTE, run)
 
         try:
             yield keep
@@ -73,30 +104,7 @@ class ImageWatch:
             thread.is_encoding = is_inner
 
 
-class GridWatch:
-    """Notes the grids of what is encoded beside the features, because `generate` hands on the features alone.
-
-    Args:
-        anatomy: the model's parts.
-    """
-
-    def __init__(self, anatomy: Anatomy) -> None:
-        self._multimodal: Any = anatomy.multimodal
-
-    def attach(self) -> list[Handle]:
-        """Watch the encoding; removing the handles ends that."""
-        return _watch_encoding(self._multimodal, self._watch)
-
-    @contextmanager
-    def _watch(self, kind: str, arguments: dict[str, Any]) -> Iterator[Callable[[Any], None]]:
-        def keep(features: Any) -> None:
-            if not isinstance(features, tuple | list | torch.Tensor):
-                setattr(features, _ATTRIBUTE, arguments.get(_GRIDS[kind]))
-
-        yield keep
-
-
-def frames_of_prompt(anatomy: Anatomy, prompt: Prompt, arguments: dict[str, Any]) -> list[list[list[Frame]]]:
+def frames_of_prompt(anatomy: Anatomy, prompt: Prompt, encoded: dict[str, Encoded]) -> list[list[list[Frame]]]:
     """Find, for each row and each of its images, the grids `(h, w)` of its frames.
 
     A model that is told grids of patches has these divided by the side of a merge. Elsewhere, and where the caller
@@ -105,9 +113,9 @@ def frames_of_prompt(anatomy: Anatomy, prompt: Prompt, arguments: dict[str, Any]
     Args:
         anatomy: the model's parts.
         prompt: the prompt on the host; `generate` may repeat each sample in several equal rows.
-        arguments: those of the multimodal model.
+        encoded: what the vision encoder was told and returned, by kind.
     """
-    told = _told(anatomy, arguments)
+    told = _told(anatomy, encoded)
     copies = prompt.copies_of_rows(sum(map(_cells, told.values())))
     queues = {kind: _describing(kind, told, anatomy, prompt, copies) for kind in told}
     rows: list[list[list[Frame]]] = []
@@ -120,10 +128,18 @@ def frames_of_prompt(anatomy: Anatomy, prompt: Prompt, arguments: dict[str, Any]
     return rows
 
 
-def _watch_encoding(multimodal: Any, watch: Callable[..., Any]) -> list[Handle]:
-    """Watch the methods that encode images and videos; `watch` gets the kind first."""
-    names = ((kind, f"get_{kind}_features") for kind in ("image", "video"))
-    return [WatchedMethod(multimodal, name, partial(watch, kind)) for kind, name in names if hasattr(multimodal, name)]
+def _small(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Keep the arguments that describe images: integer tensors, numbers and lists; the shapes of all other tensors."""
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            is_count = not value.is_floating_point() and value.dtype != torch.bool
+            found[name] = value if is_count and name not in _OF_TOKENS else value.shape
+        elif isinstance(value, int | float) or (
+            isinstance(value, list | tuple) and not any(isinstance(entry, torch.Tensor) for entry in value)
+        ):
+            found[name] = value
+    return found
 
 
 def _lengths(features: Any) -> list[int]:
@@ -131,7 +147,7 @@ def _lengths(features: Any) -> list[int]:
     pooled = getattr(features, "pooler_output", features)
     if isinstance(pooled, torch.Tensor) and pooled.dim() < 3:
         return []
-    if not isinstance(pooled, torch.Tensor | list | tuple):
+    if not isinstance(pooled, torch.Tensor | list | tuple) or not all(isinstance(x, torch.Tensor) for x in pooled):
         return []
     return [entry.shape[:-1].numel() for entry in pooled]
 
@@ -151,13 +167,12 @@ def _cells(grids: Iterable[Frame]) -> int:
     return sum(height * width for height, width in grids)
 
 
-def _told(anatomy: Anatomy, arguments: dict[str, Any]) -> dict[str, deque[Frame]]:
+def _told(anatomy: Anatomy, encoded: dict[str, Encoded]) -> dict[str, deque[Frame]]:
     vision = getattr(anatomy.multimodal.config, "vision_config", None)
     side = getattr(vision, "spatial_merge_size", 1)
     told = {}
     for kind in sorted(set(anatomy.kinds.values())):
-        encoded = (arguments.get("mm_encoder_outputs") or {}).get(kind)
-        grids = getattr(encoded, _ATTRIBUTE, arguments.get(_GRIDS.get(kind, "")))
+        grids = encoded[kind].arguments.get(_GRIDS.get(kind, "")) if kind in encoded else None
         patches = grids.tolist() if isinstance(grids, torch.Tensor) else []
         told[kind] = deque((h // side, w // side) for t, h, w in patches for _ in range(t))
     return told
@@ -189,4 +204,4 @@ def _guessed(length: int) -> list[Frame]:
 class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.is_encoding = False
-        self.lengths: dict[str, list[int]] = {}
+        self.seen: dict[str, Encoded] = {}

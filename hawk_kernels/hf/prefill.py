@@ -24,7 +24,7 @@ from hawk_kernels.hf.anatomy import Anatomy
 from hawk_kernels.hf.choose_tokens import Choice, Chooser, Context
 from hawk_kernels.hf.encoders.recorder import attention_of_prompt, recorder_for
 from hawk_kernels.hf.hooks import Handle, WatchedMethod, call_length, named, outside_graphs, upload, visual_features
-from hawk_kernels.hf.images import GridWatch, ImageWatch, frames_of_prompt
+from hawk_kernels.hf.images import Encoded, EncodingWatch, frames_of_prompt
 from hawk_kernels.hf.layer_masks import LayerMasks
 from hawk_kernels.hf.packing import Packing, pack_call
 from hawk_kernels.hf.projections import LayerProjections
@@ -43,6 +43,7 @@ class Outcome:
         scores: float32 `[B, T]`, `-inf` where nothing was scored.
         query_mask: bool `[B, T]`, the text that ranked the visual tokens.
         prompt: the prompt on the host; None where it was not read.
+        encoded: what the vision encoder was told and returned, by kind.
         budgets: visual tokens kept, for each row a list with one entry for each image, or a single one for the row;
             None means all.
         reason: why the whole call was left alone, or None.
@@ -52,6 +53,7 @@ class Outcome:
     scores: torch.Tensor
     query_mask: torch.Tensor
     prompt: Prompt | None
+    encoded: dict[str, Encoded]
     budgets: list[list[int]] | None
     reason: str | None
 
@@ -212,7 +214,8 @@ class CallHooks:
     def _prefill(self, prefill: _Prefill, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """Choose and pack: the text model's arguments for the tokens that stay, or None where all enter it."""
         embeds = kwargs["inputs_embeds"]
-        prompt = prefill.prompt = self._sources.with_images(prefill.prompt, prefill.arguments)
+        prefill.encoded = self._sources.encoded(prefill.arguments)
+        prompt = prefill.prompt = self._sources.with_images(prefill.prompt, prefill.encoded)
         if embeds.shape[:2] != prompt.ids.shape:
             raise ValueError(
                 f"inputs_embeds: expected one embedding for each of the {list(prompt.ids.shape)} input_ids, got shape "
@@ -231,7 +234,7 @@ class CallHooks:
             masks.choose_inside(partial(self._choose_inside, prefill, valid))
             return None
         else:
-            context = self._sources.context(prompt, prefill.arguments, kwargs)
+            context = self._sources.context(prefill, kwargs)
             self._choose(prefill, embeds, self._anatomy.projections, context)
         if prefill.keeps_everything or prefill.kept is None:
             return None
@@ -264,15 +267,14 @@ class CallHooks:
         prefill.kept, prefill.counts = choice.kept, choice.counts
         own = slice(None), slice(prompt.length)
         query_mask = upload(prompt.query, states.device)
-        self._publish(
-            Outcome(choice.kept[own], choice.scores[own], query_mask[own], prompt, choice.budgets, reason=None)
-        )
+        masks = choice.kept[own], choice.scores[own], query_mask[own]
+        self._publish(Outcome(*masks, prompt, prefill.encoded, choice.budgets, reason=None))
         return choice
 
     def _leave_alone(self, keep_mask: torch.Tensor, prompt: Prompt | None, reason: str) -> None:
         keep_mask = keep_mask if prompt is None else keep_mask[:, : prompt.length]
         scores = torch.full(keep_mask.shape, -math.inf, dtype=torch.float32, device=keep_mask.device)
-        self._publish(Outcome(keep_mask, scores, torch.zeros_like(keep_mask), prompt, None, reason))
+        self._publish(Outcome(keep_mask, scores, torch.zeros_like(keep_mask), prompt, {}, None, reason))
 
     def _after_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         embeds = kwargs.get("inputs_embeds")
@@ -317,43 +319,48 @@ class _Sources:
         if self._rotates:
             check_rotates(anatomy, method.name)
         self._recorder = recorder_for(anatomy, method) if method.uses_encoder_attention else None
-        self._grids = GridWatch(anatomy) if method.uses_grids else None
+        self._encoding = EncodingWatch(anatomy.multimodal)
+        self._uses_grids = method.uses_grids
         wants_images = chooser.per_image or method.uses_grids
-        self._images = ImageWatch(anatomy) if wants_images and anatomy.family.encoded_whole else None
+        self._whole_kinds = anatomy.family.encoded_whole if wants_images else ()
 
     def attach(self) -> list[Handle]:
-        watches = (self._recorder, self._grids, self._images)
+        watches = (self._recorder, self._encoding)
         return [handle for watch in watches if watch is not None for handle in watch.attach()]
 
     def start(self) -> None:
         """Forget what earlier calls of the multimodal model encoded."""
         if self._recorder is not None:
             self._recorder.start()
-        if self._images is not None:
-            self._images.start()
+        self._encoding.start()
 
     def options(self) -> dict[str, object]:
         return {} if self._recorder is None else {**self._recorder.options()}
 
-    def with_images(self, prompt: Prompt, arguments: dict[str, Any]) -> Prompt:
-        """Divide the prompt into images as the encoder did in a call of the multimodal model."""
-        if self._images is None:
-            return prompt
-        return prompt.with_images(self._images.lengths(arguments), self._anatomy.kinds)
+    def encoded(self, arguments: dict[str, Any]) -> dict[str, Encoded]:
+        """Collect what was encoded for a call of the multimodal model."""
+        return self._encoding.encoded(arguments)
 
-    def context(self, prompt: Prompt, arguments: dict[str, Any], text_arguments: dict[str, Any]) -> Context:
+    def with_images(self, prompt: Prompt, encoded: dict[str, Encoded]) -> Prompt:
+        """Divide the prompt into images as the encoder did."""
+        if not self._whole_kinds:
+            return prompt
+        lengths = {kind: run.lengths for kind, run in encoded.items() if kind in self._whole_kinds}
+        return prompt.with_images(lengths, self._anatomy.kinds)
+
+    def context(self, prefill: _Prefill, text_arguments: dict[str, Any]) -> Context:
         """Collect what the method may want to know before the first layer.
 
         Args:
-            prompt: the prompt on the host.
-            arguments: those of the multimodal model.
+            prefill: the prompt on its way.
             text_arguments: those of the text model.
         """
         attention = frames = rotary = None
         if self._recorder is not None:
-            attention = attention_of_prompt(self._recorder.recordings(arguments), prompt, self._anatomy.kinds)
-        if self._grids is not None:
-            frames = partial(frames_of_prompt, self._anatomy, prompt, arguments)
+            recordings = self._recorder.recordings(prefill.arguments)
+            attention = attention_of_prompt(recordings, prefill.prompt, self._anatomy.kinds)
+        if self._uses_grids:
+            frames = partial(frames_of_prompt, self._anatomy, prefill.prompt, prefill.encoded)
         if self._rotates:
             embeds = text_arguments["inputs_embeds"]
             rotary = rotary_of_first_layer(self._anatomy, embeds, text_arguments.get("position_ids"))
@@ -364,14 +371,15 @@ class _Sources:
 class _Prefill:
     """A prompt on its way from the multimodal model to the text model and back.
 
-    At the text model `kept` and `counts` are filled in, the tokens that stay and their number in each row; and where
-    some were dropped, how the rest are packed and the position ids of what follows.
+    At the text model `encoded` is filled in; then `kept` and `counts`, the tokens that stay and their number in each
+    row; and where some were dropped, how the rest are packed and the position ids of what follows.
     """
 
     prompt: Prompt
     valid: torch.Tensor | None
     features: tuple[Any, ...]
     arguments: dict[str, Any]
+    encoded: dict[str, Encoded] = field(default_factory=dict)
     kept: torch.Tensor | None = None
     counts: list[int] = field(default_factory=list)
     packing: Packing | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ class Pruning:
             weights, source = resolve_head_weights(head_weights, model.config, self._anatomy.projections.num_heads)
         elif head_weights is not None:
             raise TypeError(f"head_weights: method {method.name!r} uses none; leave the argument out")
+        self._method = method
         self._per_image = budget == "per_image"
         chooser = Chooser(method, keep_ratio, self._per_image, weights)
         self._hooks = CallHooks(self._anatomy, chooser, query, self._publish)
@@ -137,6 +139,66 @@ class Pruning:
         reason, prompt = outcome.reason, outcome.prompt
         samples = () if prompt is None else sample_stats(prompt, outcome.budgets, self._per_image, reason)
         return replace(self._no_stats, samples=samples, reason=reason)
+
+    def overlay(self, image: Any, *, row: int = 0, processor: Any = None, title: str | None = None) -> Any:
+        """Draw the last prompt: its pictures with the dropped tokens dimmed, and with the scores as heat.
+
+        Args:
+            image: what the processor got for the row: a PIL image; a list of them in the order of the prompt; a video
+                as a list of frames or an array `[frames, height, width, 3]`; a list with videos in it.
+            row: of the batch, as the model saw it.
+            processor: the one that made the inputs; tells how it cuts pictures where that is a setting of its own.
+            title: a line above the pictures, say the question.
+
+        Returns:
+            a PIL image.
+
+        Raises:
+            ValueError: nothing was pruned yet, another number of pictures, or one that cannot be the encoded one.
+            TypeError: `image` is no picture.
+        """
+        from hawk_kernels.pictures.pruned import overlay
+
+        return overlay(self._pruned_prompt, image, row=row, processor=processor, title=title)
+
+    def report(
+        self,
+        path: str | Path,
+        image: Any = None,
+        *,
+        row: int = 0,
+        processor: Any = None,
+        timings: Mapping[str, float] | None = None,
+    ) -> Path:
+        """Write the last prompt as one HTML page without references to anything outside it.
+
+        Args:
+            path: of the page; replaces an earlier report, and nothing else.
+            image: as for `overlay`; without it the page shows the tokens alone.
+            row: of the batch, as the model saw it.
+            processor: the one that made the inputs, or a tokenizer; tells what was asked.
+            timings: seconds by name, shown as they are.
+
+        Returns:
+            the path.
+
+        Raises:
+            ValueError: as for `overlay`, or a path that holds something else than a report.
+            OSError: the page cannot be written; what was there before stays.
+        """
+        from hawk_kernels.pictures.report import write_report
+
+        return write_report(self._pruned_prompt, path, image, row=row, processor=processor, timings=timings)
+
+    @property
+    def _pruned_prompt(self) -> Any:
+        from hawk_kernels.pictures.pruned import PrunedPrompt
+
+        outcome = self._outcome
+        if outcome is None or outcome.prompt is None:
+            return None
+        prompt, encoded = outcome.prompt, outcome.encoded
+        return PrunedPrompt(self._anatomy, prompt, encoded, outcome.keep_mask, outcome.scores, self.stats, self._method)
 
     def __enter__(self) -> Pruning:
         parts = self._anatomy

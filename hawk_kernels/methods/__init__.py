@@ -10,9 +10,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from hawk_kernels.methods.base import JointMethod, Method
+from hawk_kernels.methods.base import METHODS, JointMethod, Method, register, resolve_method
 from hawk_kernels.methods.prefill_view import EncoderAttention, LastQuery, PrefillView, Segments
-from hawk_kernels.methods.registry import METHODS, register, resolve_method
 
 __all__ = [
     "METHODS",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import JointMethod, candidates_of_units, of_rows, of_units
+from hawk_kernels.methods.base import JointMethod, candidates_of_units, of_rows, of_units, register
 from hawk_kernels.methods.prefill_view import PrefillView
-from hawk_kernels.methods.registry import register
 from hawk_kernels.ops.greedy import greedy_dpp
 from hawk_kernels.selection import Selection
 from hawk_kernels.validation import check_rounding

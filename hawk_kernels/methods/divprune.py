@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from hawk_kernels.methods.base import JointMethod, candidates_of_units, of_rows, of_units
+from hawk_kernels.methods.base import JointMethod, candidates_of_units, of_rows, of_units, register
 from hawk_kernels.methods.prefill_view import PrefillView
-from hawk_kernels.methods.registry import register
 from hawk_kernels.ops.greedy import greedy_max_min
 from hawk_kernels.selection import Selection
 from hawk_kernels.validation import check_rounding

@@ -6,9 +6,8 @@ import math
 
 import torch
 
-from hawk_kernels.methods.base import JointMethod, candidates_of_units, of_rows
+from hawk_kernels.methods.base import JointMethod, candidates_of_units, of_rows, register
 from hawk_kernels.methods.prefill_view import PrefillView
-from hawk_kernels.methods.registry import register
 from hawk_kernels.selection import Selection, max_kept
 from hawk_kernels.validation import check_rounding
 

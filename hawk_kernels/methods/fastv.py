@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import Method, checked_int
+from hawk_kernels.methods.base import Method, checked_int, register
 from hawk_kernels.methods.prefill_view import PrefillView
-from hawk_kernels.methods.registry import register
 from hawk_kernels.ops.attention_column_mean import attention_column_mean
 from hawk_kernels.validation import check_rounding
 

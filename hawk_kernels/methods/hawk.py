@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import Method, select_in_segments
+from hawk_kernels.methods.base import Method, register, select_in_segments
 from hawk_kernels.methods.prefill_view import HiddenStates, PrefillView
-from hawk_kernels.methods.registry import register
 from hawk_kernels.ops.score_and_select import score_and_select, score_tokens
 from hawk_kernels.ops.score_hidden import score_hidden, score_hidden_and_select
 from hawk_kernels.selection import Selection

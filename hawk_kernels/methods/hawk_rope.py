@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import Method
+from hawk_kernels.methods.base import Method, register
 from hawk_kernels.methods.hawk import Hawk
 from hawk_kernels.methods.prefill_view import PrefillView
-from hawk_kernels.methods.registry import register
 from hawk_kernels.ops.score_and_select import score_tokens
 
 

@@ -6,9 +6,8 @@ import math
 
 import torch
 
-from hawk_kernels.methods.base import Method, checked_int, merged_segments
+from hawk_kernels.methods.base import Method, checked_int, merged_segments, register
 from hawk_kernels.methods.prefill_view import PrefillView
-from hawk_kernels.methods.registry import register
 from hawk_kernels.ops.hiprune_select import HiPruneChoice, checked_alpha, choose, grid_neighbours, num_anchors
 from hawk_kernels.selection import Selection
 from hawk_kernels.validation import check_rounding

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import Method
+from hawk_kernels.methods.base import Method, register
 from hawk_kernels.methods.prefill_view import PrefillView
-from hawk_kernels.methods.registry import register
 from hawk_kernels.validation import check_rounding
 
 KEEPS = ("longest", "shortest")

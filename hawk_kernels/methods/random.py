@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hawk_kernels.methods.base import Method
+from hawk_kernels.methods.base import Method, register
 from hawk_kernels.methods.prefill_view import PrefillView
-from hawk_kernels.methods.registry import register
 from hawk_kernels.validation import check_rounding
 
 _STEP = 0x9E3779B97F4A7C15
