@@ -547,3 +547,16 @@ def test_frames_that_are_encoded_as_images_make_up_a_video():
         f"frame {n} of 2, {what}" for n in (1, 2) for what in ("whole picture", f"{rows} x {columns} tiles")
     ]
     assert [frames.index(video.frame_of(sheet)) for sheet in video.sheets] == [0, 0, 1, 1]
+
+
+def test_dropped_padding_of_whole_tokens_leaves_the_rest_where_it_is():
+    """140 x 50 pixels become 48 x 18 of 48 x 48, from line 15 on; the tokens of lines 16 to 31 stay, 8 lines each."""
+    case = next(case for case in CASES if case.model == {"image_grid_pinpoints": [[48, 48]]})
+    model = made_model(case)
+    for size, box in (((140, 50), (0, 1 / 18, 1, 17 / 18)), ((50, 140), (1 / 18, 0, 17 / 18, 1))):
+        _, output, grid = processed(case, blank(size))
+        with prune(model, 0.5, method="random") as pruning, torch.no_grad():
+            model(**model_inputs(case, model, output, grid))
+        (regions,) = pruning._pruned_prompt.regions(blank(size), 0, None)
+        assert sorted(regions.sheets[1].tokens.shape) == [2, 6]
+        assert regions.sheets[1].box == pytest.approx(box)

@@ -128,7 +128,7 @@ def padded_grid(image: Pictured) -> list[Sheet]:
 
 
 def bordered_grid(image: Pictured) -> list[Sheet]:
-    """HunYuan-VL: a newline after each row of tokens, and a token in front of and behind the image."""
+    """HunYuan-VL: a newline after each row of tokens, and one token before and one after the image."""
     entry = image.first
     _, height, width = told_row(entry, "image_grid_thw")
     count = len(entry.positions)

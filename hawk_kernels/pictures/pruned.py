@@ -104,7 +104,12 @@ def read(pruned: PrunedPrompt | None) -> PrunedPrompt:
 
     Raises:
         ValueError: there was none, or none with visual tokens.
+        ImportError: Pillow is missing.
     """
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise ImportError("drawing a prompt needs pillow, which is not installed: pip install pillow") from error
     if pruned is None:
         raise ValueError(
             "cannot draw a prompt before one with images was pruned; call model.generate(**inputs) or model(**inputs) "
