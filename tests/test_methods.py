@@ -194,7 +194,7 @@ class TestRegistry:
         files = {path.stem for path in folder.glob("*.py") if "\n@register\n" in path.read_text()}
         assert files == set(METHODS)
         shared = {path.stem for path in folder.glob("*.py")} - files
-        assert shared == {"__init__", "base", "prefill_view", "registry"}
+        assert shared == {"__init__", "base", "prefill_view"}
 
     @every_method
     def test_every_method_has_a_test_that_holds_it_to_its_reference(self, repository, method):
