@@ -437,7 +437,7 @@ def test_an_encoder_that_runs_by_itself_inside_the_block_is_no_image_of_a_prompt
         features = model.model.get_image_features(inputs["pixel_values"], return_dict=False)
         assert isinstance(features, tuple)
     assert torch.equal(pruning.keep_mask, before)
-    assert not pruning._recorder._thread.received
+    assert not pruning._hooks._sources._recorder._thread.received
 
 
 def carry(output, received):
