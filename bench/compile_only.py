@@ -16,7 +16,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +98,10 @@ class Compiled:
 def variants(quick: bool = False, target: str = "sm_90") -> Iterator[Variant]:
     """Yield the shapes that differ in code: dtype, norm, head size, row length, masks; as the target's table cuts them.
 
-    The quick ones are one or two of each kernel, of those that need most registers.
+    The quick ones are one of each kernel, of those that need most registers.
     """
     if quick:
         yield _fused(target, "bf16", "softmax", 72, 1024, 16384, True)
-        yield _fused(target, "fp32", None, 256, 64, 1296, True)
         yield _select(131072)
         yield _hidden(target, "bf16", "l2", 3584, 28, 4, 128, 5200)
         yield from _columns("fp32", 128, 1, 16384, "causal rows max")
@@ -108,7 +110,7 @@ def variants(quick: bool = False, target: str = "sm_90") -> Iterator[Variant]:
         return
     fused = [(dtype, mode, 128, 64, 1296, True) for dtype in DTYPES for mode in MODES]
     fused += [("bf16", "l2", head_dim, 64, 1296, False) for head_dim in (16, 64, 72, 80, 96, 256)]
-    fused += [("fp32", "l2", 256, 64, 1296, True)]
+    fused += [("fp32", mode, 256, 64, 1296, True) for mode in (None, "l2")]
     fused += [
         ("bf16", "l2", 128, 64, num_keys, False) for num_keys in (1, 576, 2048, 2880, 5120, 16384, 131072, 262144)
     ]
@@ -342,26 +344,32 @@ def _stands_between(code: str, store: str, barrier: str, arrival: str) -> bool |
     return all(published) if arrivals else None
 
 
+def compile_target(quick: bool, target_name: str) -> list[Compiled]:
+    """Compile all variants, or the quick ones, for a target."""
+    return [compile_variant(variant, target_name) for variant in variants(quick, target_name)]
+
+
 def main() -> None:
     """Compile, print a row for each kernel and target, and write them as JSON if asked."""
     parser = argparse.ArgumentParser(prog="python -m bench.compile_only", description=__doc__.split("\n")[0])
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all of them")
-    parser.add_argument("--quick", action="store_true", help="one or two variants of each kernel")
+    parser.add_argument("--quick", action="store_true", help="one variant of each kernel")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="targets at a time; default: the processors")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
 
     rows = []
     print(f"{'kernel':<46} {'target':<7} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>7}  barrier")
-    for target in arguments.target or TARGETS:
-        for variant in variants(arguments.quick, target):
-            row = compile_variant(variant, target)
-            rows.append(asdict(row))
-            barrier = {None: "-", True: "yes", False: "MISSING"}[row.barrier_before_arrival]
-            print(
-                f"{row.variant:<46} {row.target:<7} {row.num_warps:>5} {row.registers:>5} {row.spills:>6} "
-                f"{row.shared_bytes:>7}  {barrier}",
-                flush=True,
-            )
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+        for compiled in pool.map(partial(compile_target, arguments.quick), arguments.target or TARGETS):
+            for row in compiled:
+                rows.append(asdict(row))
+                barrier = {None: "-", True: "yes", False: "MISSING"}[row.barrier_before_arrival]
+                print(
+                    f"{row.variant:<46} {row.target:<7} {row.num_warps:>5} {row.registers:>5} {row.spills:>6} "
+                    f"{row.shared_bytes:>7}  {barrier}",
+                    flush=True,
+                )
     if arguments.json:
         arguments.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
 
