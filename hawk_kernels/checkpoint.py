@@ -1,8 +1,9 @@
-"""Loading a vision-language checkpoint for someone who typed its name: every failure says what to do."""
+"""Loads a vision-language checkpoint for someone who typed its name: every failure says what to do."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 TINY_MODEL = Path(__file__).parent / "assets" / "tinyvqa"
 """The folder of the shipped model: a 0.7 M-parameter Qwen2.5-VL that knows coloured digits and nothing else."""
 
+_SHOWN_TENSORS = 3
 _REAL_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
@@ -88,13 +90,16 @@ def _processor_class(name_or_path: str, kwargs: dict[str, Any]) -> Any:
     return family if family is not None and set(family.get_attributes()) <= known else None
 
 
-def load_checkpoint(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
-    """Model (on `device`, in eval mode) and processor of a checkpoint.
+def load_checkpoint(
+    name: str, dtype: str, device: torch.device, *, report: Callable[[str], object] = warnings.warn
+) -> tuple[Any, Any]:
+    """Load the model (on `device`, in eval mode) and the processor of a checkpoint.
 
     Args:
         name: a model id on the Hub, or a folder.
         dtype: name of a dtype, or "auto".
         device: where the model goes.
+        report: is told which tensors of the model the checkpoint does not have; by default this is a warning.
 
     Raises:
         CheckpointError: it cannot be found, fetched or read; the message says why and what to do.
@@ -113,7 +118,8 @@ def load_checkpoint(name: str, dtype: str, device: torch.device) -> tuple[Any, A
     try:
         with _hub_offline(no_hub is not None):
             processor = load_processor(name)
-            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+            model: Any
+            model, loaded = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except ImportError as error:
         raise CheckpointError(f"{name} needs a package that is not installed: {first_line(error)}") from error
     except torch.OutOfMemoryError:
@@ -124,6 +130,13 @@ def load_checkpoint(name: str, dtype: str, device: torch.device) -> tuple[Any, A
         else:
             problem = no_hub or f"{name} was found on the Hugging Face Hub but does not load: {first_line(error)}"
         raise CheckpointError(problem) from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:_SHOWN_TENSORS]) + (", ..." if len(missing) > _SHOWN_TENSORS else "")
+        report(
+            f"{name} lacks {len(missing)} tensor{'s' * (len(missing) > 1)} of the model ({shown}), which are random now; "
+            "do not trust its answers"
+        )
     return model.to(device).eval(), processor
 
 

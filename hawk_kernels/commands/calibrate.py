@@ -134,7 +134,7 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     check_pictures(chosen, progress=is_first_process())
     if is_first_process():
         _say_prompts(chosen)
-    model, processor = load_checkpoint(args.model, args.dtype, device)
+    model, processor = load_checkpoint(args.model, args.dtype, device, report=_refuse)
     calibration = calibrate_chosen(
         model,
         chosen,
@@ -149,6 +149,10 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
         for doubt in doubts(calibration):
             print(f"warning: {doubt}", file=sys.stderr)
     return {"out": args.out, **calibration.to_dict()}
+
+
+def _refuse(missing_tensors: str) -> None:
+    raise CheckpointError(missing_tensors)
 
 
 def _say_prompts(chosen: Sequence[Chosen]) -> None:

@@ -82,6 +82,12 @@ def say_error(message: str) -> None:
         print(f"error: {message}", file=sys.stderr, flush=True)
 
 
+def say_warning(message: str) -> None:
+    """Print `warning: message` on stderr, which may be closed."""
+    with suppress(OSError, ValueError, AttributeError):
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 class _Interruption:
     """Whether Ctrl-C was pressed, and what is said about it."""
 
