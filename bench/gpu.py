@@ -25,6 +25,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+_MISSING = [name for name in ("torch", "triton", "transformers", "pytest") if find_spec(name) is None]
+if _MISSING:
+    sys.exit(
+        f"bench.gpu: {sys.executable} has no {' and no '.join(_MISSING)}: pip install {' '.join(_MISSING)}, or name another "
+        "interpreter with make gpu PYTHON=..."
+    )
+
 import torch
 
 from bench import plots, report

@@ -12,7 +12,10 @@ from hawk_kernels.commands.guard import run_guarded
 
 COMMANDS = {
     "info": ("hawk_kernels.commands.info", "show versions, devices, backend, tuning table, weights and families"),
-    "demo": ("hawk_kernels.demo", "answer a question about a picture from a fifth of its tokens, and time a larger model"),
+    "demo": (
+        "hawk_kernels.demo",
+        "answer a question about a picture from a fifth of its tokens, and time a larger model",
+    ),
     "calibrate": ("hawk_kernels.commands.calibrate", "measure the head importance of a model and write a weights file"),
     "weights": ("hawk_kernels.commands.weights", "list, show or check files of head weights"),
     "tune": ("hawk_kernels.tune", "measure launch configurations on this machine's GPU and write them as a table"),
@@ -23,9 +26,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Hand the rest of the command line to the command named first; 2 when there is none of that name."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return run_guarded(
-        partial(_dispatch, words), is_process=argv is None, show_traceback="--traceback" in words
-    )
+    return run_guarded(partial(_dispatch, words), is_process=argv is None, show_traceback="--traceback" in words)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -46,9 +47,7 @@ def _dispatch(words: list[str]) -> int:
 def _usage() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:<{width}}{purpose}" for name, (_, purpose) in COMMANDS.items()]
-    return "\n".join(
-        ["usage: hawk-kernels [--version] COMMAND [options]", "", "commands (each with --help):", *lines]
-    )
+    return "\n".join(["usage: hawk-kernels [--version] COMMAND [options]", "", "commands (each with --help):", *lines])
 
 
 if __name__ == "__main__":

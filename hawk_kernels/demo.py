@@ -72,7 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
         "kept, and time a model at a fixed number of new tokens. Without options: the tiny model and a sample picture that ship with the package.",
     )
     parser.add_argument(
-        "--model", type=words, default=None, help="model id on the Hugging Face Hub or a folder (default: the shipped tiny model)"
+        "--model",
+        type=words,
+        default=None,
+        help="model id on the Hugging Face Hub or a folder (default: the shipped tiny model)",
     )
     parser.add_argument("--image", type=words, default=None, help="picture to ask about (default: a shipped sample)")
     parser.add_argument(
@@ -98,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="longest answer (default: 64)")
-    parser.add_argument("--output", type=words, default=None, help="where the overlay goes (default: overlay_METHOD.png here)")
+    parser.add_argument(
+        "--output", type=words, default=None, help="where the overlay goes (default: overlay_METHOD.png here)"
+    )
     parser.add_argument(
         "--speed",
         action=argparse.BooleanOptionalAction,
@@ -230,7 +235,9 @@ def _measure_speed(asked: Asked, args: argparse.Namespace) -> Speed:
         else:
             model, inputs = asked.model, asked.inputs
             name, visual_tokens, head_weights = args.model, asked.visual_tokens, asked.head_weights
-        with tqdm(total=demo_speed.STEPS, bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}]", disable=args.json) as bar:
+        with tqdm(
+            total=demo_speed.STEPS, bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}]", disable=args.json
+        ) as bar:
 
             def show(step: str) -> None:
                 bar.set_description_str(f"timing a model of {visual_tokens} visual tokens, {step}")
@@ -314,9 +321,7 @@ def _shortened(text: str) -> str:
 
 
 def _row(name: str, answer: dict[str, Any]) -> str:
-    return (
-        f"{name:<16}{answer['visual_tokens']:>14}{answer['prompt_tokens']:>15}   {answer['text']}"
-    )
+    return f"{name:<16}{answer['visual_tokens']:>14}{answer['prompt_tokens']:>15}   {answer['text']}"
 
 
 def _count(parameters: int) -> str:
@@ -396,7 +401,7 @@ def _check_head_weights(wanted: str | None) -> None:
     try:
         load_head_weights(path, len(read_weights_file(path)["weights"]) if path.is_file() else 0)
     except (OSError, ValueError) as error:
-        raise DemoError(f"--{str(error).replace('head_weights', 'head-weights', 1)}" if str(error).startswith("head_weights") else f"--head-weights: {error}") from error
+        raise DemoError(f"--head-weights: {str(error).removeprefix('head_weights: ')}") from error
 
 
 def _check_output(path: Path, inputs: Sequence[str | Path]) -> None:

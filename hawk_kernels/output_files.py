@@ -130,12 +130,16 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def _check_replaceable(path: Path, target: Path, kind: Kind, name: str, inputs: Iterable[str | Path]) -> None:
     if not stat.S_ISREG(target.stat().st_mode):
-        raise OutputFileError(f"{name}: expected a file to write, got {path}, which is no regular file; choose another name")
+        raise OutputFileError(
+            f"{name}: expected a file to write, got {path}, which is no regular file; choose another name"
+        )
     for source in inputs:
         if os.path.exists(source) and os.path.samefile(source, target):
             raise OutputFileError(f"{name}: {path} is an input of this run and is not replaced; choose another name")
     if not kind.is_one(target):
-        raise OutputFileError(f"{name}: {path} exists and is not {kind.name}, so it is not replaced; choose another name")
+        raise OutputFileError(
+            f"{name}: {path} exists and is not {kind.name}, so it is not replaced; choose another name"
+        )
 
 
 def _try_folder(folder: Path, name: str) -> None:

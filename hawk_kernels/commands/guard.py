@@ -71,9 +71,7 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, (CommandError, ValueError, TypeError, ImportError, OSError)) and text:
         return text
-    return (
-        f"{type(error).__name__}{': ' if text else ''}{text} (unexpected; {TRACEBACK_VARIABLE}=1 shows where it happens)"
-    )
+    return f"{type(error).__name__}{': ' if text else ''}{text} (unexpected; {TRACEBACK_VARIABLE}=1 shows where it happens)"
 
 
 def say_error(message: str) -> None:

@@ -70,10 +70,18 @@ def describe(report: dict[str, Any]) -> str:
     sections: tuple[tuple[str, str, Callable[[Any], list[str]]], ...] = (
         ("devices", "devices", lambda found: [f"{d['name']}: backend {d['backend']}, {d['why']}" for d in found]),
         ("tuning_tables", "tuning tables", _table_lines),
-        ("head_weights", "head weights", lambda found: [f"{w['name']}: {w['model']}, {w['num_heads']} heads" for w in found]),
+        (
+            "head_weights",
+            "head weights",
+            lambda found: [f"{w['name']}: {w['model']}, {w['num_heads']} heads" for w in found],
+        ),
         ("methods", "methods", lambda found: [", ".join(found)]),
         ("families", "families", lambda found: [", ".join(found)]),
-        ("environment", "environment", lambda found: [f"{name}={value}" for name, value in found.items()] or ["nothing set"]),
+        (
+            "environment",
+            "environment",
+            lambda found: [f"{name}={value}" for name, value in found.items()] or ["nothing set"],
+        ),
     )
     for key, title, text in sections:
         found = report[key]

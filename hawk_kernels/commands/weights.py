@@ -28,7 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("file", help="a weights file, or the name of a shipped one")
     show.add_argument("--out", default=None, help="the picture (default: the file's name with .png, in this folder)")
     show.add_argument("--no-picture", action="store_true", help="print the text only, which needs no matplotlib")
-    check = actions.add_parser("check", help="check that prune can use weights files; 1 where it cannot use one of them")
+    check = actions.add_parser(
+        "check", help="check that prune can use weights files; 1 where it cannot use one of them"
+    )
     check.add_argument("files", nargs="+", metavar="file", help="a weights file, or the name of a shipped one")
     check.add_argument("--model", default=None, help="also check that they are for this model: an id, or a folder")
     for action in (listing, show, check):
@@ -131,9 +133,7 @@ def _mismatch(content: dict[str, Any], marks: dict[str, Any]) -> str | None:
     heads = marks["num_attention_heads"]
     if len(content["weights"]) != heads:
         return f"expected {heads} weights, one for each attention head of the model, got {len(content['weights'])}"
-    differing = {
-        name: value for name, value in (content.get("fingerprint") or {}).items() if marks.get(name) != value
-    }
+    differing = {name: value for name, value in (content.get("fingerprint") or {}).items() if marks.get(name) != value}
     if not differing:
         return None
     parts = ", ".join(f"{name} {value} instead of {marks.get(name)}" for name, value in differing.items())
