@@ -1,6 +1,6 @@
 """Packaging. Exact, tested versions are in constraints.txt; here are the ranges that the code is written for.
 
-On a Linux machine without a GPU, install torch for CPUs first; the torch of PyPI would bring gigabytes of CUDA packages:
+On a Linux machine without a GPU, install torch for CPUs first; that of PyPI would bring gigabytes of CUDA packages:
 
     pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
     pip install .[hf]

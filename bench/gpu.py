@@ -28,14 +28,14 @@ from typing import Any
 _MISSING = [name for name in ("torch", "triton", "transformers", "pytest") if find_spec(name) is None]
 if _MISSING:
     sys.exit(
-        f"bench.gpu: {sys.executable} has no {' and no '.join(_MISSING)}: pip install {' '.join(_MISSING)}, or name another "
-        "interpreter with make gpu PYTHON=..."
+        f"bench.gpu: {sys.executable} has no {' and no '.join(_MISSING)}: pip install {' '.join(_MISSING)}, or name an "
+        "interpreter that has them with make gpu PYTHON=..."
     )
 
-import torch
+import torch  # noqa: E402
 
-from bench import plots, report
-from bench.environment import REPOSITORY, environment, results_folder, write_json
+from bench import plots, report  # noqa: E402
+from bench.environment import REPOSITORY, environment, results_folder, write_json  # noqa: E402
 
 # Folder of the results for what is of no interest once all went well.
 LOGS = "logs"

@@ -39,8 +39,9 @@ def load_processor(name_or_path: str, **kwargs: Any) -> Any:
     """
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
+    whole: Any = AutoProcessor
     try:
-        return AutoProcessor.from_pretrained(name_or_path, **kwargs)
+        return whole.from_pretrained(name_or_path, **kwargs)
     except ImportError as error:
         family = _processor_class(name_or_path, kwargs)
         if "torchvision" not in str(error).lower() or family is None:
@@ -57,15 +58,15 @@ def load_processor(name_or_path: str, **kwargs: Any) -> Any:
     return processor
 
 
-class _NoVideos(dict):
-    """Stands where a video processor should; a dict, since processors write themselves as JSON."""
+class _NoVideos(dict[str, Any]):
+    """Takes the place of a video processor; it is a dict because processors write themselves as JSON."""
 
     def __call__(self, *_: Any, **__: Any) -> Any:
         raise ValueError("videos need torchvision, which is not installed: pip install torchvision.")
 
 
 def _without_videos(family: Any) -> Any:
-    class ImageOnlyProcessor(family):
+    class ImageOnlyProcessor(family):  # type: ignore[misc]
         """The family's processor without its video part."""
 
         def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
@@ -118,8 +119,8 @@ def load_checkpoint(
     try:
         with _hub_offline(no_hub is not None):
             processor = load_processor(name)
-            model: Any
-            model, loaded = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True)
+            auto: Any = AutoModelForImageTextToText
+            model, loaded = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except ImportError as error:
         raise CheckpointError(f"{name} needs a package that is not installed: {first_line(error)}") from error
     except torch.OutOfMemoryError:
@@ -134,8 +135,8 @@ def load_checkpoint(
     if missing:
         shown = ", ".join(missing[:_SHOWN_TENSORS]) + (", ..." if len(missing) > _SHOWN_TENSORS else "")
         report(
-            f"{name} lacks {len(missing)} tensor{'s' * (len(missing) > 1)} of the model ({shown}), which are random now; "
-            "do not trust its answers"
+            f"{name} lacks {len(missing)} tensor{'s' * (len(missing) > 1)} of the model ({shown}), which are random "
+            "now; do not trust its answers"
         )
     return model.to(device).eval(), processor
 

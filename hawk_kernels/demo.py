@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -69,7 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hawk-kernels demo",
         description="Answer a question about a picture with all visual tokens and with a part of them, draw what was "
-        "kept, and time a model at a fixed number of new tokens. Without options: the tiny model and a sample picture that ship with the package.",
+        "kept, and time a model at a fixed number of new tokens. Without options: the tiny model and a sample picture "
+        "that ship with the package.",
     )
     parser.add_argument(
         "--model",
@@ -231,7 +231,8 @@ def _measure_speed(asked: Asked, args: argparse.Namespace) -> Speed:
     with _memory_in_words(device), _one_thread(asked.is_tiny):
         if asked.is_tiny:
             model, inputs = demo_speed.random_model(device)
-            name, visual_tokens, head_weights = "Qwen2.5-VL with random weights", demo_speed.SIDE**2, "uniform"
+            name, visual_tokens = "Qwen2.5-VL with random weights", demo_speed.SIDE**2
+            head_weights: str | None = "uniform"
         else:
             model, inputs = asked.model, asked.inputs
             name, visual_tokens, head_weights = args.model, asked.visual_tokens, asked.head_weights
@@ -355,8 +356,9 @@ def _need_packages() -> None:
 def _quieten() -> None:
     """Loading bars and generation hints would bury the answer, and spoil `--json`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
+    logging: Any = transformers_logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
@@ -379,7 +381,8 @@ def _open_image(path: Path) -> Image.Image:
     from hawk_kernels.calibration.encoding import open_image
 
     try:
-        return open_image(path)
+        image: Image.Image = open_image(path)
+        return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DemoError(f"{path} is not a picture that Pillow can read ({error}); give a PNG or JPEG file.") from error
 
@@ -448,7 +451,7 @@ def _memory_in_words(device: torch.device) -> Iterator[None]:
 
 
 def _head_weights(wanted: str | None, method: str, model: Any) -> str | None:
-    """Return what `prune` gets: what was asked for, else the registry's, else uniform ones, which the demo then says."""
+    """Return what `prune` gets: what was asked for, else the registry's, else uniform ones, which the report says."""
     if wanted is not None or not _uses_head_weights(method):
         return wanted
     from hawk_kernels.head_weights import resolve_head_weights
@@ -530,13 +533,16 @@ def _answer_both_ways(
                 hint = " (on this command line: --head-weights uniform)" if "head_weights" in str(error) else ""
                 raise DemoError(f"{error}{hint}") from error
             pruned_text, pruned_seconds = answer()
-    kept = pruning.keep_mask[0].to(is_visual.device)
+    keep_mask, scores = pruning.keep_mask, pruning.scores
+    assert keep_mask is not None
+    assert scores is not None
+    kept = keep_mask[0].to(is_visual.device)
     kept_visual = int((kept & is_visual).sum())
     return (
         Answer(plain_text, visual_tokens, prompt_tokens, plain_seconds),
         Answer(pruned_text, kept_visual, prompt_tokens - visual_tokens + kept_visual, pruned_seconds),
         kept[is_visual].cpu(),
-        pruning.scores[0].to(is_visual.device)[is_visual].float().cpu(),
+        scores[0].to(is_visual.device)[is_visual].float().cpu(),
         pruning.stats.to_dict(),
     )
 

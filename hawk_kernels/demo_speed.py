@@ -113,7 +113,8 @@ def random_model(device: torch.device) -> tuple[Any, dict[str, torch.Tensor]]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: Any = Qwen2_5_VLForConditionalGeneration(config).eval().to(device, dtype)
+        model: Any = Qwen2_5_VLForConditionalGeneration(config)
+        model.eval().to(device, dtype)
         pixels = torch.randn(SIDE**2 * _MERGE**2, 3 * _FRAMES * _PATCH**2)
     model.generation_config.pad_token_id = 0
     words = list(range(_FIRST_WORD, _FIRST_WORD + _WORDS))

@@ -14,8 +14,8 @@ import torch
 import csrc_ref
 from hawk_kernels import calibrate, prune
 from hawk_kernels.calibration import BadSamplesError, Sample
-from hawk_kernels.calibration.masking import attention_modules, hide_visual_tokens
 from hawk_kernels.calibration.journal import Journal
+from hawk_kernels.calibration.masking import attention_modules, hide_visual_tokens
 from hawk_kernels.hf.families import dissect
 from tests.calibration_job import NUM_HEADS, Reader, Riddles, tasks, tiny_model
 from tests.tiny_models import Picture, question, qwen_batch

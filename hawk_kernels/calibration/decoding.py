@@ -34,8 +34,8 @@ def answers_with_masked_heads(
 ) -> list[list[int]]:
     """Answer one prompt greedily, once for each entry of `heads`.
 
-    This is plain greedy decoding up to an end of turn, without the sampling, penalties and stop strings of a generation config, so that
-    nothing but the masked head tells two answers apart.
+    This is plain greedy decoding up to an end of turn, without the sampling, penalties and stop strings of a generation
+    config, so that nothing but the masked head tells two answers apart.
 
     Args:
         anatomy: the model's parts.

@@ -47,8 +47,8 @@ class JsonlTask:
         with self.path.open("rb") as file:
             if b"\0" in file.read(_HEAD_BYTES):
                 raise ValueError(
-                    f"data: expected a JSONL file of UTF-8 text, one JSON object a line, got {str(path)!r}, which is not "
-                    "text; check the path"
+                    f"data: expected a JSONL file of UTF-8 text, one JSON object a line, got {str(path)!r}, which is "
+                    "not text; check the path"
                 )
         self.name = name or self.path.stem
         self.max_new_tokens = max_new_tokens

@@ -151,7 +151,7 @@ class MaskedVisualTokens:
         return int(cache.get_mask_sizes(length, layer)[0])
 
     def _with_heads(self, mask: torch.Tensor, length: int) -> torch.Tensor:
-        """`[B or 1, 1, T, S]`, bool or additive, as `[B, H, T, S]` with the visual keys masked from the chosen heads."""
+        """Expand a mask `[B or 1, 1, T, S]`, bool or additive, to `[B, H, T, S]`; chosen heads get no visual keys."""
         keys = mask.shape[-1]
         visual = self._visual_keys(keys).to(mask.device)
         sees_it = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

@@ -224,7 +224,8 @@ class _Fields:
 
     def unexpected(self, name: str, wanted: str) -> ValueError:
         return ValueError(
-            f"{self._origin}: expected '{self._within}{name}' to be {wanted}; `hawk-kernels calibrate` writes such files"
+            f"{self._origin}: expected '{self._within}{name}' to be {wanted}; `hawk-kernels calibrate` writes such "
+            "files"
         )
 
     def _expect(self, holds: bool, name: str, wanted: str) -> None:

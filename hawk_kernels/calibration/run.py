@@ -1,4 +1,4 @@
-"""Runs a calibration: each benchmark is scored with the visual tokens masked from one attention head after the other."""
+"""Runs a calibration: scores benchmarks with the visual tokens masked from one attention head after the other."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import nn
 
 from hawk_kernels.calibration.decoding import answers_with_masked_heads
 from hawk_kernels.calibration.encoding import decode, encode
-from hawk_kernels.calibration.masking import LAYERS, attention_modules, hide_visual_tokens
 from hawk_kernels.calibration.journal import Journal, Key
+from hawk_kernels.calibration.masking import LAYERS, attention_modules, hide_visual_tokens
 from hawk_kernels.calibration.plan import Chosen, Question, check_pictures, choose_samples
 from hawk_kernels.calibration.processes import Processes, is_first_process
 from hawk_kernels.calibration.result import Calibration, check_same_model, check_target, layer_result, now, task_score

@@ -31,8 +31,8 @@ data:
 {FORMS}
 
 Every sample is answered once as it is and once for each head. A killed run goes on where it ended when the same command
-is given again: what is finished lies in OUT.journal. OUT replaces nothing but an earlier weights file of the same model.
-Several GPUs share the samples:
+is given again: what is finished lies in OUT.journal. OUT replaces nothing but an earlier weights file of the same
+model. Several GPUs share the samples:
 
   accelerate launch --multi_gpu --num_processes 8 -m hawk_kernels calibrate ...
 
@@ -55,8 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--layers",
         default="first",
         choices=("first", "all", "both"),
-        help="mask a head of the first layer, which scores the tokens, or the heads of that number in all layers; both: "
-        "measure both and take the weights of the first (default: first)",
+        help="mask a head of the first layer, which scores the tokens, or the heads of that number in all layers; "
+        "both: measure both and take the weights of the first (default: first)",
     )
     parser.add_argument(
         "--limit", type=positive, default=None, help="samples of each benchmark at most, drawn at random"
@@ -174,16 +174,16 @@ def doubts(calibration: Calibration) -> list[str]:
             error = task.base_standard_error
             spread = "unknown" if error is None else f"{error:.3f}"
             found.append(
-                f"{task.name}: {task.samples} sample{'s' * (task.samples > 1)} are few; the score {task.base:.3f} has a "
-                f"standard error of {spread}, and single heads move it less than that; take {_FEW_SAMPLES} or more"
+                f"{task.name}: {task.samples} sample{'s' * (task.samples > 1)} are few; the score {task.base:.3f} "
+                f"has a standard error of {spread}, and single heads move it less than that; take {_FEW_SAMPLES} or more"
             )
     errors = calibration.standard_errors
     if errors is not None:
         weights = calibration.weights
         if float(errors.max()) >= float(weights.max() - weights.min()) / 2:
             found.append(
-                f"the weights lie between {float(weights.min()):.3f} and {float(weights.max()):.3f} with standard errors "
-                f"up to {float(errors.max()):.3f}: more samples may order the heads in another way"
+                f"the weights lie between {float(weights.min()):.3f} and {float(weights.max()):.3f} with standard "
+                f"errors up to {float(errors.max()):.3f}: more samples may order the heads in another way"
             )
     return found
 

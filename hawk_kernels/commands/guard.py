@@ -71,7 +71,8 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, (CommandError, ValueError, TypeError, ImportError, OSError)) and text:
         return text
-    return f"{type(error).__name__}{': ' if text else ''}{text} (unexpected; {TRACEBACK_VARIABLE}=1 shows where it happens)"
+    told = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return f"{told} (unexpected; {TRACEBACK_VARIABLE}=1 shows where it happens)"
 
 
 def say_error(message: str) -> None:

@@ -111,8 +111,8 @@ def load_head_weights(path: str | Path, num_heads: int, config: Any = None) -> H
     path = Path(path)
     if not path.is_file():
         raise ValueError(
-            f"head_weights: expected 'uniform', the name of a shipped file ({', '.join(shipped_weights())}) or the path "
-            f"of a weights file, got {str(path)!r}, which is no file; `{_CALIBRATE}` writes one"
+            f"head_weights: expected 'uniform', the name of a shipped file ({', '.join(shipped_weights())}) or the "
+            f"path of a weights file, got {str(path)!r}, which is no file; `{_CALIBRATE}` writes one"
         )
     content = read_weights_file(path)
     values = _checked(content["weights"], num_heads, str(path))
@@ -152,12 +152,12 @@ def _from_registry(config: Any, num_heads: int) -> HeadWeights:
         if content.get("fingerprint") and all(marks.get(k) == v for k, v in content["fingerprint"].items()):
             return HeadWeights(_checked(content["weights"], num_heads, path.name), f"registry: {content['model']}")
     known = sorted(read_weights_file(path)["model"] for path in shipped_weights().values())
-    path = getattr(config, "_name_or_path", "")
+    checkpoint = str(getattr(config, "_name_or_path", "") or "")
     raise ValueError(
-        f"head_weights: no weights are known for {path or config.model_type} (known: {', '.join(known)}); measure them "
-        f"with `{_CALIBRATE} --model {shlex.quote(path or 'FOLDER_OF_THE_MODEL')} --data questions.jsonl --out "
-        f"weights.json`, where questions.jsonl has lines such as {_EXAMPLE_LINE}, and pass head_weights='weights.json'; "
-        "or count every head the same with head_weights='uniform'"
+        f"head_weights: no weights are known for {checkpoint or config.model_type} (known: {', '.join(known)}); measure "
+        f"them with `{_CALIBRATE} --model {shlex.quote(checkpoint or 'FOLDER_OF_THE_MODEL')} --data questions.jsonl --out "
+        f"weights.json`, where questions.jsonl has lines such as {_EXAMPLE_LINE}, and pass "
+        "head_weights='weights.json'; or count every head the same with head_weights='uniform'"
     )
 
 
