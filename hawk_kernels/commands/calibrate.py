@@ -175,7 +175,7 @@ def doubts(calibration: Calibration) -> list[str]:
             spread = "unknown" if error is None else f"{error:.3f}"
             found.append(
                 f"{task.name}: {task.samples} sample{'s' * (task.samples > 1)} are few; the score {task.base:.3f} "
-                f"has a standard error of {spread}, and single heads move it less than that; take {_FEW_SAMPLES} or more"
+                f"has a standard error of {spread}, so the weights are rough; take {_FEW_SAMPLES} or more"
             )
     errors = calibration.standard_errors
     if errors is not None:

@@ -27,8 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hawk-kernels info",
         description="Show the versions of hawk_kernels and of what it uses, the devices, the backend that a call on "
-        "each of them runs on and why, the tuning table in use, the models whose head weights are shipped, and the model "
-        "families that prune supports. Runs also where torch or transformers is broken.",
+        "each of them runs on and why, the tuning table in use, the models whose head weights are shipped, and the "
+        "model families that prune supports. Runs also where torch or transformers is broken.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser

@@ -153,10 +153,11 @@ def _from_registry(config: Any, num_heads: int) -> HeadWeights:
             return HeadWeights(_checked(content["weights"], num_heads, path.name), f"registry: {content['model']}")
     known = sorted(read_weights_file(path)["model"] for path in shipped_weights().values())
     checkpoint = str(getattr(config, "_name_or_path", "") or "")
+    name = checkpoint or config.model_type
     raise ValueError(
-        f"head_weights: no weights are known for {checkpoint or config.model_type} (known: {', '.join(known)}); measure "
-        f"them with `{_CALIBRATE} --model {shlex.quote(checkpoint or 'FOLDER_OF_THE_MODEL')} --data questions.jsonl --out "
-        f"weights.json`, where questions.jsonl has lines such as {_EXAMPLE_LINE}, and pass "
+        f"head_weights: no weights are known for {name} (known: {', '.join(known)}); measure them with "
+        f"`{_CALIBRATE} --model {shlex.quote(checkpoint or 'FOLDER_OF_THE_MODEL')} --data questions.jsonl "
+        f"--out weights.json`, where questions.jsonl has lines such as {_EXAMPLE_LINE}, and pass "
         "head_weights='weights.json'; or count every head the same with head_weights='uniform'"
     )
 
