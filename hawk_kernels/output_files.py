@@ -115,6 +115,7 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
     try:
         target = Path(path).resolve()
         partial = _beside(target.parent)
+        _partial_files.append(partial)
         try:
             with partial.open("xb") as file:
                 write(file)
@@ -124,8 +125,19 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
         finally:
             with suppress(OSError):
                 partial.unlink()
+            _partial_files.remove(partial)
     except OSError as error:
         raise OutputFileError(f"cannot write {path}: {_reason(error)}; choose another place") from error
+
+
+_partial_files: list[Path] = []
+
+
+def remove_partial_files() -> None:
+    """Remove what `write_whole` has not finished, for a process that ends now."""
+    for partial in _partial_files:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _check_replaceable(path: Path, target: Path, kind: Kind, name: str, inputs: Iterable[str | Path]) -> None:

@@ -14,7 +14,7 @@ from hawk_kernels.calibration.processes import is_first_process, launched_alone,
 from hawk_kernels.calibration.result import Calibration, check_target
 from hawk_kernels.calibration.sources import FORMS, load_tasks
 from hawk_kernels.checkpoint import CheckpointError, find_device, load_checkpoint
-from hawk_kernels.commands.guard import CommandError, run_guarded
+from hawk_kernels.commands.guard import CommandError, run_guarded, stopping_note
 from hawk_kernels.commands.options import not_negative, positive
 from hawk_kernels.commands.weights import weights_table
 from hawk_kernels.output_files import WEIGHTS_FILE, check_output
@@ -80,22 +80,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         _check_out(args)
-        with _modules_of_this_folder():
+        with _modules_of_this_folder(), stopping_note(lambda: _how_to_go_on(args)):
             report = _check(args) if args.dry_run else _calibrate(args)
-    except BrokenPipeError:
-        raise
-    except (CheckpointError, CommandError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (CheckpointError, CommandError, ImportError, RuntimeError, TypeError, ValueError) as error:
         if args.traceback:
             raise
+        # bad samples are listed one a line
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt as error:
-        journal = Path(f"{args.out}.journal")
-        note = f"the same command goes on from {journal}" if not args.dry_run and journal.is_dir() else ""
-        raise KeyboardInterrupt(note) from error
     if is_first_process():
         print(json.dumps(report, indent=2) if args.json else _described(report))
     return 0
+
+
+def _how_to_go_on(args: argparse.Namespace) -> str:
+    journal = Path(f"{args.out}.journal")
+    return f"the same command goes on from {journal}" if not args.dry_run and journal.is_dir() else ""
 
 
 @contextmanager

@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+
+from hawk_kernels.output_files import remove_partial_files
 
 TRACEBACK_VARIABLE = "HAWK_KERNELS_TRACEBACK"
 """Set to anything, lets an error through with its traceback."""
@@ -31,45 +31,58 @@ def run_guarded(command: Callable[[], int], *, is_process: bool = False, show_tr
 
     Args:
         command: returns the exit status.
-        is_process: whether the process ends when this returns, so that a later Ctrl-C can be ignored.
+        is_process: whether the process ends with the command. Ctrl-C then ends it at once, since libraries catch a
+            KeyboardInterrupt and raise something else, or lose it in a finaliser.
         show_traceback: whether an error is let through, as the variable HAWK_KERNELS_TRACEBACK also asks.
 
     Raises:
         SystemExit: from argparse, which has printed its message.
     """
-    with _interruptions() as interruption:
-        try:
-            status = command()
-            _flush_stdout()
-        except SystemExit:
-            _flush_or_discard_stdout()
+    if is_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
+    try:
+        status = command()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except SystemExit:
+        _flush_or_discard_stdout()
+        raise
+    except KeyboardInterrupt:
+        _say_stopped()
+        status = INTERRUPTED
+    except BrokenPipeError:
+        _discard_stdout()
+        status = CLOSED_PIPE
+    except Exception as error:
+        if show_traceback or os.environ.get(TRACEBACK_VARIABLE):
             raise
-        except BrokenPipeError:
-            _discard_stdout()
-            status = CLOSED_PIPE
-        except BaseException as error:
-            # whoever catches KeyboardInterrupt and raises something else was interrupted all the same
-            if interruption.happened or isinstance(error, KeyboardInterrupt):
-                status = interruption.report(error)
-            elif not isinstance(error, Exception) or show_traceback or os.environ.get(TRACEBACK_VARIABLE):
-                raise
-            else:
-                _flush_or_discard_stdout()
-                say_error(one_line(error))
-                status = 1
-    if is_process and threading.current_thread() is threading.main_thread():
+        _flush_or_discard_stdout()
+        say_error(one_line(error))
+        status = 1
+    if is_process:
         # the work is done, and unloading torch takes long enough for another Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return status
 
 
+@contextmanager
+def stopping_note(note: Callable[[], str]) -> Iterator[None]:
+    """Say what `note` returns, if anything, when Ctrl-C ends the process inside the block."""
+    _notes.append(note)
+    try:
+        yield
+    finally:
+        _notes.remove(note)
+
+
 def one_line(error: BaseException) -> str:
     """An error as one line for a person: its message, with the kind of error where the message alone says little."""
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
-        place = f"{error.filename}: " if error.filename is not None else ""
-        return f"{place}{error.strerror}"
+        # an error without a file comes from a stream
+        return f"{error.filename or 'cannot write the output'}: {error.strerror}"
     text = " ".join(str(error).split())
-    if isinstance(error, (CommandError, ValueError, TypeError, ImportError, OSError)) and text:
+    is_ours = type(error).__module__.startswith("hawk_kernels")
+    if text and (is_ours or isinstance(error, (ValueError, TypeError, ImportError, OSError))):
         return text
     told = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return f"{told} (unexpected; {TRACEBACK_VARIABLE}=1 shows where it happens)"
@@ -87,66 +100,24 @@ def say_warning(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-class _Interruption:
-    """Whether Ctrl-C was pressed, and what is said about it."""
-
-    def __init__(self) -> None:
-        self.happened = False
-        self._is_reported = False
-
-    def on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self.happened:
-            # asked twice: whatever holds the first interruption up is not waited for
-            self.report(None)
-            os._exit(INTERRUPTED)
-        self.happened = True
-        raise KeyboardInterrupt
-
-    def on_unraisable(self, unraisable: Any) -> None:
-        """End the process where the interruption fell into a finaliser, from which no exception gets out."""
-        if self.happened and issubclass(unraisable.exc_type, KeyboardInterrupt):
-            self.report(None)
-            os._exit(INTERRUPTED)
-        sys.__unraisablehook__(unraisable)
-
-    def report(self, error: BaseException | None) -> int:
-        self.happened = True
-        if not self._is_reported:
-            self._is_reported = True
-            note = str(error) if isinstance(error, KeyboardInterrupt) else ""
-            with suppress(OSError, ValueError, AttributeError):
-                print(f"stopped{f'; {note}' if note else ''}", file=sys.stderr, flush=True)
-            _flush_or_discard_stdout()
-        return INTERRUPTED
+_notes: list[Callable[[], str]] = []
 
 
-@contextmanager
-def _interruptions() -> Iterator[_Interruption]:
-    interruption = _Interruption()
-    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not default or threading.current_thread() is not threading.main_thread():
-        yield interruption
-        return
-    hook = sys.unraisablehook
-    signal.signal(signal.SIGINT, interruption.on_signal)
-    sys.unraisablehook = interruption.on_unraisable
-    try:
-        yield interruption
-    finally:
-        sys.unraisablehook = hook
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """End the process on Ctrl-C; files are whole, since they are renamed into place, and journals are kept by line."""
+    _say_stopped()
+    remove_partial_files()
+    os._exit(INTERRUPTED)
 
 
-def _flush_stdout() -> None:
-    if sys.stdout is None:
-        return
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _discard_stdout()
-        raise CommandError(f"cannot write the output: {error.strerror}") from error
+def _say_stopped() -> None:
+    notes = [text for text in (note() for note in _notes) if text]
+    # a progress bar stands on the line
+    bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
+    text = ("\n" if len(bars) else "") + "; ".join(["stopped", *notes]) + "\n"
+    with suppress(OSError):
+        # print is not safe in a signal handler that interrupts another print
+        os.write(2, text.encode())
 
 
 def _flush_or_discard_stdout() -> None:
