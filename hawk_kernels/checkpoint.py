@@ -16,6 +16,13 @@ TINY_MODEL = Path(__file__).parent / "assets" / "tinyvqa"
 """The folder of the shipped model: a 0.7 M-parameter Qwen2.5-VL that knows coloured digits and nothing else."""
 
 _SHOWN_TENSORS = 3
+# each with what can take its place
+_FILES = (
+    ("config.json",),
+    ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken", "tekken.json"),
+    ("preprocessor_config.json", "processor_config.json"),
+    ("model.safetensors", "*.safetensors", "*.safetensors.index.json", "*.bin"),
+)
 _REAL_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
@@ -127,7 +134,8 @@ def load_checkpoint(
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if Path(name).is_dir():
-            problem = f"the folder {name} does not hold a vision-language checkpoint that loads: {first_line(error)}"
+            reason = _missing_files(Path(name)) or first_line(error)
+            problem = f"the folder {name} does not hold a vision-language checkpoint that loads: {reason}"
         else:
             problem = no_hub or f"{name} was found on the Hugging Face Hub but does not load: {first_line(error)}"
         raise CheckpointError(problem) from error
@@ -139,6 +147,12 @@ def load_checkpoint(
             "now; do not trust its answers"
         )
     return model.to(device).eval(), processor
+
+
+def _missing_files(folder: Path) -> str | None:
+    """Say which files a checkpoint needs and a folder lacks, as the errors of transformers often do not."""
+    lacking = [names[0] for names in _FILES if not any(next(folder.glob(name), None) for name in names)]
+    return f"it has no {' and no '.join(lacking)}" if lacking else None
 
 
 def find_device(name: str) -> torch.device:
