@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hawk_kernels.checkpoint import TINY_MODEL, CheckpointError, ask_about, find_device, first_line, load_checkpoint
-from hawk_kernels.commands.guard import CommandError, run_guarded, say_error, say_warning
+from hawk_kernels.commands.guard import CommandError, need_packages, run_guarded, say_error, say_warning
 from hawk_kernels.commands.options import keep_ratio, positive, words
 from hawk_kernels.output_files import OutputFileError, check_output, picture_kind, write_whole
 
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report["speed"] = speed.to_dict()
             if not args.json:
                 print(f"\n{_describe_speed(speed, asked.is_tiny)}")
-    except (DemoError, CheckpointError, OutputFileError) as error:
+    except (CommandError, CheckpointError, OutputFileError) as error:
         say_error(str(error))
         return 1
     if args.json:
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Asked]:
         CheckpointError: the device cannot be used, or the model does not load.
         OutputFileError: the overlay must not be written where it was asked for.
     """
-    _need_packages()
+    need_packages("the demo", "torch", "transformers", "PIL")
     is_tiny = args.model is None or Path(args.model).resolve() == TINY_MODEL.resolve()
     image_path = SAMPLE_IMAGE if args.image is None else _picture_path(args.image)
     prompt = args.prompt or (SAMPLE_PROMPT if is_tiny else REAL_MODEL_PROMPT)
@@ -340,17 +340,6 @@ def _answer_dict(answer: Answer) -> dict[str, Any]:
         "prompt_tokens": answer.prompt_tokens,
         "seconds": round(answer.seconds, 6),
     }
-
-
-def _need_packages() -> None:
-    missing = []
-    for module, package in (("torch", "torch"), ("transformers", "transformers"), ("PIL", "pillow")):
-        try:
-            __import__(module)
-        except ImportError:
-            missing.append(package)
-    if missing:
-        raise DemoError(f"the demo needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}")
 
 
 def _quieten() -> None:

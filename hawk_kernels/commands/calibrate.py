@@ -14,7 +14,7 @@ from hawk_kernels.calibration.processes import is_first_process, launched_alone,
 from hawk_kernels.calibration.result import Calibration, check_target
 from hawk_kernels.calibration.sources import FORMS, load_tasks
 from hawk_kernels.checkpoint import CheckpointError, find_device, load_checkpoint
-from hawk_kernels.commands.guard import CommandError, run_guarded, stopping_note
+from hawk_kernels.commands.guard import CommandError, need_packages, run_guarded, stopping_note
 from hawk_kernels.commands.options import not_negative, positive
 from hawk_kernels.commands.weights import weights_table
 from hawk_kernels.output_files import WEIGHTS_FILE, check_output
@@ -79,10 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Calibrate; 0 on success, 1 with a message on stderr when something has to be put right first."""
     args = build_parser().parse_args(argv)
     try:
+        need_packages("calibrate", "torch", "transformers", "PIL")
         _check_out(args)
         with _modules_of_this_folder(), stopping_note(lambda: _how_to_go_on(args)):
             report = _check(args) if args.dry_run else _calibrate(args)
-    except (CheckpointError, CommandError, ImportError, RuntimeError, TypeError, ValueError) as error:
+    except (CheckpointError, CommandError, RuntimeError, TypeError, ValueError) as error:
         if args.traceback:
             raise
         # bad samples are listed one a line
@@ -190,7 +191,7 @@ def doubts(calibration: Calibration) -> list[str]:
 
 def _check_out(args: argparse.Namespace) -> None:
     out = Path(args.out)
-    if not out.resolve().parent.is_dir():
+    if not out.absolute().parent.is_dir():
         raise ValueError(f"--out: expected a file in a folder that exists, got {out}; make the folder first")
     check_target(args.out)
     inputs = [name for word in args.data for name in (word, word.rpartition(":")[0]) if name and Path(name).is_file()]

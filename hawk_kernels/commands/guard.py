@@ -21,6 +21,30 @@ TRACEBACK_VARIABLE = "HAWK_KERNELS_TRACEBACK"
 
 INTERRUPTED, CLOSED_PIPE = 130, 141
 
+PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
+"""What pip calls the modules whose package has another name."""
+
+
+def need_packages(purpose: str, *modules: str) -> None:
+    """Raise `CommandError` with the pip command where a module that a command needs is not installed.
+
+    Args:
+        purpose: what needs them, as the message begins.
+        modules: by the names under which they are imported.
+    """
+    missing = []
+    for module in modules:
+        try:
+            __import__(module)
+        except ImportError as error:
+            if f"No module named {module!r}" not in str(error):
+                raise CommandError(f"{purpose} cannot import {module}: {' '.join(str(error).split())}") from error
+            missing.append(PACKAGES.get(module, module))
+    if missing:
+        raise CommandError(
+            f"{purpose} needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}"
+        )
+
 
 class CommandError(Exception):
     """Something that the user can put right; the message says what happened and what to do."""
@@ -81,6 +105,9 @@ def one_line(error: BaseException) -> str:
         # an error without a file comes from a stream
         return f"{error.filename or 'cannot write the output'}: {error.strerror}"
     text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and error.name and "pip install" not in text:
+        top = error.name.partition(".")[0]
+        return f"{text}: pip install {PACKAGES.get(top, top)}"
     is_ours = type(error).__module__.startswith("hawk_kernels")
     if text and (is_ours or isinstance(error, (ValueError, TypeError, ImportError, OSError))):
         return text

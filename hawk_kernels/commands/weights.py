@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.action == "check":
             return _check(args)
         report, text = _list() if args.action == "list" else _show(args)
-    except (ImportError, ValueError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(report, indent=2) if args.json else text)
