@@ -17,7 +17,6 @@ from hawk_kernels.checkpoint import CheckpointError, find_device, load_checkpoin
 from hawk_kernels.commands.guard import CommandError, need_packages, run_guarded, stopping_note
 from hawk_kernels.commands.options import not_negative, positive
 from hawk_kernels.commands.weights import weights_table
-from hawk_kernels.output_files import WEIGHTS_FILE, check_output
 
 if TYPE_CHECKING:
     import torch
@@ -194,8 +193,6 @@ def _check_out(args: argparse.Namespace) -> None:
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out: expected a file in a folder that exists, got {out}; make the folder first")
     check_target(args.out)
-    inputs = [name for word in args.data for name in (word, word.rpartition(":")[0]) if name and Path(name).is_file()]
-    check_output(args.out, WEIGHTS_FILE, name="--out", inputs=inputs)
     journal = Path(f"{args.out}.journal")
     if journal.exists() and not journal.is_dir():
         raise ValueError(f"--out: expected a folder for the journal, got the file {journal}; choose another name")
