@@ -1,4 +1,10 @@
-"""Packaging. Exact, tested versions are in constraints.txt; here are the ranges that the code is written for."""
+"""Packaging. Exact, tested versions are in constraints.txt; here are the ranges that the code is written for.
+
+On a Linux machine without a GPU, install torch for CPUs first; that of PyPI would bring gigabytes of CUDA packages:
+
+    pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+    pip install .[hf]
+"""
 
 import re
 from pathlib import Path
@@ -8,8 +14,13 @@ from setuptools import find_packages, setup
 root = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (root / "hawk_kernels/__init__.py").read_text(), re.M).group(1)
 
+# Upper bounds are what was tried: `make floor` and `make ceiling` run the tests at both ends. Triton 3.9 refuses the
+# kernels in its interpreter, and its ptxas does not compile them ahead of time.
+torch = "torch>=2.11,<2.14"
+triton = "triton>=3.6,<3.9; sys_platform == 'linux'"
+
 # prune() needs transformers; score_and_select() does not, and is called from code bases that pin their own fork of it.
-hf = ["transformers>=5.5,<6", "pillow>=10"]
+hf = ["transformers>=5.5,<5.24", "pillow>=10"]
 plots = ["matplotlib>=3.8"]
 dev = [
     "accelerate>=1.2",
@@ -44,7 +55,7 @@ setup(
         ]
     },
     python_requires=">=3.10,<3.14",
-    install_requires=["numpy>=1.26", "torch>=2.11", "triton>=3.6; sys_platform == 'linux'"],
+    install_requires=["numpy>=1.26", torch, triton],
     entry_points={"console_scripts": ["hawk-kernels = hawk_kernels.__main__:main"]},
     extras_require={"hf": hf, "plots": plots, "dev": hf + plots + dev},
     classifiers=[

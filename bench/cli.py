@@ -7,12 +7,12 @@ its own. `results_file` says where the results go.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from bench.environment import results_folder
+from hawk_kernels.commands.options import whole_number as whole_number
 
 
 def default_device() -> torch.device:
@@ -78,21 +78,6 @@ def results_directory(arguments: argparse.Namespace) -> Path:
     """Return the folder of `--output`, or else that of the device."""
     given: Path | None = getattr(arguments, "output", None)
     return given or results_folder(arguments.device)
-
-
-def whole_number(least: int) -> Callable[[str], int]:
-    """Make the type of an argument that is a whole number of at least `least`."""
-
-    def parsed(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
-        return value
-
-    return parsed
 
 
 def shard(text: str) -> tuple[int, int]:

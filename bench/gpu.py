@@ -24,10 +24,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
+_MISSING = [name for name in ("torch", "triton", "transformers", "pytest") if find_spec(name) is None]
+if _MISSING:
+    sys.exit(
+        f"bench.gpu: {sys.executable} has no {' and no '.join(_MISSING)}: pip install {' '.join(_MISSING)}, or name an "
+        "interpreter that has them with make gpu PYTHON=..."
+    )
 
-from bench import cli, plots, report
-from bench.environment import REPOSITORY, environment, results_folder, write_json
+import torch  # noqa: E402
+
+from bench import cli, plots, report  # noqa: E402
+from bench.environment import REPOSITORY, environment, results_folder, write_json  # noqa: E402
 
 # Folder of the results for what is of no interest once all went well.
 LOGS = "logs"

@@ -143,11 +143,19 @@ def draw(folder: Path) -> list[Path]:
 def main() -> None:
     """Draw what a folder holds."""
     parser = cli.parser("bench.plots", __doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", help="a results folder, such as bench/results/cpu-amd-epyc")
     arguments = parser.parse_args()
     if not available():
         sys.exit("bench.plots: needs matplotlib: pip install matplotlib. The JSON files hold all numbers")
-    for path in draw(arguments.folder):
+    if arguments.folder is None or not arguments.folder.is_dir():
+        got = "none" if arguments.folder is None else f"{arguments.folder}, which is none"
+        sys.exit(
+            f"bench.plots: expected a results folder, got {got}; make plots ARGS=bench/results/cpu-amd-epyc draws one"
+        )
+    drawn = draw(arguments.folder)
+    if not drawn:
+        sys.exit(f"bench.plots: {arguments.folder} holds no score_and_select.json or prefill.json with rows to draw")
+    for path in drawn:
         print(f"written: {path}")
 
 

@@ -1,8 +1,9 @@
-"""Loading a vision-language checkpoint for someone who typed its name: every failure says what to do."""
+"""Loads a vision-language checkpoint for someone who typed its name: every failure says what to do."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
 TINY_MODEL = Path(__file__).parent / "assets" / "tinyvqa"
 """The folder of the shipped model: a 0.7 M-parameter Qwen2.5-VL that knows coloured digits and nothing else."""
 
+_SHOWN_TENSORS = 3
+# each with what can take its place
+_FILES = (
+    ("config.json",),
+    ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken", "tekken.json"),
+    ("preprocessor_config.json", "processor_config.json"),
+    ("model.safetensors", "*.safetensors", "*.safetensors.index.json", "*.bin"),
+)
 _REAL_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
@@ -37,8 +46,9 @@ def load_processor(name_or_path: str, **kwargs: Any) -> Any:
     """
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
+    whole: Any = AutoProcessor
     try:
-        return AutoProcessor.from_pretrained(name_or_path, **kwargs)
+        return whole.from_pretrained(name_or_path, **kwargs)
     except ImportError as error:
         family = _processor_class(name_or_path, kwargs)
         if "torchvision" not in str(error).lower() or family is None:
@@ -55,15 +65,15 @@ def load_processor(name_or_path: str, **kwargs: Any) -> Any:
     return processor
 
 
-class _NoVideos(dict):
-    """Stands where a video processor should; a dict, since processors write themselves as JSON."""
+class _NoVideos(dict[str, Any]):
+    """Takes the place of a video processor; it is a dict because processors write themselves as JSON."""
 
     def __call__(self, *_: Any, **__: Any) -> Any:
         raise ValueError("videos need torchvision, which is not installed: pip install torchvision.")
 
 
 def _without_videos(family: Any) -> Any:
-    class ImageOnlyProcessor(family):
+    class ImageOnlyProcessor(family):  # type: ignore[misc]
         """The family's processor without its video part."""
 
         def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
@@ -88,13 +98,16 @@ def _processor_class(name_or_path: str, kwargs: dict[str, Any]) -> Any:
     return family if family is not None and set(family.get_attributes()) <= known else None
 
 
-def load_checkpoint(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
-    """Model (on `device`, in eval mode) and processor of a checkpoint.
+def load_checkpoint(
+    name: str, dtype: str, device: torch.device, *, report: Callable[[str], object] = warnings.warn
+) -> tuple[Any, Any]:
+    """Load the model (on `device`, in eval mode) and the processor of a checkpoint.
 
     Args:
         name: a model id on the Hub, or a folder.
         dtype: name of a dtype, or "auto".
         device: where the model goes.
+        report: is told which tensors of the model the checkpoint does not have; by default this is a warning.
 
     Raises:
         CheckpointError: it cannot be found, fetched or read; the message says why and what to do.
@@ -113,18 +126,33 @@ def load_checkpoint(name: str, dtype: str, device: torch.device) -> tuple[Any, A
     try:
         with _hub_offline(no_hub is not None):
             processor = load_processor(name)
-            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+            auto: Any = AutoModelForImageTextToText
+            model, loaded = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except ImportError as error:
         raise CheckpointError(f"{name} needs a package that is not installed: {first_line(error)}") from error
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if Path(name).is_dir():
-            problem = f"the folder {name} does not hold a vision-language checkpoint that loads: {first_line(error)}"
+            reason = _missing_files(Path(name)) or first_line(error)
+            problem = f"the folder {name} does not hold a vision-language checkpoint that loads: {reason}"
         else:
             problem = no_hub or f"{name} was found on the Hugging Face Hub but does not load: {first_line(error)}"
         raise CheckpointError(problem) from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:_SHOWN_TENSORS]) + (", ..." if len(missing) > _SHOWN_TENSORS else "")
+        report(
+            f"{name} lacks {len(missing)} tensor{'s' * (len(missing) > 1)} of the model ({shown}), which are random "
+            "now; do not trust its answers"
+        )
     return model.to(device).eval(), processor
+
+
+def _missing_files(folder: Path) -> str | None:
+    """Say which files a checkpoint needs and a folder lacks, as the errors of transformers often do not."""
+    lacking = [names[0] for names in _FILES if not any(next(folder.glob(name), None) for name in names)]
+    return f"it has no {' and no '.join(lacking)}" if lacking else None
 
 
 def find_device(name: str) -> torch.device:

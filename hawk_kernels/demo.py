@@ -1,7 +1,8 @@
-"""Ask a vision-language model about a picture, with all visual tokens and with a fifth of them.
+"""Ask a vision-language model about a picture, with all visual tokens and with a fifth of them, then time it.
 
 `python -m hawk_kernels.demo` needs no network: it uses the tiny model that ships with the package. With `--model` it
-takes any checkpoint that `hawk_kernels.prune` supports, such as Qwen/Qwen2.5-VL-7B-Instruct.
+takes any checkpoint that `hawk_kernels.prune` supports, such as Qwen/Qwen2.5-VL-7B-Instruct. The two answers may differ
+in length, so speed is timed apart from them, at a fixed number of new tokens.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,26 +17,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hawk_kernels.argument_types import whole_number
 from hawk_kernels.checkpoint import TINY_MODEL, CheckpointError, ask_about, find_device, first_line, load_checkpoint
+from hawk_kernels.commands.guard import CommandError, need_packages, run_guarded, say_error, say_warning
+from hawk_kernels.commands.options import keep_ratio, whole_number, words
+from hawk_kernels.output_files import OutputFileError, check_output, picture_kind, write_whole
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from hawk_kernels.demo_speed import Speed
     from hawk_kernels.methods import Method
 
 SAMPLE_IMAGE = TINY_MODEL / "samples" / "digits_8x8.png"
 SAMPLE_PROMPT = "Which digit is red?"
 REAL_MODEL_PROMPT = "Describe this image in one sentence."
 
-# At the paper's 0.1 a fifth of 64 tokens is too few for a single anchor.
+# with the paper's 0.1, a fifth of 64 tokens leaves no room for a single anchor
 _TINY_ALPHA = 0.5
-_ROUNDS_AT_MOST = 9
-_ROUNDS_SECONDS = 2.0
 
 
-class DemoError(Exception):
+class DemoError(CommandError):
     """Something a user can put right; the message says what happened and what to do."""
 
 
@@ -51,21 +51,39 @@ class Answer:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A loaded model with its prompt, which the speed is measured on."""
+
+    model: Any
+    inputs: Any
+    method: str | Method
+    head_weights: str | None
+    visual_tokens: int
+    is_tiny: bool
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of the demo."""
     parser = argparse.ArgumentParser(
-        prog="python -m hawk_kernels.demo",
-        description="Answer a question about a picture with all visual tokens and with a part of them, and draw what "
-        "was kept. Without options: the tiny model and a sample picture that ship with the package.",
+        prog="hawk-kernels demo",
+        description="Answer a question about a picture with all visual tokens and with a part of them, draw what was "
+        "kept, and time a model at a fixed number of new tokens. Without options: the tiny model and a sample picture "
+        "that ship with the package.",
     )
     parser.add_argument(
-        "--model", default=None, help="model id on the Hugging Face Hub or a folder (default: the shipped tiny model)"
+        "--model",
+        type=words,
+        default=None,
+        help="model id on the Hugging Face Hub or a folder (default: the shipped tiny model)",
     )
-    parser.add_argument("--image", default=None, help="picture to ask about (default: a shipped sample)")
-    parser.add_argument("--prompt", default=None, help=f"the question (default with the sample: {SAMPLE_PROMPT!r})")
+    parser.add_argument("--image", type=words, default=None, help="picture to ask about (default: a shipped sample)")
+    parser.add_argument(
+        "--prompt", type=words, default=None, help=f"the question (default with the sample: {SAMPLE_PROMPT!r})"
+    )
     parser.add_argument(
         "--keep-ratio",
-        type=_keep_ratio,
+        type=keep_ratio,
         default=0.2,
         help="share of the visual tokens that stays, above 0 and up to 1.0; a whole number is a count of tokens "
         "(default: 0.2)",
@@ -75,13 +93,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--head-weights",
+        type=words,
         default=None,
-        help="'uniform', or a JSON file of head weights (default: the registry's; 'uniform' for a model it lacks)",
+        help="'uniform', a name that `hawk-kernels weights list` shows, or a JSON file of head weights (default: the "
+        "registry's; 'uniform' for a model it lacks)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     parser.add_argument("--max-new-tokens", type=whole_number(1), default=64, help="longest answer (default: 64)")
-    parser.add_argument("--output", default=None, help="where the overlay goes (default: overlay_METHOD.png here)")
+    parser.add_argument(
+        "--output", type=words, default=None, help="where the overlay goes (default: overlay_METHOD.png here)"
+    )
+    parser.add_argument(
+        "--speed",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="time the first token and those after it, pruned and not: of a larger model with random weights, or of "
+        "--model itself where one is given (default: yes, but not with --json)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 
@@ -89,39 +118,52 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; 0 on success, 1 with one line on stderr when something has to be put right first."""
     args = build_parser().parse_args(argv)
+    wants_speed = not args.json if args.speed is None else args.speed
     try:
-        report = run(args)
-    except (DemoError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        report, asked = run(args)
+        if not args.json:
+            print(describe(report), flush=True)
+        if wants_speed:
+            speed = _measure_speed(asked, args)
+            report["speed"] = speed.to_dict()
+            if not args.json:
+                print(f"\n{_describe_speed(speed, asked.is_tiny)}")
+    except (CommandError, CheckpointError, OutputFileError) as error:
+        say_error(str(error))
         return 1
     if args.json:
         print(json.dumps(report, indent=2))
-    else:
-        print(describe(report))
+    if report["overlay_error"]:
+        say_error(report["overlay_error"])
+        return 1
     return 0
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Load, ask both ways, draw; everything that happened as one JSON-ready dict.
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], Asked]:
+    """Load, ask both ways, draw; return everything that happened as one JSON-ready dict, and what was asked.
 
     Raises:
         DemoError: a dependency, the picture, the question or an option is not as it must be.
         CheckpointError: the device cannot be used, or the model does not load.
+        OutputFileError: the overlay must not be written where it was asked for.
     """
-    _need_packages()
+    need_packages("the demo", "torch", "transformers", "PIL")
     is_tiny = args.model is None or Path(args.model).resolve() == TINY_MODEL.resolve()
-    image_path = Path(args.image) if args.image is not None else SAMPLE_IMAGE
+    image_path = SAMPLE_IMAGE if args.image is None else _picture_path(args.image)
     prompt = args.prompt or (SAMPLE_PROMPT if is_tiny else REAL_MODEL_PROMPT)
-    method, roles = _watched(args.method, _TINY_ALPHA if is_tiny else 0.1)
+    _check_method(args.method)
+    _check_head_weights(args.head_weights)
     output = Path(args.output or f"overlay_{args.method}.png")
-    _check_output(output)
+    _check_output(output, [image_path, *([] if args.head_weights is None else [args.head_weights])])
     image = _open_image(image_path)
     device = find_device(args.device)
+    method, roles = _watched(args.method, _TINY_ALPHA if is_tiny else 0.1)
 
     _quieten()
     seconds: dict[str, float] = {}
     with _Timer(seconds, "load"), _memory_in_words(device):
-        model, processor = load_checkpoint(str(TINY_MODEL) if is_tiny else args.model, args.dtype, device)
+        name = str(TINY_MODEL) if is_tiny else args.model
+        model, processor = load_checkpoint(name, args.dtype, device, report=say_warning)
     head_weights = _head_weights(args.head_weights, args.method, model)
     with _Timer(seconds, "preprocess"):
         try:
@@ -134,24 +176,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     budget = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
     with _memory_in_words(device), _one_thread(is_tiny):
-        plain, pruned, keep_mask, scores, stats, rounds = _answer_both_ways(
+        plain, pruned, keep_mask, scores, stats = _answer_both_ways(
             model, processor, inputs, budget, args.keep_ratio, method, head_weights, device
         )
     seconds["generate_all"], seconds["generate_pruned"] = plain.seconds, pruned.seconds
 
     overlay: str | None = None
+    overlay_error: str | None = None
     with _Timer(seconds, "overlay"):
         grid = _token_grid(inputs, model.config, plain.visual_tokens)
         if grid is not None:
             from hawk_kernels.viz import draw_overlay
 
-            words = {"title": _shortened(prompt), "subtitle": _outcome(plain, pruned)}
+            texts = {"title": _shortened(prompt), "subtitle": _outcome(plain, pruned)}
+            picture = draw_overlay(image, keep_mask, scores, grid, roles=roles(), **texts)
             try:
-                draw_overlay(image, keep_mask, scores, grid, roles=roles(), **words).save(output)
-            except OSError as error:
-                raise DemoError(f"cannot write the overlay to {output}: {error}") from error
-            overlay = str(output.resolve())
-    return {
+                _save(picture, output)
+                overlay = str(output.resolve())
+            except OutputFileError as error:
+                # the answer is still worth printing
+                overlay_error = str(error)
+    report = {
         "model": "tinyvqa" if is_tiny else args.model,
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": str(device),
@@ -168,9 +213,51 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "same_answer": plain.text == pruned.text,
         "stats": stats,
         "seconds": {part: round(value, 6) for part, value in seconds.items()},
-        "timed_rounds": rounds,
         "overlay": overlay,
+        "overlay_error": overlay_error,
+        "speed": None,
     }
+    return report, Asked(model, inputs, method, head_weights, plain.visual_tokens, is_tiny)
+
+
+def _measure_speed(asked: Asked, args: argparse.Namespace) -> Speed:
+    """Time the model that was asked, or one of 50 M random parameters in place of the tiny one."""
+    import torch
+    from tqdm import tqdm
+
+    from hawk_kernels import demo_speed, prune
+
+    device = asked.inputs["input_ids"].device
+    with _memory_in_words(device), _one_thread(asked.is_tiny):
+        if asked.is_tiny:
+            model, inputs = demo_speed.random_model(device)
+            name, visual_tokens = "Qwen2.5-VL with random weights", demo_speed.SIDE**2
+            head_weights: str | None = "uniform"
+        else:
+            model, inputs = asked.model, asked.inputs
+            name, visual_tokens, head_weights = args.model, asked.visual_tokens, asked.head_weights
+        with tqdm(
+            total=demo_speed.STEPS, bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}]", disable=args.json
+        ) as bar:
+
+            def show(step: str) -> None:
+                bar.set_description_str(f"timing a model of {visual_tokens} visual tokens, {step}")
+                bar.update()
+
+            return demo_speed.measure(
+                model,
+                inputs,
+                lambda: prune(
+                    model,
+                    keep_ratio=args.keep_ratio,
+                    method=asked.method,
+                    head_weights=head_weights if _uses_head_weights(args.method) else None,
+                ),
+                name=name,
+                visual_tokens=visual_tokens,
+                threads=torch.get_num_threads() if device.type == "cpu" else None,
+                progress=show,
+            )
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -191,33 +278,29 @@ def describe(report: dict[str, Any]) -> str:
         f"question  {report['prompt']}",
         f"pruning   {report['method']}, keep {_share(report['keep_ratio'])}{heads}",
         "",
-        f"{'':<16}{'visual tokens':>14}{'prompt tokens':>15}{'generate':>12}   answer",
+        f"{'':<16}{'visual tokens':>14}{'prompt tokens':>15}   answer",
         _row("all tokens", plain),
         _row("pruned", pruned),
         "",
-        f"{parts}; generate: {_rounds(report['timed_rounds'])} after one warm-up each way",
-        _verdict(plain, pruned),
+        parts,
     ]
     if report["head_weights"] == "uniform":
         lines.append("Every head counts the same here: no published HAWK head weights are known, or none were wanted.")
     if report["overlay"]:
         lines.append(f"overlay   {report['overlay']}")
-    else:
+    elif report["overlay_error"] is None:
         lines.append("No overlay: this model's visual tokens do not lie on one grid that the demo knows.")
     return "\n".join(lines)
 
 
-def _verdict(plain: dict[str, Any], pruned: dict[str, Any]) -> str:
-    ratio = pruned["seconds"] / plain["seconds"]
-    if ratio <= 1:
-        return f"Pruned generation took {ratio:.0%} of the time."
-    verdict = f"Pruning made generation {ratio:.2f} times as long here"
-    if plain["visual_tokens"] >= 1000:
-        return verdict + "."
-    return (
-        f"{verdict}: {plain['visual_tokens']} visual tokens are nothing, so scoring and selecting costs more than the\n"
-        "shorter prompt saves. It pays with thousands of visual tokens in a model of billions of parameters."
-    )
+def _describe_speed(speed: Speed, is_random: bool) -> str:
+    from hawk_kernels import demo_speed
+
+    size = _count(speed.parameters)
+    what = f"speed     {speed.model} ({size} parameters), {speed.visual_tokens} visual tokens"
+    if is_random:
+        what += "\n          (built here, nothing is downloaded; random weights take the same time, and answer nothing)"
+    return f"{what}\n\n{demo_speed.describe(speed)}"
 
 
 def _share(keep_ratio: float | int) -> str:
@@ -239,10 +322,7 @@ def _shortened(text: str) -> str:
 
 
 def _row(name: str, answer: dict[str, Any]) -> str:
-    return (
-        f"{name:<16}{answer['visual_tokens']:>14}{answer['prompt_tokens']:>15}{_time(answer['seconds']):>12}   "
-        f"{answer['text']}"
-    )
+    return f"{name:<16}{answer['visual_tokens']:>14}{answer['prompt_tokens']:>15}   {answer['text']}"
 
 
 def _count(parameters: int) -> str:
@@ -251,10 +331,6 @@ def _count(parameters: int) -> str:
 
 def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
-
-
-def _rounds(count: int) -> str:
-    return f"median of {count} interleaved rounds" if count > 1 else "one round"
 
 
 def _answer_dict(answer: Answer) -> dict[str, Any]:
@@ -266,39 +342,26 @@ def _answer_dict(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _keep_ratio(text: str) -> float | int:
-    """A share written with a point, or a whole number of tokens; as in `prune(model, keep_ratio=...)`."""
-    try:
-        value: float | int = int(text) if text.strip().lstrip("+-").isdigit() else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number; give a share such as 0.2, or a count such as 64."
-        ) from None
-    if (isinstance(value, int) and value < 1) or (isinstance(value, float) and not 0 < value <= 1):
-        raise argparse.ArgumentTypeError(
-            f"{text} is out of range; give a share above 0 and up to 1.0, or a whole number of tokens from 1."
-        )
-    return value
-
-
-def _need_packages() -> None:
-    missing = []
-    for module, package in (("torch", "torch"), ("transformers", "transformers"), ("PIL", "pillow")):
-        try:
-            __import__(module)
-        except ImportError:
-            missing.append(package)
-    if missing:
-        raise DemoError(f"the demo needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}")
-
-
 def _quieten() -> None:
     """Loading bars and generation hints would bury the answer, and spoil `--json`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
+    logging: Any = transformers_logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _picture_path(text: str) -> Path:
+    """The path that `--image` names, as far as it can be one."""
+    if "://" in text:
+        raise DemoError(f"--image takes a file, not the address {text}; download the picture and give its path.")
+    path = Path(text)
+    if path.is_dir():
+        raise DemoError(f"--image {path} is a folder; give the path of a PNG or JPEG file in it.")
+    if not path.is_file():
+        raise DemoError(f"there is no picture at {path}; give the path of a PNG or JPEG file with --image.")
+    return path
 
 
 def _open_image(path: Path) -> Image.Image:
@@ -306,27 +369,52 @@ def _open_image(path: Path) -> Image.Image:
 
     from hawk_kernels.calibration.encoding import open_image
 
-    if not path.is_file():
-        raise DemoError(f"there is no picture at {path}; give the path of a PNG or JPEG file with --image.")
     try:
-        return open_image(path)
+        image: Image.Image = open_image(path)
+        return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DemoError(f"{path} is not a picture that Pillow can read ({error}); give a PNG or JPEG file.") from error
 
 
-def _check_output(path: Path) -> None:
-    """Before the work, not after it."""
+def _check_method(name: str) -> None:
+    from hawk_kernels.methods import METHODS
+
+    if name not in METHODS:
+        raise DemoError(f"--method: expected one of {', '.join(METHODS)}, got {name!r}.")
+
+
+def _check_head_weights(wanted: str | None) -> None:
+    """Check what can be checked without the model; `prune` compares the number of heads."""
+    if wanted in (None, "uniform"):
+        return
+    from hawk_kernels.head_weights import find_weights_file, load_head_weights, read_weights_file
+
+    path = find_weights_file(str(wanted))
+    try:
+        load_head_weights(path, len(read_weights_file(path)["weights"]) if path.is_file() else 0)
+    except (OSError, ValueError) as error:
+        raise DemoError(f"--head-weights: {str(error).removeprefix('head_weights: ')}") from error
+
+
+def _check_output(path: Path, inputs: Sequence[str | Path]) -> None:
+    """Refuse an overlay that cannot be written before any work is done."""
     from PIL import Image
 
-    if not path.parent.is_dir():
-        raise DemoError(f"the folder of --output {path} does not exist; make it first or choose another.")
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise DemoError(f"--output {path} does not end like a picture file; use a name such as overlay.png.")
+    check_output(path, picture_kind(path), name="--output", inputs=inputs)
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    from PIL import Image
+
+    form = Image.registered_extensions()[path.suffix.lower()]
+    write_whole(path, lambda file: picture.save(file, format=form))
 
 
 @contextmanager
 def _one_thread(wanted: bool) -> Iterator[None]:
-    """A second thread gains a tiny model nothing, and on a busy machine waiting for it drowns what is timed."""
+    """Use one thread: a second one gains a small model little, and on a busy machine waiting for it drowns the rest."""
     import torch
 
     before = torch.get_num_threads()
@@ -352,10 +440,8 @@ def _memory_in_words(device: torch.device) -> Iterator[None]:
 
 
 def _head_weights(wanted: str | None, method: str, model: Any) -> str | None:
-    """What `prune` gets: what was asked for, else the registry's, else uniform ones, which the demo then says."""
-    from hawk_kernels.methods import METHODS
-
-    if wanted is not None or method not in METHODS or not METHODS[method].uses_head_weights:
+    """Return what `prune` gets: what was asked for, else the registry's, else uniform ones, which the report says."""
+    if wanted is not None or not _uses_head_weights(method):
         return wanted
     from hawk_kernels.head_weights import resolve_head_weights
     from hawk_kernels.hf.anatomy import dissect
@@ -366,6 +452,12 @@ def _head_weights(wanted: str | None, method: str, model: Any) -> str | None:
         # what cannot be pruned at all is refused by prune, in words
         return "uniform"
     return None
+
+
+def _uses_head_weights(method: str) -> bool:
+    from hawk_kernels.methods import METHODS
+
+    return METHODS[method].uses_head_weights
 
 
 def _watched(name: str, alpha: float) -> tuple[str | Method, Callable[[], Any]]:
@@ -394,11 +486,8 @@ def _answer_both_ways(
     method: str | Method,
     head_weights: str | None,
     device: torch.device,
-) -> tuple[Answer, Answer, Any, Any, Any, int]:
-    """Both answers with their median times; mask and scores of the visual tokens; statistics; rounds timed.
-
-    Each way runs once untimed first. Then they take turns, so that a busy moment of the machine hits both.
-    """
+) -> tuple[Answer, Answer, Any, Any, Any]:
+    """Return both answers, the mask and scores of the visual tokens, and statistics."""
     import torch
 
     from hawk_kernels import prune
@@ -407,20 +496,24 @@ def _answer_both_ways(
     prompt_tokens = inputs["input_ids"].shape[1]
     visual_tokens = int(is_visual.sum())
 
-    def timed(generate: Callable[[], Any]) -> tuple[str, float]:
+    def answer() -> tuple[str, float]:
         _finish(device)
         started = time.perf_counter()
-        out = generate()
+        out = model.generate(**inputs, **budget, return_dict_in_generate=True, output_logits=True)
         _finish(device)
         elapsed = time.perf_counter() - started
-        return processor.batch_decode(out[:, prompt_tokens:], skip_special_tokens=True)[0].strip(), elapsed
+        if not all(bool(torch.isfinite(logits.max(-1).values).all()) for logits in out.logits):
+            raise DemoError(
+                "the model's logits are NaN or infinite, so there is no answer to show; check the checkpoint, or try "
+                "--dtype float32 or bfloat16."
+            )
+        text = processor.batch_decode(out.sequences[:, prompt_tokens:], skip_special_tokens=True)[0].strip()
+        return text, elapsed
 
-    def whole() -> Any:
-        return model.generate(**inputs, **budget)
-
-    def pruned() -> tuple[str, float, Any]:
+    with torch.inference_mode():
+        plain_text, plain_seconds = answer()
         with ExitStack() as stack:
-            # Only what prune() refuses is the user's to put right; an error while generating is a bug and stays one.
+            # what prune refuses is the user's to put right, unlike an error while generating
             try:
                 pruning = stack.enter_context(
                     prune(model, keep_ratio=keep_ratio, method=method, head_weights=head_weights)
@@ -428,26 +521,18 @@ def _answer_both_ways(
             except (ValueError, TypeError, ImportError, OSError) as error:
                 hint = " (on this command line: --head-weights uniform)" if "head_weights" in str(error) else ""
                 raise DemoError(f"{error}{hint}") from error
-            text, elapsed = timed(whole)
-        return text, elapsed, pruning
-
-    with torch.inference_mode():
-        plain_text, _ = timed(whole)
-        pruned_text, _, pruning = pruned()
-        plain_times: list[float] = []
-        pruned_times: list[float] = []
-        while len(plain_times) < _ROUNDS_AT_MOST and sum(plain_times + pruned_times) < _ROUNDS_SECONDS:
-            plain_times.append(timed(whole)[1])
-            pruned_times.append(pruned()[1])
-    kept = pruning.keep_mask[0].to(is_visual.device)
+            pruned_text, pruned_seconds = answer()
+    keep_mask, scores = pruning.keep_mask, pruning.scores
+    assert keep_mask is not None
+    assert scores is not None
+    kept = keep_mask[0].to(is_visual.device)
     kept_visual = int((kept & is_visual).sum())
     return (
-        Answer(plain_text, visual_tokens, prompt_tokens, statistics.median(plain_times)),
-        Answer(pruned_text, kept_visual, prompt_tokens - visual_tokens + kept_visual, statistics.median(pruned_times)),
+        Answer(plain_text, visual_tokens, prompt_tokens, plain_seconds),
+        Answer(pruned_text, kept_visual, prompt_tokens - visual_tokens + kept_visual, pruned_seconds),
         kept[is_visual].cpu(),
-        pruning.scores[0].to(is_visual.device)[is_visual].float().cpu(),
+        scores[0].to(is_visual.device)[is_visual].float().cpu(),
         pruning.stats.to_dict(),
-        len(plain_times),
     )
 
 
@@ -482,4 +567,4 @@ class _Timer:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_guarded(main, is_process=True))

@@ -13,9 +13,9 @@ import torch
 
 import csrc_ref
 from hawk_kernels import calibrate, prune
-from hawk_kernels.calibration import BadSamplesError, Sample
-from hawk_kernels.calibration.hiding import attention_modules, hide_visual_tokens
+from hawk_kernels.calibration import BadSamplesError, Calibration, Sample
 from hawk_kernels.calibration.journal import Journal
+from hawk_kernels.calibration.masking import attention_modules, hide_visual_tokens
 from hawk_kernels.hf.anatomy import dissect
 from tests.calibration_job import NUM_HEADS, Reader, Riddles, tasks, tiny_model
 from tests.tiny_models import Picture, question, qwen_batch
@@ -358,6 +358,43 @@ def test_the_file_says_what_was_measured_and_how(measured, model, tmp_path):
     # a matrix is read row by row
     assert any(line.count(",") == 1 and line.strip().startswith("[") for line in path.read_text().splitlines())
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_weights_file_read_back_is_the_same_calibration(measured, tmp_path):
+    path = tmp_path / "weights.json"
+    measured.save(path)
+    content = json.loads(path.read_text())
+    read = Calibration.from_dict(content, "weights.json")
+    assert read.to_dict() == content
+    assert torch.equal(read.weights, measured.weights)
+    assert read.tasks == measured.tasks
+    assert list(read.results) == ["first", "all"]
+
+
+def test_weights_alone_are_a_calibration_that_knows_nothing_else():
+    read = Calibration.from_dict({"weights": [0.25, 0.75]}, "plain.json")
+    assert read.weights.tolist() == [0.25, 0.75]
+    assert (read.model, read.layer, read.tasks, read.standard_errors) == ("", None, (), None)
+    assert read.results[""].deltas is None
+
+
+@pytest.mark.parametrize("kept", [b"not weights", b'{"name": "package"}'])
+def test_calibrate_replaces_nothing_but_weights(model, tmp_path, kept):
+    out = tmp_path / "package.json"
+    out.write_bytes(kept)
+    task = Riddles("one", 2)
+    with pytest.raises(ValueError, match="exists and is not a file of head weights, so it is not replaced"):
+        calibrate(model, task, processor=Reader(), out=out, progress=False)
+    assert (task.asked, out.read_bytes()) == ([], kept)
+
+
+def test_a_benchmark_that_is_never_answered_right_is_refused(model):
+    class Hopeless(Riddles):
+        def score(self, sample, answer):
+            return 0.0
+
+    with pytest.raises(ValueError, match=r"hopeless: expected a score above zero with nothing masked, got 0 on all 2"):
+        calibrate(model, Hopeless("hopeless", 2), processor=Reader(), progress=False)
 
 
 def test_names_are_written_as_they_are(model, tmp_path):

@@ -15,11 +15,18 @@ from hawk_kernels.head_weights import shipped_weights
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """Six questions about the shipped pictures; what the model makes of them does not matter here."""
+    """Six questions about a shipped picture, with their right answers."""
     path = tmp_path_factory.mktemp("data") / "digits.jsonl"
-    picture = str(sorted((TINY_MODEL / "samples").glob("*.png"))[0])
-    prompts = [f"Which digit is {colour}?" for colour in ("red", "green", "blue", "yellow", "cyan", "white")]
-    lines = [{"image": picture, "prompt": prompt, "answer": "7"} for prompt in prompts]
+    samples = TINY_MODEL / "samples"
+    things = json.loads((samples / "samples.json").read_text())["digits_8x8.png"]["objects"][:6]
+    lines = [
+        {
+            "image": str(samples / "digits_8x8.png"),
+            "prompt": f"Which digit is {thing['colour']}?",
+            "answer": str(thing["digit"]),
+        }
+        for thing in things
+    ]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n")
     return path
 
@@ -59,7 +66,7 @@ def test_calibrate_tells_what_it_found_and_goes_on_from_its_journal(weights, que
     def never(*args, **kwargs):
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(module, "answers_with_hidden_heads", never)
+    monkeypatch.setattr(module, "answers_with_masked_heads", never)
     command = ["calibrate", "--model", TINY_MODEL, "--data", questions, "--out", weights, "--layers", "both"]
     status, out, _ = run(capsys, *command, "--limit", "4", "--device", "cpu")
     assert status == 0
@@ -167,7 +174,7 @@ def test_weights_show_draws_bars_and_drops(weights, tmp_path, capsys):
     status, out, _ = run(capsys, "weights", "show", weights, "--out", picture)
     assert status == 0
     assert f"drew {picture}" in out
-    assert "visual tokens hidden in layers: first" in out
+    assert "visual tokens masked in layers: first" in out
     with Image.open(picture) as drawn:
         colours = drawn.convert("RGB").getcolors(maxcolors=2**20)
         assert drawn.width > drawn.height > 400
@@ -178,10 +185,13 @@ def test_weights_show_draws_bars_and_drops(weights, tmp_path, capsys):
 
 def test_a_heavier_head_has_a_taller_bar_and_a_drop_its_colour(tmp_path):
     from hawk_kernels.calibration.plots import draw_weights
+    from hawk_kernels.calibration.result import Calibration
 
     def drawn(weights, deltas):
         path = tmp_path / "drawn.png"
-        draw_weights({"weights": weights, "deltas": deltas, "tasks": [{"name": "t"}]}, path)
+        task = {"name": "t", "samples": 1, "base": 1.0, "base_standard_error": None}
+        content = {"weights": weights, "deltas": deltas, "tasks": [task]}
+        draw_weights(Calibration.from_dict(content, "drawn"), path)
         with Image.open(path) as picture:
             return picture.convert("RGB")
 

@@ -1,6 +1,7 @@
 """Head weights: found by fingerprint, refused when they cannot be right."""
 
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,6 +151,30 @@ def test_every_shipped_file_is_one(tmp_path):
     for path in shipped_weights().values():
         content = read_weights_file(path)
         assert len(content["weights"]) == content["fingerprint"]["num_attention_heads"]
+
+
+def test_a_shipped_file_is_known_by_its_name():
+    content = json.loads(shipped_weights()["tinyvqa"].read_text())
+    config = SimpleNamespace(**content["fingerprint"])
+    found = resolve_head_weights("tinyvqa", config, len(content["weights"]))
+    assert torch.equal(found.values, torch.tensor(content["weights"], dtype=torch.float32))
+    assert found.source == "file tinyvqa.json"
+    with pytest.raises(ValueError, match=r"the name of a shipped file \(qwen2_5_vl_7b, tinyvqa\) or the path"):
+        resolve_head_weights("tinyvqb", config, 8)
+
+
+@pytest.mark.parametrize("name", ["", "/models/my model's"])
+def test_the_command_of_an_unknown_model_has_every_argument_that_it_needs(name):
+    from hawk_kernels.commands.calibrate import build_parser
+
+    config = SimpleNamespace(model_type="tiny", _name_or_path=name, num_attention_heads=2)
+    with pytest.raises(ValueError, match="head_weights='uniform'") as caught:
+        resolve_head_weights(None, config, 2)
+    program, command, *words = shlex.split(str(caught.value).split("`")[1])
+    assert (program, command) == ("hawk-kernels", "calibrate")
+    parsed = build_parser().parse_args(words)
+    assert parsed.model == (name or "FOLDER_OF_THE_MODEL")
+    assert (parsed.data, parsed.out) == (["questions.jsonl"], "weights.json")
 
 
 def test_the_command_that_errors_name_is_there(capsys):

@@ -1,8 +1,8 @@
 """Head importance of a model, measured: what each benchmark loses when one head no longer sees the visual tokens."""
 
-from hawk_kernels.calibration.hiding import hide_visual_tokens
 from hawk_kernels.calibration.importance import head_importance
 from hawk_kernels.calibration.jsonl import JsonlTask
+from hawk_kernels.calibration.masking import hide_visual_tokens
 from hawk_kernels.calibration.plan import BadSamplesError
 from hawk_kernels.calibration.result import Calibration
 from hawk_kernels.calibration.run import calibrate

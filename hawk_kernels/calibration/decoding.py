@@ -1,4 +1,4 @@
-"""What a model answers to one prompt, with the visual tokens hidden from one head after the other."""
+"""Answers one prompt with the visual tokens masked from one attention head after the other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hawk_kernels.calibration.hiding import HiddenVisualTokens
+from hawk_kernels.calibration.masking import MaskedVisualTokens
 from hawk_kernels.calibration.repeating import RepeatedPrompt
 from hawk_kernels.hf.anatomy import Anatomy
 
@@ -15,15 +15,15 @@ _MASK_BYTES = 2**30
 
 
 def rows_per_pass(batch_size: int, num_heads: int, length: int) -> int:
-    """Rows of one pass: `batch_size`, or as many as keep the masks of all heads below a gigabyte.
+    """Return the rows of one pass: `batch_size`, or as many as keep the masks of all heads below a gigabyte.
 
-    It depends on nothing but the prompt, so that a prompt is always read in the same batches.
+    The number depends on nothing but the prompt, so that a prompt is always read in the same batches.
     """
     return max(1, min(batch_size, _MASK_BYTES // (num_heads * length**2)))
 
 
 @torch.no_grad()
-def answers_with_hidden_heads(
+def answers_with_masked_heads(
     anatomy: Anatomy,
     inputs: Mapping[str, Any],
     heads: Sequence[int | None],
@@ -32,15 +32,15 @@ def answers_with_hidden_heads(
     max_new_tokens: int,
     batch_size: int = 8,
 ) -> list[list[int]]:
-    """Greedy answers to one prompt, one for each entry of `heads`.
+    """Answer one prompt greedily, once for each entry of `heads`.
 
-    Plain greedy decoding up to an end of turn: no sampling, penalties or stop strings of a generation config, so that
-    nothing but the hidden head tells two answers apart.
+    This is plain greedy decoding up to an end of turn, without the sampling, penalties and stop strings of a generation
+    config, so that nothing but the masked head tells two answers apart.
 
     Args:
         anatomy: the model's parts.
         inputs: the model's inputs of one prompt, batch size 1, without padding.
-        heads: the head that does not see visual tokens, or None.
+        heads: for each answer the head that does not see visual tokens, or None.
         layers: "first" or "all", as in `hide_visual_tokens`.
         max_new_tokens: tokens of the longest answer.
         batch_size: answers that are generated together, at most.
@@ -60,9 +60,9 @@ def answers_with_hidden_heads(
     answers: list[list[int]] = []
     for start in range(0, len(heads), rows):
         part = heads[start : start + rows]
-        # as many rows in the last pass as in the others: the same kernels, and bits, wherever a head stands
+        # the last pass has as many rows as the others, so that a head gets the same kernels and bits in any pass
         filled = [*part, *[None] * (rows - len(part))]
-        with RepeatedPrompt(anatomy, rows) as repeated, HiddenVisualTokens(anatomy, filled, layers):
+        with RepeatedPrompt(anatomy, rows) as repeated, MaskedVisualTokens(anatomy, filled, layers):
             answers += _greedy(anatomy, inputs, repeated, max_new_tokens)[: len(part)]
     return answers
 
@@ -74,10 +74,10 @@ def _greedy(
     output = model(**inputs, use_cache=True, logits_to_keep=1)
     end_ids = _end_ids(model)
     ends = torch.tensor(end_ids, dtype=torch.long, device=output.logits.device)
-    steps = [output.logits[:, -1].argmax(-1)]
+    steps = [_greedy_choice(output.logits)]
     finished = torch.isin(steps[0], ends)
     while len(steps) < max_new_tokens and not bool(finished.all()):
-        # said here, since not every model remembers how far its pictures moved the positions of what follows
+        # not every model remembers how far its pictures moved the positions of what follows, so they are passed
         following = repeated.following
         output = model(
             input_ids=steps[-1][:, None],
@@ -85,14 +85,25 @@ def _greedy(
             past_key_values=output.past_key_values,
             use_cache=True,
         )
-        steps.append(output.logits[:, -1].argmax(-1))
+        steps.append(_greedy_choice(output.logits))
         finished |= torch.isin(steps[-1], ends)
     tokens = torch.stack(steps, dim=1).tolist()
     return [_up_to_end(row, end_ids) for row in tokens]
 
 
+def _greedy_choice(logits: torch.Tensor) -> torch.Tensor:
+    highest, choice = logits[:, -1].max(-1)
+    # a NaN is the maximum of its row, and its index would pass for an answer
+    if not bool(torch.isfinite(highest).all()):
+        raise ValueError(
+            "model: expected finite logits, got NaN or infinity, which are no answer; check the checkpoint, or load it "
+            "in another dtype (float16 overflows where bfloat16 and float32 do not)"
+        )
+    return choice
+
+
 def _end_ids(model: Any) -> list[int]:
-    """Where `generate` ends an answer: the end-of-sequence ids of the generation config, or of the text config."""
+    """Return the ids that end an answer in `generate`: those of the generation config, or of the text config."""
     for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:

@@ -70,7 +70,7 @@ def importance_standard_errors(
         # einsum without BLAS adds in one order, whatever the number of threads
         means = np.einsum("rn,nh->rh", times.astype(np.float64), drops) / count
         total += _normalized(means)
-    return np.std(total / len(sample_deltas), axis=0, ddof=1)
+    return np.asarray(np.std(total / len(sample_deltas), axis=0, ddof=1))
 
 
 def _normalized(drops: np.ndarray) -> np.ndarray:
@@ -78,4 +78,4 @@ def _normalized(drops: np.ndarray) -> np.ndarray:
     shifted = drops - drops.min(axis=-1, keepdims=True)
     total = shifted.sum(axis=-1, keepdims=True)
     is_flat = shifted.max(axis=-1, keepdims=True) <= FLAT
-    return np.where(is_flat, 1.0 / drops.shape[-1], shifted / np.where(is_flat, 1.0, total))
+    return np.asarray(np.where(is_flat, 1.0 / drops.shape[-1], shifted / np.where(is_flat, 1.0, total)))

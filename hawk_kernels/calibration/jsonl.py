@@ -10,19 +10,22 @@ from typing import Any
 from hawk_kernels.calibration.scoring import METRICS, choice_index, multiple_choice
 from hawk_kernels.calibration.task import Sample
 
-_SHORT = "Answer the question using a single word or phrase."
-_LETTER = "Answer with the option's letter from the given choices directly."
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+"""The sentences that are appended to a question, without and with choices."""
+
+_HEAD_BYTES = 4096
 
 
 class JsonlTask:
-    """Questions of a JSONL file, one object a line:
+    """A benchmark whose questions stand in a JSONL file, one object a line:
 
         {"image": "charts/1.png", "question": "How many bars?", "answer": "7"}
 
     `image` or `images`, `video` or `videos`: paths, seen from the file's folder. `answer` or `answers`: text or
     numbers. `choices`: a list of texts, of which `answer` names one by letter or text. `id`: names the sample, by
-    default its line. `prompt`: what is asked word for word, instead of the question and an instruction to answer
-    briefly. Other fields are left alone.
+    default its line. `prompt`: what is asked word for word; without it the question is asked with a sentence appended
+    that wants a short answer (`SHORT`) or a letter (`LETTER`). Other fields are left alone.
 
     Args:
         path: the file.
@@ -41,6 +44,12 @@ class JsonlTask:
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"data: expected a JSONL file, got {str(path)!r}, which is no file; check the path")
+        with self.path.open("rb") as file:
+            if b"\0" in file.read(_HEAD_BYTES):
+                raise ValueError(
+                    f"data: expected a JSONL file of UTF-8 text, one JSON object a line, got {str(path)!r}, which is "
+                    "not text; check the path"
+                )
         self.name = name or self.path.stem
         self.max_new_tokens = max_new_tokens
         self._metric = metric
@@ -100,9 +109,9 @@ class JsonlTask:
             return str(sample.details["prompt"])
         choices = sample.details.get("choices")
         if not choices:
-            return f"{sample.question}\n{_SHORT}"
+            return f"{sample.question}\n{SHORT}"
         listed = "\n".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices))
-        return f"{sample.question}\n{listed}\n{_LETTER}"
+        return f"{sample.question}\n{listed}\n{LETTER}"
 
     def score(self, sample: Sample, answer: str) -> float:
         """By the metric."""
@@ -113,7 +122,7 @@ class JsonlTask:
     def _sample(self, line: Any, origin: str, number: str) -> Sample:
         if not isinstance(line, dict):
             raise ValueError(f"expected a JSON object, got {type(line).__name__}")
-        # a null is a field that is not there, as tables leave it; half a character nobody can tokenise
+        # tables write null for a missing field; half of a surrogate pair cannot be tokenised, and fails to encode here
         line = {name: value for name, value in line.items() if value is not None}
         json.dumps(line, ensure_ascii=False).encode()
         images, videos = self._files(line, "image"), self._files(line, "video")

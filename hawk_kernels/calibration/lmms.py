@@ -66,7 +66,8 @@ class LmmsTask:
 
     @cached_property
     def _documents(self) -> Sequence[Any]:
-        return self._task.eval_docs
+        documents: Sequence[Any] = self._task.eval_docs
+        return documents
 
     @cached_property
     def samples(self) -> Sequence[Sample]:

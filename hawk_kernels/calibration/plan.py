@@ -1,4 +1,4 @@
-"""What a calibration will ask: chosen samples, checked before the model does anything."""
+"""Chooses the samples that a calibration asks, and checks them before the model does anything."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Question:
 
     @property
     def key(self) -> Key:
-        """By which its scores are kept."""
+        """The key under which the journal keeps its scores."""
         return self.task.name, self.sample.key, self.digest
 
     @property
@@ -73,7 +73,7 @@ class Chosen:
 
     @property
     def digest(self) -> str:
-        """Of all that is asked."""
+        """Digest of all that is asked."""
         return _digest([question.digest for question in self.questions])
 
 
@@ -150,13 +150,13 @@ def _picture_identity(source: ImageSource) -> list[Any]:
     try:
         content = Path(source).read_bytes()
     except (OSError, ValueError):
-        # told, with all others, when the pictures are checked
+        # named, together with all others, when the pictures are checked
         return [Path(source).name, None]
     return [Path(source).name, hashlib.sha256(content).hexdigest()]
 
 
 def _identity(source: Any) -> list[Any]:
-    """What tells a picture from another without decoding it; a function that makes one says nothing."""
+    """Return what tells a picture from another without decoding it; nothing for a function that makes one."""
     if isinstance(source, (str, Path)):
         path = Path(source)
         return [path.name, path.stat().st_size if path.is_file() else None]

@@ -1,39 +1,44 @@
-"""Pictures of a weights file: importance of each head, and what each head costs each benchmark."""
+"""Draws a weights file: the importance of each head, and what each head costs each benchmark."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hawk_kernels.calibration.result import results_in
+import torch
+
+from hawk_kernels.calibration.result import Calibration, LayerResult
+from hawk_kernels.output_files import check_output, picture_kind, write_whole
 
 _BAR, _REFERENCE = "#2f6f9f", "#b0522d"
-_TITLES = {"first": "hidden in the first layer", "all": "hidden in all layers"}
+_TITLES = {"first": "masked in the first layer", "all": "masked in all layers"}
 
 
-def draw_weights(content: Mapping[str, Any], path: str | Path) -> None:
-    """Draw a weights file: a bar chart with standard errors and, where drops are known, a heat map of dS.
+def draw_weights(calibration: Calibration, path: str | Path) -> None:
+    """Draw a bar chart with standard errors and, where drops are known, a heat map of dS.
 
-    One row for each way of hiding that was measured.
+    There is one row for the first layer and one for all layers, as far as they were measured.
 
     Args:
-        content: of the file.
+        calibration: what was measured, or `Calibration.from_dict` of a file.
         path: of the picture; its end says the format.
 
     Raises:
         ImportError: matplotlib is not installed; the message has the command.
+        OutputFileError: the picture cannot be written there.
     """
     try:
-        # a canvas of its own: no window, and no setting of the caller's pyplot changes
+        # its own canvas opens no window and changes no setting of the caller's pyplot
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("drawing needs matplotlib, which is not installed: pip install matplotlib") from error
-    results = results_in(content)
-    names = [task["name"] for task in content.get("tasks", [])]
-    with_drops = any(result.get("deltas") for result in results.values())
-    num_heads = len(content["weights"])
+    check_output(path, picture_kind(path))
+    results = calibration.results
+    names = [task.name for task in calibration.tasks]
+    with_drops = any(result.deltas is not None for result in results.values())
+    num_heads = len(calibration.weights)
     width, columns = max(6.0, 0.28 * num_heads), 2 if with_drops else 1
     height = 3.2 + 0.16 * len(names)
     figure = Figure(figsize=(width * columns, height * len(results)), layout="constrained", dpi=130)
@@ -43,20 +48,22 @@ def draw_weights(content: Mapping[str, Any], path: str | Path) -> None:
         _draw_bars(row[0], result, _TITLES.get(layers, ""))
         if not with_drops:
             continue
-        if result.get("deltas"):
-            _draw_drops(figure, row[1], result, names)
+        if result.deltas is not None:
+            _draw_drops(figure, row[1], result.deltas, result.flat_tasks, names)
         else:
             row[1].set_axis_off()
     # names are text, also those with dollar signs
-    figure.suptitle(f"Head importance of {_short(content.get('model', 'an unknown model'))}", parse_math=False)
-    figure.savefig(path)
+    figure.suptitle(f"Head importance of {_short(calibration.model or 'an unknown model')}", parse_math=False)
+    suffix = Path(path).suffix.removeprefix(".").lower()
+    write_whole(path, lambda file: figure.savefig(file, format=suffix))
 
 
-def _draw_bars(axes: Any, result: Mapping[str, Any], title: str) -> None:
-    weights = result["weights"]
-    axes.bar(range(len(weights)), weights, yerr=result.get("standard_errors"), color=_BAR, capsize=2, ecolor="#444444")
+def _draw_bars(axes: Any, result: LayerResult, title: str) -> None:
+    weights = result.weights.tolist()
+    errors = None if result.standard_errors is None else result.standard_errors.tolist()
+    axes.bar(range(len(weights)), weights, yerr=errors, color=_BAR, capsize=2, ecolor="#444444")
     axes.axhline(1 / len(weights), color=_REFERENCE, linestyle="--", linewidth=1, label="uniform")
-    label = "weight" if result.get("standard_errors") is None else "weight, with its standard error"
+    label = "weight" if errors is None else "weight, with its standard error"
     axes.set(xlabel="head", ylabel=label, title=title, xlim=(-0.6, len(weights) - 0.4))
     axes.set_ylim(bottom=0)
     axes.set_xticks(range(len(weights)))
@@ -65,13 +72,12 @@ def _draw_bars(axes: Any, result: Mapping[str, Any], title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_drops(figure: Any, axes: Any, result: Mapping[str, Any], names: list[str]) -> None:
-    by_task = list(zip(*result["deltas"], strict=True))
+def _draw_drops(figure: Any, axes: Any, deltas: torch.Tensor, flat_tasks: Sequence[str], names: list[str]) -> None:
+    by_task = deltas.T.tolist()
     # one scale to both sides of zero, so that colour says whether the score fell or rose
     extent = max((abs(drop) for row in by_task for drop in row), default=0.0) or 1.0
     image = axes.imshow(by_task, cmap="RdBu_r", vmin=-extent, vmax=extent, aspect="auto")
-    flat = set(result.get("flat_tasks") or [])
-    labels = [f"{name} (flat)" if name in flat else name for name in names]
+    labels = [f"{name} (flat)" if name in flat_tasks else name for name in names]
     axes.set_yticks(range(len(names)), labels, parse_math=False)
     axes.set_xticks(range(len(by_task[0])))
     axes.tick_params(axis="x", labelsize=7)

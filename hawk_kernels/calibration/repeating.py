@@ -19,7 +19,7 @@ class RepeatedPrompt:
     and later calls with as many rows pass as they are. By forward hooks alone.
 
     Attributes:
-        following: position ids of the token behind the prompt, `[..., rows, 1]`; None where the text model counts.
+        following: position ids of the token after the prompt, `[..., rows, 1]`; None where the text model counts.
     """
 
     def __init__(self, anatomy: Anatomy, rows: int) -> None:

@@ -1,4 +1,4 @@
-"""`calibrate`: the score of each benchmark with the visual tokens hidden from one attention head after the other."""
+"""Runs a calibration: scores benchmarks with the visual tokens masked from one attention head after the other."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from hawk_kernels.calibration.decoding import answers_with_hidden_heads
+from hawk_kernels.calibration.decoding import answers_with_masked_heads
 from hawk_kernels.calibration.encoding import decode, encode
-from hawk_kernels.calibration.hiding import LAYERS, attention_modules, hide_visual_tokens
 from hawk_kernels.calibration.journal import Journal, Key
+from hawk_kernels.calibration.masking import LAYERS, attention_modules, hide_visual_tokens
 from hawk_kernels.calibration.plan import Chosen, Question, check_pictures, choose_samples
 from hawk_kernels.calibration.processes import Processes, is_first_process
-from hawk_kernels.calibration.result import Calibration, check_target, layer_result, now, task_score
+from hawk_kernels.calibration.result import Calibration, check_same_model, check_target, layer_result, now, task_score
 from hawk_kernels.calibration.task import Task
 from hawk_kernels.head_weights import fingerprint
 from hawk_kernels.hf.anatomy import Anatomy, dissect
@@ -43,7 +43,7 @@ def calibrate(
 ) -> Calibration:
     """Measure how much each attention head matters for looking: the offline half of HAWK (arXiv 2604.07812).
 
-    Every sample is answered once as it is and once for each head, with the visual tokens hidden from that head alone
+    Every sample is answered once as it is and once for each head, with the visual tokens masked from that head alone
     (see `hide_visual_tokens`); the drops in score become weights (see `head_importance`). Answers are greedy.
 
         task = JsonlTask("chartqa.jsonl", "relaxed")
@@ -71,7 +71,8 @@ def calibrate(
 
     Raises:
         TypeError: a model that is not supported.
-        ValueError: an argument out of range, bad samples (each named), or a journal of another calibration.
+        ValueError: an argument out of range, bad samples (each named), a journal of another calibration, a model whose
+            logits are not finite, a benchmark on which it scores zero, or an `out` that must not be replaced.
     """
     chosen = choose_samples([tasks] if isinstance(tasks, Task) else list(tasks), limit, seed)
     check_pictures(chosen, progress and is_first_process())
@@ -107,7 +108,7 @@ def calibrate_chosen(
         check_target(out)
     modes = LAYERS if layers == BOTH else (layers,)
     anatomy = dissect(model)
-    # a model that nothing can be hidden from is told before anything is measured
+    # a model that cannot be masked is refused before anything is measured
     hide_visual_tokens(model, [], layers=modes[0])
     processor = _processor_of(model) if processor is None else processor
     with Processes() as processes:
@@ -162,6 +163,7 @@ def _measure(
         return found
     journal = Journal(Path(f"{out}.journal"), plan, processes.rank)
     finished = journal.read()
+    check_same_model(out, plan["fingerprint"], plan["parameters"])
     left = [question for question in questions if question.key not in finished]
     # what all processes read is the same only as long as none of them adds to it
     processes.wait()
@@ -182,7 +184,7 @@ def _measure(
 def _scores(
     anatomy: Anatomy, processor: Any, question: Question, modes: Sequence[str], batch_size: int
 ) -> dict[str, Any]:
-    """One sample: its score as it is, and with each head hidden in each mode."""
+    """Score one sample as it is, and with the visual tokens masked from each head in each mode."""
     task, sample, place = question.task, question.sample, question.place
     heads = list(range(anatomy.projections.num_heads))
     with _naming(place, "cannot be asked"):
@@ -192,7 +194,7 @@ def _scores(
         asked = [*([] if "base" in record else [None]), *heads]
         try:
             with _naming(place, "cannot be answered"):
-                tokens = answers_with_hidden_heads(
+                tokens = answers_with_masked_heads(
                     anatomy, inputs, asked, layers=mode, max_new_tokens=task.max_new_tokens, batch_size=batch_size
                 )
         except torch.OutOfMemoryError as error:
@@ -244,6 +246,8 @@ def _calibration(
         return np.array([measured[question.key][what] for question in part.questions], dtype=np.float64)
 
     base = [of(part, "base") for part in chosen]
+    for part, scores in zip(chosen, base, strict=True):
+        _check_base(part, scores, measured)
     names = [part.task.name for part in chosen]
     text: Any = anatomy.text
     first = attention_modules(anatomy, "first")[0]
@@ -261,6 +265,19 @@ def _calibration(
         settings={**settings, **{name: plan[name] for name in ("dtype", "attention", "device", "parameters")}},
         versions=plan["versions"],
         date=now(),
+    )
+
+
+def _check_base(part: Chosen, scores: np.ndarray, measured: Mapping[Key, Mapping[str, Any]]) -> None:
+    """Refuse a benchmark that the model never answers right: no head can lose what is not there."""
+    if scores.any():
+        return
+    question = part.questions[0]
+    answers = ", ".join(map(repr, question.sample.answers[:3])) or "what its scorer wants"
+    raise ValueError(
+        f"{part.task.name}: expected a score above zero with nothing masked, got 0 on all {len(scores)} samples, which "
+        f"says nothing about heads; look at the prompt, the answers and the metric: {question.place} was asked "
+        f"{part.task.prompt(question.sample)!r} and answered {measured[question.key]['answer']!r} instead of {answers}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Tasks by the words that name them on a command line."""
+"""Finds tasks by the words that name them on a command line."""
 
 from __future__ import annotations
 
@@ -8,19 +8,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hawk_kernels.calibration.jsonl import JsonlTask
+from hawk_kernels.calibration.jsonl import LETTER, SHORT, JsonlTask
 from hawk_kernels.calibration.task import Task
 
 _TINYVQA = "bench.tinyvqa.tasks:calibration_tasks"
 _WHERE = "with --traceback the command shows where"
 
-FORMS = """\
-FILE.jsonl           questions, one JSON object a line (image, question, answer); the metric is exact match, or
-                     multiple choice where the lines have choices
-FILE.jsonl:METRIC    the same by exact, relaxed (numbers off by 5 %), anls or choice
+FORMS = f"""\
+FILE.jsonl           questions, one JSON object a line, scored by exact match, or as multiple choice where the lines
+                     have choices
+FILE.jsonl:METRIC    the same, scored by exact, relaxed (numbers off by 5 %), anls or choice
 lmms:TASK            a task or group of lmms-eval, say lmms:chartqa
 tinyvqa              coloured digits from the training set, in a checkout of this repository
-MODULE:FUNCTION      a function that returns a task or a list of tasks"""
+MODULE:FUNCTION      a function that returns a task or a list of tasks
+
+A line of FILE.jsonl, with paths as seen from the file's folder:
+
+  {{"id": "bars-1", "image": "charts/1.png", "question": "How many bars?", "answer": "7"}}
+
+  image, images, video, videos   what the question is about
+  question                       is asked with a sentence appended: "{SHORT}"
+  choices                        a list of texts; they are listed as A., B., ... after the question, the sentence is
+                                 "{LETTER}"
+                                 and answer names a choice by letter or text
+  prompt                         is asked word for word instead: nothing is appended
+  answer, answers                text or numbers that count as right
+  id                             names the sample (default: the number of its line); keep it when lines move, so that
+                                 the journal finds its score again"""
 
 
 def load_tasks(names: Sequence[str]) -> list[Task]:

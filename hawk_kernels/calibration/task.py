@@ -43,7 +43,7 @@ class Sample:
         question: what is asked, without instructions about the form of the answer; these are the task's `prompt`.
         answers: every answer that counts as right; tasks whose scorer needs none leave it empty.
         images: in the order in which the model sees them, all before the question.
-        videos: likewise, behind the images.
+        videos: likewise, after the images.
         origin: where it stands ("chartqa.jsonl:17"), for messages.
         details: what else the task's prompt and scorer need, say the choices of a multiple-choice question.
     """

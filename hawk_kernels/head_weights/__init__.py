@@ -2,21 +2,24 @@
 
 A file is an object with `weights` (a list of `H` numbers) and, for the registry, `model`, `fingerprint`, `layer`,
 `source`, `definition` and `date`; `hawk-kernels calibrate` writes these and more. The fingerprint holds the fields of
-the config that a fine-tuned or renamed copy shares with the checkpoint the weights were measured on, so a local path
-finds its weights too.
+the config that a fine-tuned or renamed copy shares with the checkpoint that the weights were measured on, so a local
+path finds its weights too.
+
+Reading files and listing them needs no torch, so that `hawk-kernels info` works without it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _FOLDER = Path(__file__).parent
 _TEXT_FIELDS = (
@@ -28,6 +31,7 @@ _TEXT_FIELDS = (
     "vocab_size",
 )
 _CALIBRATE = "hawk-kernels calibrate"
+_EXAMPLE_LINE = '{"image": "chart.png", "question": "How many bars?", "answer": "7"}'
 
 
 class HeadWeights(NamedTuple):
@@ -52,8 +56,8 @@ def resolve_head_weights(head_weights: Any, config: Any, num_heads: int) -> Head
     """The head weights for a model.
 
     Args:
-        head_weights: None looks the model up in the shipped registry; "uniform"; a `[H]` tensor or sequence, or the
-            path of a weights file.
+        head_weights: None looks the model up in the shipped registry; "uniform"; the name of a shipped file, as
+            `hawk-kernels weights list` shows them; a `[H]` tensor or sequence; or the path of a weights file.
         config: the model's config.
         num_heads: `H`, the query heads of the scoring layer.
 
@@ -62,12 +66,14 @@ def resolve_head_weights(head_weights: Any, config: Any, num_heads: int) -> Head
             and not all zero.
         TypeError: none of the above kinds.
     """
+    import torch
+
     if head_weights is None:
         return _from_registry(config, num_heads)
     if isinstance(head_weights, str) and head_weights == "uniform":
         return HeadWeights(torch.full((num_heads,), 1.0 / num_heads), "uniform")
     if isinstance(head_weights, (str, Path)):
-        return load_head_weights(head_weights, num_heads, config)
+        return load_head_weights(find_weights_file(head_weights), num_heads, config)
     if isinstance(head_weights, torch.Tensor):
         if head_weights.dtype == torch.bool or head_weights.is_complex():
             raise TypeError(f"head_weights: expected real numbers, got dtype {head_weights.dtype}; use .float()")
@@ -79,12 +85,14 @@ def resolve_head_weights(head_weights: Any, config: Any, num_heads: int) -> Head
         values = head_weights.detach().to("cpu", torch.float64).tolist()
         return HeadWeights(_checked(values, num_heads, "head_weights"), "given")
     if hasattr(head_weights, "__array__"):
+        import numpy as np
+
         return resolve_head_weights(torch.from_numpy(np.array(head_weights)), config, num_heads)
     if isinstance(head_weights, Sequence) and not isinstance(head_weights, bytes | bytearray):
         return HeadWeights(_checked(list(head_weights), num_heads, "head_weights"), "given")
     raise TypeError(
-        "head_weights: expected None (the registry), 'uniform', a [H] tensor or sequence, or the path of a weights "
-        f"file, got {type(head_weights).__name__}"
+        "head_weights: expected None (the registry), 'uniform', the name of a shipped file, a [H] tensor or sequence, "
+        f"or the path of a weights file, got {type(head_weights).__name__}"
     )
 
 
@@ -103,8 +111,8 @@ def load_head_weights(path: str | Path, num_heads: int, config: Any = None) -> H
     path = Path(path)
     if not path.is_file():
         raise ValueError(
-            f"head_weights: expected 'uniform' or the path of a weights file, got {str(path)!r}, which is no file; "
-            f"`{_CALIBRATE}` writes one"
+            f"head_weights: expected 'uniform', the name of a shipped file ({', '.join(shipped_weights())}) or the "
+            f"path of a weights file, got {str(path)!r}, which is no file; `{_CALIBRATE}` writes one"
         )
     content = read_weights_file(path)
     values = _checked(content["weights"], num_heads, str(path))
@@ -132,6 +140,11 @@ def shipped_weights() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_FOLDER.glob("*.json"))}
 
 
+def find_weights_file(name: str | Path) -> Path:
+    """The path of a weights file that is named as the package names its own ("tinyvqa"), or by its path."""
+    return shipped_weights().get(str(name), Path(name))
+
+
 def _from_registry(config: Any, num_heads: int) -> HeadWeights:
     marks = fingerprint(config)
     for path in shipped_weights().values():
@@ -139,10 +152,13 @@ def _from_registry(config: Any, num_heads: int) -> HeadWeights:
         if content.get("fingerprint") and all(marks.get(k) == v for k, v in content["fingerprint"].items()):
             return HeadWeights(_checked(content["weights"], num_heads, path.name), f"registry: {content['model']}")
     known = sorted(read_weights_file(path)["model"] for path in shipped_weights().values())
-    name = getattr(config, "_name_or_path", "") or config.model_type
+    checkpoint = str(getattr(config, "_name_or_path", "") or "")
+    name = checkpoint or config.model_type
     raise ValueError(
         f"head_weights: no weights are known for {name} (known: {', '.join(known)}); measure them with "
-        f"`{_CALIBRATE} --model {name}` and pass the file it writes, or say head_weights='uniform'"
+        f"`{_CALIBRATE} --model {shlex.quote(checkpoint or 'FOLDER_OF_THE_MODEL')} --data questions.jsonl "
+        f"--out weights.json`, where questions.jsonl has lines such as {_EXAMPLE_LINE}, and pass "
+        "head_weights='weights.json'; or count every head the same with head_weights='uniform'"
     )
 
 
@@ -171,6 +187,8 @@ def read_weights_file(path: str | Path) -> dict[str, Any]:
 
 
 def _checked(weights: list[Any], num_heads: int, origin: str) -> torch.Tensor:
+    import torch
+
     for head, weight in enumerate(weights):
         if isinstance(weight, bool) or not hasattr(weight, "__float__"):
             raise ValueError(f"{origin}: expected numbers, got {weight!r} for head {head}; pass one number a head")

@@ -1,4 +1,4 @@
-"""`hawk-kernels calibrate`: head importance of a model from benchmarks, as a weights file."""
+"""`hawk-kernels calibrate`: measures the head importance of a model on benchmarks and writes a weights file."""
 
 from __future__ import annotations
 
@@ -10,21 +10,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hawk_kernels.argument_types import whole_number
 from hawk_kernels.calibration.processes import is_first_process, launched_alone, local_rank
-from hawk_kernels.calibration.result import check_target
+from hawk_kernels.calibration.result import Calibration, check_target
 from hawk_kernels.calibration.sources import FORMS, load_tasks
 from hawk_kernels.checkpoint import CheckpointError, find_device, load_checkpoint
+from hawk_kernels.commands.guard import CommandError, need_packages, run_guarded, stopping_note
+from hawk_kernels.commands.options import whole_number
+from hawk_kernels.commands.weights import weights_table
 
 if TYPE_CHECKING:
     import torch
+
+    from hawk_kernels.calibration.plan import Chosen
+
+_FEW_SAMPLES = 100
 
 _EPILOG = f"""\
 data:
 {FORMS}
 
 Every sample is answered once as it is and once for each head. A killed run goes on where it ended when the same command
-is given again: what is finished lies in OUT.journal. Several GPUs share the samples:
+is given again: what is finished lies in OUT.journal. OUT replaces nothing but an earlier weights file of the same
+model. Several GPUs share the samples:
 
   accelerate launch --multi_gpu --num_processes 8 -m hawk_kernels calibrate ...
 
@@ -36,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hawk-kernels calibrate",
         description="Measure how much each attention head matters for looking (HAWK, arXiv 2604.07812): the score of "
-        "each benchmark with the visual tokens hidden from one head after the other.",
+        "each benchmark with the visual tokens masked from one head after the other.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -47,13 +54,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--layers",
         default="first",
         choices=("first", "all", "both"),
-        help="hide from a head of the first layer, which scores the tokens, or from the heads of that number in all "
-        "layers; both: measure both and take the weights of the first (default: first)",
+        help="mask a head of the first layer, which scores the tokens, or the heads of that number in all layers; "
+        "both: measure both and take the weights of the first (default: first)",
     )
     parser.add_argument(
         "--limit", type=whole_number(1), default=None, help="samples of each benchmark at most, drawn at random"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of that draw and of the standard errors (default: 0)")
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="seed of that draw and of the standard errors (default: 0)"
+    )
     parser.add_argument(
         "--batch-size",
         type=whole_number(1),
@@ -72,26 +81,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Calibrate; 0 on success, 1 with a message on stderr when something has to be put right first."""
     args = build_parser().parse_args(argv)
     try:
-        _check_out(args.out)
-        with _modules_of_this_folder():
+        need_packages("calibrate", "torch", "transformers", "PIL")
+        _check_out(args)
+        with _modules_of_this_folder(), stopping_note(lambda: _how_to_go_on(args)):
             report = _check(args) if args.dry_run else _calibrate(args)
-    except (CheckpointError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (CheckpointError, CommandError, RuntimeError, TypeError, ValueError) as error:
         if args.traceback:
             raise
+        # bad samples are listed one a line
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        going_on = "" if args.dry_run else f"; the same command goes on from {args.out}.journal"
-        print(f"stopped{going_on}", file=sys.stderr)
-        return 130
     if is_first_process():
         print(json.dumps(report, indent=2) if args.json else _described(report))
     return 0
 
 
+def _how_to_go_on(args: argparse.Namespace) -> str:
+    journal = Path(f"{args.out}.journal")
+    return f"the same command goes on from {journal}" if not args.dry_run and journal.is_dir() else ""
+
+
 @contextmanager
 def _modules_of_this_folder() -> Iterator[None]:
-    """A console script does not look for modules in the folder it is called in, as `python -m` does."""
+    """Let tasks be imported from the current folder, in which a console script does not look as `python -m` does."""
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
@@ -105,6 +117,7 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
 
     chosen = choose_samples(load_tasks(args.data), args.limit, args.seed)
     check_pictures(chosen, progress=not args.json)
+    _say_prompts(chosen)
     tasks = [{"name": part.task.name, "samples": len(part.questions), "total": part.total} for part in chosen]
     return {"dry_run": True, "tasks": tasks}
 
@@ -120,9 +133,11 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
         )
     device = _device(args.device)
     chosen = choose_samples(load_tasks(args.data), args.limit, args.seed)
-    # a broken picture is told before gigabytes are loaded
+    # a broken picture is reported before gigabytes are loaded
     check_pictures(chosen, progress=is_first_process())
-    model, processor = load_checkpoint(args.model, args.dtype, device)
+    if is_first_process():
+        _say_prompts(chosen)
+    model, processor = load_checkpoint(args.model, args.dtype, device, report=_refuse)
     calibration = calibrate_chosen(
         model,
         chosen,
@@ -133,13 +148,57 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
         batch_size=args.batch_size,
         progress=True,
     )
+    if is_first_process():
+        for doubt in doubts(calibration):
+            print(f"warning: {doubt}", file=sys.stderr)
     return {"out": args.out, **calibration.to_dict()}
 
 
-def _check_out(out: str) -> None:
-    if not Path(out).resolve().parent.is_dir():
+def _refuse(missing_tensors: str) -> None:
+    raise CheckpointError(missing_tensors)
+
+
+def _say_prompts(chosen: Sequence[Chosen]) -> None:
+    """Show the first prompt of each benchmark, since an answer depends on every word of it."""
+    from hawk_kernels.calibration.jsonl import LETTER, SHORT
+
+    for part in chosen:
+        prompt = part.task.prompt(part.questions[0].sample)
+        appended = next((sentence for sentence in (SHORT, LETTER) if prompt.endswith(f"\n{sentence}")), None)
+        note = f'; "{appended}" is appended to every question without a "prompt" of its own' if appended else ""
+        print(f"{part.task.name}: asks with prompts such as {prompt!r}{note}", file=sys.stderr)
+
+
+def doubts(calibration: Calibration) -> list[str]:
+    """Say of each benchmark with few samples how uncertain its score is, and of the weights how uncertain they are."""
+    found = []
+    for task in calibration.tasks:
+        if task.samples < _FEW_SAMPLES:
+            error = task.base_standard_error
+            spread = "unknown" if error is None else f"{error:.3f}"
+            found.append(
+                f"{task.name}: {task.samples} sample{'s' * (task.samples > 1)} are few; the score {task.base:.3f} "
+                f"has a standard error of {spread}, so the weights are rough; take {_FEW_SAMPLES} or more"
+            )
+    errors = calibration.standard_errors
+    if errors is not None:
+        weights = calibration.weights
+        if float(errors.max()) >= float(weights.max() - weights.min()) / 2:
+            found.append(
+                f"the weights lie between {float(weights.min()):.3f} and {float(weights.max()):.3f} with standard "
+                f"errors up to {float(errors.max()):.3f}: more samples may order the heads in another way"
+            )
+    return found
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    out = Path(args.out)
+    if not out.absolute().parent.is_dir():
         raise ValueError(f"--out: expected a file in a folder that exists, got {out}; make the folder first")
-    check_target(out)
+    check_target(args.out)
+    journal = Path(f"{args.out}.journal")
+    if journal.exists() and not journal.is_dir():
+        raise ValueError(f"--out: expected a folder for the journal, got the file {journal}; choose another name")
 
 
 def _device(name: str) -> torch.device:
@@ -154,31 +213,13 @@ def _described(report: dict[str, Any]) -> str:
     if report.get("dry_run"):
         lines = [f"{task['name']}: {task['samples']} of {task['total']} samples" for task in report["tasks"]]
         return "\n".join([*lines, "the data is in order"])
-    return "\n".join([*weights_table(report), "", f"wrote {report['out']}", _next_steps(report["out"])])
+    table = weights_table(Calibration.from_dict(report, report["out"]))
+    return "\n".join([*table, "", f"wrote {report['out']}", _next_steps(report["out"])])
 
 
 def _next_steps(path: str) -> str:
     return f"use it: prune(model, 0.2, head_weights={path!r}); draw it: hawk-kernels weights show {path}"
 
 
-def weights_table(content: dict[str, Any]) -> list[str]:
-    """The content of a weights file as lines of text: tasks, then heads from the heaviest on."""
-    lines = [
-        f"{content.get('model', 'unknown model')}, visual tokens hidden in layers: {content.get('layers', 'unknown')}"
-    ]
-    flat = content.get("flat_tasks") or []
-    for task in content.get("tasks", []):
-        error = "" if task["base_standard_error"] is None else f" +- {task['base_standard_error']:.3f}"
-        note = "; all heads equal: counts as uniform" if task["name"] in flat else ""
-        lines.append(f"  {task['name']}: score {task['base']:.3f}{error}, {task['samples']} samples{note}")
-    lines += ["", "head  weight"]
-    errors = content.get("standard_errors")
-    weights = content["weights"]
-    for head in sorted(range(len(weights)), key=lambda i: -weights[i]):
-        error = "" if errors is None else f" +- {errors[head]:.4f}"
-        lines.append(f"{head:>4}  {weights[head]:.4f}{error}")
-    return lines
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_guarded(main, is_process=True, show_traceback="--traceback" in sys.argv))

@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 
-from hawk_kernels.calibration.decoding import answers_with_hidden_heads, rows_per_pass
-from hawk_kernels.calibration.hiding import attention_modules, hide_visual_tokens
+from hawk_kernels.calibration.decoding import answers_with_masked_heads, rows_per_pass
+from hawk_kernels.calibration.masking import attention_modules, hide_visual_tokens
 from hawk_kernels.hf.anatomy import dissect
 from tests.tiny_families import BY_NAME, batch, tiny_model
 from tests.tiny_models import END_OF_TURN, FIRST_WORD, VOCABULARY, Picture, question, qwen_batch, qwen_vl, words
@@ -128,7 +128,7 @@ def test_answers_are_those_of_generate_with_one_head_hidden_after_the_other(name
         dissect(model).multimodal.register_forward_pre_hook(lambda *_: calls.append(1)),
         model.register_forward_hook(lambda module, args, output: logits.append(output.logits[:, -1])),
     ]
-    answers = answers_with_hidden_heads(
+    answers = answers_with_masked_heads(
         dissect(model), prompt_of(name, 1), heads, layers="first", max_new_tokens=3, batch_size=len(heads)
     )
     for hook in watching:
@@ -213,7 +213,7 @@ def test_generate_hides_in_every_step(batch_size):
     with hide_visual_tokens(model, [None, 1], layers="all"):
         out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     alone = qwen_batch(question(Picture(3, 3)))
-    answers = answers_with_hidden_heads(
+    answers = answers_with_masked_heads(
         dissect(model), alone, [None, 1], layers="all", max_new_tokens=5, batch_size=batch_size
     )
     assert answers == out[:, inputs["input_ids"].shape[1] :].tolist()
@@ -225,9 +225,9 @@ def test_an_answer_ends_before_the_end_of_its_turn():
     model = qwen_vl()
     model.generation_config.eos_token_id = VOCABULARY + 1
     inputs = qwen_batch(question(Picture(3, 3)))
-    (whole,) = answers_with_hidden_heads(dissect(model), inputs, [None], layers="first", max_new_tokens=5)
+    (whole,) = answers_with_masked_heads(dissect(model), inputs, [None], layers="first", max_new_tokens=5)
     model.generation_config.eos_token_id = [VOCABULARY + 1, whole[2]]
-    (ended,) = answers_with_hidden_heads(dissect(model), inputs, [None], layers="first", max_new_tokens=5)
+    (ended,) = answers_with_masked_heads(dissect(model), inputs, [None], layers="first", max_new_tokens=5)
     assert ended == whole[: whole.index(whole[2])]
 
 
@@ -288,11 +288,11 @@ def test_prompts_that_cannot_be_answered_singly_are_refused():
     anatomy = dissect(qwen_vl())
     several = qwen_batch(question(Picture(2, 2)), question(Picture(2, 2)))
     with pytest.raises(ValueError, match="inputs: expected one prompt, batch size 1, got 2"):
-        answers_with_hidden_heads(anatomy, several, [0], layers="first", max_new_tokens=1)
+        answers_with_masked_heads(anatomy, several, [0], layers="first", max_new_tokens=1)
     padded = qwen_batch(question(Picture(2, 2)))
     padded["attention_mask"][0, 0] = 0
     with pytest.raises(ValueError, match="attention_mask: expected a prompt without padding"):
-        answers_with_hidden_heads(anatomy, padded, [0], layers="first", max_new_tokens=1)
+        answers_with_masked_heads(anatomy, padded, [0], layers="first", max_new_tokens=1)
 
 
 def test_long_prompts_are_read_in_fewer_rows():

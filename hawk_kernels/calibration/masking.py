@@ -1,7 +1,7 @@
-"""Hiding the visual tokens of a prompt from single attention heads, by forward hooks alone.
+"""Masks the visual tokens of a prompt from single attention heads, by forward hooks alone.
 
-A head that may not see a key has it masked out of its softmax, in the prefill and in every decoding step; its view of
-the text, and all other heads, stay as they are. The mask gets an axis of heads for that, which scaled dot product
+The keys of visual tokens leave the softmax of that head, in the prefill and in every decoding step; its view of the
+text, and all other heads, stay as they are. The mask gets an axis of heads for that, which scaled dot product
 attention and eager attention take as it is, whatever the number of KV heads.
 """
 
@@ -17,7 +17,7 @@ from hawk_kernels.hf.anatomy import Anatomy, dissect
 from hawk_kernels.hf.hooks import call_length, named
 
 LAYERS = ("first", "all")
-"""Where heads are hidden from: the layer whose queries and keys score the tokens, or every attention layer."""
+"""Where heads are masked: in the layer whose queries and keys score the tokens, or in every attention layer."""
 
 _ATTENTIONS = ("sdpa", "eager")
 
@@ -31,14 +31,14 @@ def attention_modules(anatomy: Anatomy, layers: str) -> list[nn.Module]:
     return modules[:1] if layers == "first" else modules
 
 
-def hide_visual_tokens(model: nn.Module, heads: Sequence[int | None], *, layers: str = "first") -> HiddenVisualTokens:
+def hide_visual_tokens(model: nn.Module, heads: Sequence[int | None], *, layers: str = "first") -> MaskedVisualTokens:
     """Hide the visual tokens from one head of each row, for whatever runs inside a `with` block.
 
         with hide_visual_tokens(model, [None, 0, 7]):
             logits = model(**inputs).logits    # row 0 as always, rows 1 and 2 without what heads 0 and 7 see
 
-    Visual keys leave the softmax of that head for every query. A visual token whose every other key is hidden keeps
-    itself, since a softmax over nothing is no number.
+    Visual keys leave the softmax of that head for every query. A visual token whose every other key is masked keeps
+    itself, since a softmax over no key is not a number.
 
     Args:
         model: a transformers model of a supported family, with attention "sdpa" or "eager".
@@ -50,11 +50,11 @@ def hide_visual_tokens(model: nn.Module, heads: Sequence[int | None], *, layers:
         TypeError: a model that is not supported, or an attention whose masks have no axis of heads.
         ValueError: a head or layers out of range.
     """
-    return HiddenVisualTokens(dissect(model), heads, layers)
+    return MaskedVisualTokens(dissect(model), heads, layers)
 
 
-class HiddenVisualTokens:
-    """What `hide_visual_tokens` returns. Not for several threads at once."""
+class MaskedVisualTokens:
+    """The context manager that `hide_visual_tokens` returns; it does not support several threads at once."""
 
     def __init__(self, anatomy: Anatomy, heads: Sequence[int | None], layers: str) -> None:
         num_heads = anatomy.projections.num_heads
@@ -79,7 +79,7 @@ class HiddenVisualTokens:
         self._num_keys: dict[nn.Module, int] = {}
         self._handles: list[Any] = []
 
-    def __enter__(self) -> HiddenVisualTokens:
+    def __enter__(self) -> MaskedVisualTokens:
         parts = self._anatomy
         self._handles = [
             parts.multimodal.register_forward_pre_hook(self._before_multimodal, with_kwargs=True),
@@ -100,7 +100,7 @@ class HiddenVisualTokens:
             return
         if ids is None:
             raise ValueError(
-                "input_ids: expected the token ids of the prompt, got inputs_embeds only; without ids nobody can tell "
+                "input_ids: expected the token ids of the prompt, got inputs_embeds only; without ids nothing says "
                 "which tokens are visual"
             )
         placeholders = torch.tensor(self._anatomy.visual_token_ids, device=ids.device)
@@ -151,20 +151,20 @@ class HiddenVisualTokens:
         return int(cache.get_mask_sizes(length, layer)[0])
 
     def _with_heads(self, mask: torch.Tensor, length: int) -> torch.Tensor:
-        """`[B or 1, 1, T, S]`, bool or additive, as `[B, H, T, S]` with the visual keys hidden from chosen heads."""
+        """Expand a mask `[B or 1, 1, T, S]`, bool or additive, to `[B, H, T, S]`; chosen heads get no visual keys."""
         keys = mask.shape[-1]
         visual = self._visual_keys(keys).to(mask.device)
         sees_it = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         itself = torch.ones(length, keys, dtype=torch.bool, device=mask.device)
         itself = itself.tril(keys - length) & itself.triu(keys - length)
-        hidden = visual.expand(sees_it.shape[0] if len(visual) == 1 else len(visual), -1)[:, None, None, :]
-        sees_text = (sees_it & ~hidden).any(-1, keepdim=True)
-        hidden = hidden & (sees_text | ~itself)
+        masked = visual.expand(sees_it.shape[0] if len(visual) == 1 else len(visual), -1)[:, None, None, :]
+        sees_text = (sees_it & ~masked).any(-1, keepdim=True)
+        masked = masked & (sees_text | ~itself)
         per_head = mask.expand(self._batch, self._num_heads, -1, -1).clone()
         rows, heads = (torch.tensor(index, device=mask.device) for index in zip(*self._pairs, strict=True))
-        hidden = hidden.expand(self._batch, self._num_heads, length, -1)[rows, heads]
+        masked = masked.expand(self._batch, self._num_heads, length, -1)[rows, heads]
         blocked = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        per_head[rows, heads] = per_head[rows, heads].masked_fill(hidden, blocked)
+        per_head[rows, heads] = per_head[rows, heads].masked_fill(masked, blocked)
         return per_head
 
     def _visual_keys(self, keys: int) -> torch.Tensor:
