@@ -43,7 +43,9 @@ _INTRODUCTION = """\
 Generated from the docstrings by `python -m docs.generate_api`; edit those, not this page. A test compares the two.
 
 Sizes: `B` rows of a batch, `H` query heads, `Hkv` key heads, `N` queries, `M` keys, `T` tokens of a prompt, `D` head
-dimension, `C` hidden size."""
+dimension, `C` hidden size.
+
+<!-- fmt: off -->"""
 
 _SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 _ITEM = re.compile(r"(?P<names>\*{0,2}\w+(?:, \*{0,2}\w+)*): (?P<text>.*)")
