@@ -72,7 +72,9 @@ def updated(text: str) -> str:
         ValueError: a marker is missing.
     """
     if BEGIN not in text or END not in text:
-        raise ValueError(f"{PAGE.name}: expected the markers {BEGIN!r} and {END!r}, got none; put them where the table goes")
+        raise ValueError(
+            f"{PAGE.name}: expected the markers {BEGIN!r} and {END!r}, got none; put them where the table goes"
+        )
     before, rest = text.split(BEGIN, 1)
     return before + section() + rest.split(END, 1)[1]
 

@@ -23,7 +23,7 @@ PAGE = Path(__file__).resolve().parent / "api.md"
 NOT_RUN = "<!-- not run: the docstring's sketch, whose names stand for the caller's own -->"
 
 GROUPS = {
-    "Prune a model": ("prune", "Pruning"),
+    "Prune a model": ("prune", "Pruning", "load_processor"),
     "Score and select tokens": ("score_and_select", "score_tokens", "select_topk", "Selection"),
     "Score from hidden states": ("score_hidden_and_select", "score_hidden", "Layer"),
     "Build the pruned prompt": ("compact", "Compacted"),
@@ -116,7 +116,8 @@ def signature(name: str, value: Any) -> str:
 
 
 def _parameter(parameter: inspect.Parameter) -> str:
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    kinds = inspect.Parameter
+    stars = "*" if parameter.kind is kinds.VAR_POSITIONAL else "**" if parameter.kind is kinds.VAR_KEYWORD else ""
     annotation = "" if parameter.annotation is parameter.empty else f": {_annotation(parameter.annotation)}"
     if parameter.default is parameter.empty:
         return f"{stars}{parameter.name}{annotation}"

@@ -15,6 +15,7 @@ import io
 import re
 import runpy
 import shlex
+import signal
 import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
@@ -219,8 +220,11 @@ def check_flags(module: str, commands: tuple[str, ...], arguments: list[str], pl
 
 @cache
 def help_of(module: str, commands: tuple[str, ...]) -> tuple[int, str]:
-    """Exit code and text of `python -m module commands --help`, run in this process, where torch is imported already."""
-    written = io.StringIO()
+    """Exit code and text of `python -m module commands --help`.
+
+    It runs in this process, where torch is imported already. A command may handle Ctrl-C; that ends with it.
+    """
+    written, interrupted = io.StringIO(), signal.getsignal(signal.SIGINT)
     with (
         mock.patch.object(sys, "argv", [module, *commands, "--help"]),
         redirect_stdout(written),
@@ -233,6 +237,8 @@ def help_of(module: str, commands: tuple[str, ...]) -> tuple[int, str]:
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            signal.signal(signal.SIGINT, interrupted)
     return code, written.getvalue()
 
 
