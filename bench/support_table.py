@@ -1,7 +1,7 @@
-"""Write the support table of the README from `hawk_kernels/hf/families.py`.
+"""Write the support table of docs/families.md from `hawk_kernels/hf/families.py`.
 
-python -m bench.support_table           # write it into the README
-python -m bench.support_table --check   # fail where the README says something else
+python -m bench.support_table           # write it into docs/families.md
+python -m bench.support_table --check   # fail where the page says something else
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from pathlib import Path
 from bench import cli
 from hawk_kernels.hf.families import FAMILIES, MODES, OUT_OF_REACH
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 BEGIN, END = "<!-- support table: python -m bench.support_table -->", "<!-- end of support table -->"
 
 
 def everywhere() -> list[str]:
-    """List the modes that every family has."""
+    """Return the modes that every family has."""
     return [mode for mode in MODES if all(mode in family.modes for family in FAMILIES)]
 
 
 def table() -> str:
-    """List every family with the modes that some lack; a cell is empty if the unpruned model lacks the mode as well."""
+    """Return a row for each family, with the modes that some lack.
+
+    An empty cell is a mode that the unpruned model lacks or has wrong.
+    """
     columns = [mode for mode in MODES if mode not in everywhere()]
     lines = [
         f"| `model_type` | since | {' | '.join(columns)} |",
@@ -35,31 +38,27 @@ def table() -> str:
 
 
 def refused() -> str:
-    """List the families that are refused by name, with the reasons."""
+    """Return the models that are refused by name, and why."""
     return "\n".join(f"- {', '.join(f'`{name}`' for name in names)}: {why}." for names, why in OUT_OF_REACH.items())
 
 
 def section() -> str:
-    """Render the text between the two markers, markers included."""
+    """Return what stands between the two markers, markers included."""
     return "\n".join(
         [
             BEGIN,
             "",
             f"Each of the {len(FAMILIES)} families is tested with {', '.join(everywhere())}. Modes that some lack:",
             "",
-            f"<details><summary>{len(FAMILIES)} families and their modes</summary>",
-            "",
             table(),
             "",
             "`since`: the oldest transformers of the tested ones (5.5, 5.10, 5.17, 5.23) that has it.",
             "",
-            "</details>",
+            "## Refused by name",
             "",
-            "<details><summary>Refused by name, with the reason</summary>",
+            "`prune` raises a `TypeError` for these models, with the reason:",
             "",
             refused(),
-            "",
-            "</details>",
             "",
             END,
         ]
@@ -67,13 +66,15 @@ def section() -> str:
 
 
 def updated(text: str) -> str:
-    """`text` of a README with the section as it should be.
+    """Return the page `text` with the section as it should be.
 
     Raises:
         ValueError: a marker is missing.
     """
     if BEGIN not in text or END not in text:
-        raise ValueError(f"README: expected the markers {BEGIN!r} and {END!r}, got none; put them where the table goes")
+        raise ValueError(
+            f"{PAGE.name}: expected the markers {BEGIN!r} and {END!r}, got none; put them where the table goes"
+        )
     before, rest = text.split(BEGIN, 1)
     return before + section() + rest.split(END, 1)[1]
 
@@ -81,15 +82,15 @@ def updated(text: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Write the section, or check it."""
     parser = cli.parser("bench.support_table", __doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the README differs")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the page differs")
     options = parser.parse_args(arguments)
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     if options.check:
         if updated(text) == text:
             return 0
-        print("README.md: the support table differs from families.py; run python -m bench.support_table")
+        print("docs/families.md: the support table differs from families.py; run python -m bench.support_table")
         return 1
-    README.write_text(updated(text), encoding="utf-8")
+    PAGE.write_text(updated(text), encoding="utf-8")
     return 0
 
 
