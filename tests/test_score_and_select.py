@@ -55,6 +55,7 @@ def test_names_are_frozen():
         "greedy_dpp",
         "greedy_max_min",
         "hiprune_select",
+        "load_processor",
         "prune",
         "score_and_select",
         "score_hidden",
