@@ -219,8 +219,8 @@ def _hidden(
     options = dict.fromkeys(("HAS_NORM_WEIGHT", "HAS_QUERY_BIAS", "HAS_KEY_BIAS"), True)
     options |= {"CEIL": False, "INTERPRETED": False}
     pointer = DTYPES[dtype]
-    tensors = score_hidden.Tensors(*[pointer] * 6, w="*fp32", q_mask="*i1", k_mask="*i1")
-    strides = dict.fromkeys(score_hidden.Strides._fields, 1)
+    tensors = score_hidden.Tensors(*[pointer] * 6, "*fp32", "*i1", "*i1")  # type: ignore[call-arg]
+    strides: dict[str, Any] = dict.fromkeys(score_hidden.Strides._fields, 1)
     strides |= dict.fromkeys(("x_t", "wq_o", "wk_o", "q_mask_t", "k_mask_t"), "i32")
     groups = {
         "tensors": tensors,

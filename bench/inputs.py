@@ -89,11 +89,13 @@ class HiddenStates:
 
 def projected(normalized: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, head_dim: int) -> torch.Tensor:
     """Project `[B, T, C]` to the heads of a layer, `[B, heads, T, D]`."""
-    return torch.nn.functional.linear(normalized, weight, bias).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    heads = torch.nn.functional.linear(normalized, weight, bias)
+    return torch.unflatten(heads, -1, (-1, head_dim)).transpose(1, 2)
 
 
 def _rms_norm(x: torch.Tensor, layer: Layer) -> torch.Tensor:
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + layer.norm_eps) * layer.norm_weight
+    normalized = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + layer.norm_eps)
+    return normalized if layer.norm_weight is None else normalized * layer.norm_weight
 
 
 Inputs = Scores | QueriesAndKeys | HiddenStates

@@ -464,7 +464,7 @@ def _watched(name: str, alpha: float) -> tuple[str | Method, Callable[[], Any]]:
     """The method to run, and a function that tells why each visual token stayed, or `None` where it cannot."""
     if name != "hiprune":
         return name, lambda: None
-    from hawk_kernels.methods import HiPrune
+    from hawk_kernels.methods.hiprune import HiPrune
 
     latest: dict[str, Any] = {}
 

@@ -56,7 +56,7 @@ def describe(scene: Scene) -> dict[str, Any]:
 
 def draw_readme_overlay(path: Path, method: str) -> None:
     """Draw the demo's overlay of its sample, small enough for a README: 1408 pixels wide, 256 colours."""
-    status = demo.main(["--output", str(path), "--device", "cpu", "--method", method])
+    status = demo.main(["--output", str(path), "--device", "cpu", "--method", method, "--no-speed"])
     if status != 0:
         raise SystemExit(status)
     with Image.open(path) as picture:

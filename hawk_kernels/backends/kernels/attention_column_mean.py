@@ -8,6 +8,8 @@ always adds in the same order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -308,7 +310,7 @@ def attention_column_mean(
     return out
 
 
-def launch_config(num_pairs: int, num_queries: int, num_keys: int, head_dim: int, itemsize: int) -> dict:
+def launch_config(num_pairs: int, num_queries: int, num_keys: int, head_dim: int, itemsize: int) -> dict[str, Any]:
     """Choose block sizes and splits by shape alone; `num_pairs` are rows of the batch times heads."""
     block_d = max(16, 1 << (head_dim.bit_length() - 1))
     block_tail = 0 if head_dim <= block_d else max(16, triton.next_power_of_2(head_dim - block_d))

@@ -7,6 +7,8 @@ early. The mask is a byte a token, so counting it again in each program is cheap
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -172,7 +174,7 @@ def compact(
     return packed, packed_positions, attention_mask, source
 
 
-def launch_config(batch: int, num_tokens: int, length: int, hidden_size: int, element_size: int) -> dict:
+def launch_config(batch: int, num_tokens: int, length: int, hidden_size: int, element_size: int) -> dict[str, Any]:
     """Choose grid and block sizes.
 
     A program copies a few whole rows, parts of rows where there are few, and more rows where the mask is long.

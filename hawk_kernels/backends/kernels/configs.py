@@ -132,7 +132,8 @@ def hidden_config(
     if device.type == "cpu":
         # The interpreter runs programs one after the other, and each takes milliseconds to set up.
         return HiddenConfig(num_programs=16, text_parts=4)
-    return _config_on(device, "score_hidden", Shape(dtype_class(dtype), 0, batch, num_tokens))
+    config: HiddenConfig = _config_on(device, "score_hidden", Shape(dtype_class(dtype), 0, batch, num_tokens))
+    return config
 
 
 @lru_cache(maxsize=4096)
@@ -149,7 +150,8 @@ def score_config(
     if device.type == "cpu":
         return ScoreConfig(num_programs=32) if num_keys <= 2048 else ScoreConfig(256, 16, sum_block=1024)
     shape = Shape(dtype_class(dtype), head_dim, batch * num_key_value_heads, num_keys)
-    return _config_on(device, "score_and_select", shape)
+    config: ScoreConfig = _config_on(device, "score_and_select", shape)
+    return config
 
 
 def _config_on(device: torch.device, kernel: str, shape: Shape) -> Any:

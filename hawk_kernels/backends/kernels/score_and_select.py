@@ -410,7 +410,7 @@ def _launch(
         k_mask_strides = (0, 0) if k_mask is None else k_mask.stride()
         _score_and_select_kernel[plan.grid](
             Tensors(q, k, w, q if q_mask is None else q_mask, k if k_mask is None else k_mask),
-            Strides(*q_strides[2:], *k_strides[2:], w.stride(0), q_mask_strides[1], k_mask_strides[1]),
+            Strides(*q_strides[2:], *k_strides[2:], w.stride(0), q_mask_strides[1], k_mask_strides[1]),  # type: ignore[call-arg]
             Memory(floats, words, launch_counters(num_counters(batch), device)),
             Outputs(scores, mask, indices),
             *q_strides[:2], *k_strides[:2], q_mask_strides[0], k_mask_strides[0],

@@ -454,7 +454,7 @@ def _launch(
                 x, x if norm_weight is None else norm_weight, wq, wq if bq is None else bq,
                 wk, wk if bk is None else bk, w, q_mask, k_mask,
             ),
-            Strides(
+            Strides(  # type: ignore[call-arg]
                 *x_strides[1:], *wq.stride(), 0 if bq is None else bq.stride(0),
                 *wk.stride(), 0 if bk is None else bk.stride(0), w.stride(0), q_mask_strides[1], k_mask_strides[1],
             ),
