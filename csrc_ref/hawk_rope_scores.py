@@ -1,7 +1,7 @@
 """HAWK's score of rotated queries and keys (arXiv 2604.07812, the ablation with RoPE)."""
 
 from csrc_ref.rotated import rotated
-from csrc_ref.score_tokens import score_tokens
+from csrc_ref.score_and_select import score_tokens
 
 
 def hawk_rope_scores(queries, keys, weights, *, query_positions, key_positions, sections=None, normalize="l2"):

@@ -350,7 +350,7 @@ def test_weights_of_another_model_are_not_replaced(capsys, questions, tmp_path):
         (["--image", "{folder}"], "is a folder; give the path of a PNG or JPEG file in it"),
         (["--image", "https://example.org/cat.png"], "takes a file, not the address https://example.org/cat.png"),
         (["--device", "mps"], "--device mps cannot be used here"),
-        (["--method", "astrology"], "--method: expected one of hawk, "),
+        (["--method", "astrology"], "--method: expected one of cdpruner, "),
         (["--head-weights", "gone.json"], "--head-weights: expected 'uniform', the name of a shipped file"),
         (["--output", "{folder}"], "does not end like a picture file"),
     ],

@@ -500,10 +500,10 @@ def test_a_pruned_prefill_reads_its_ids_and_nothing_else(family, as_on_a_gpu, de
     with HostReads() as reads, prune(model, 0.3, head_weights="uniform") as pruning, torch.no_grad():
         model(**inputs)
     assert all(sample.visual_tokens_after < sample.visual_tokens_before for sample in pruning.stats.samples)
-    assert reads.places == ["reading.py: cpu"]
+    assert reads.places == ["prompt.py: cpu"]
     with HostReads() as reads, prune(model, 0.3, head_weights="uniform"):
         model.generate(**inputs, max_new_tokens=3, do_sample=False)
-    assert reads.places == ["reading.py: cpu"]
+    assert reads.places == ["prompt.py: cpu"]
 
 
 CODE = """

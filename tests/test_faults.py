@@ -341,14 +341,14 @@ class TestFarOffsets:
         ],
     )
     def test_hidden_states_and_weights(self, name, strides):
-        layer = HiddenCase(2, 9, 16, 4, 2, 16, torch.float16)
-        layer.w = layer.w.half()
+        case = HiddenCase(2, 9, 16, 4, 2, 16, torch.float16)
+        case.w = case.w.half()
 
         def run():
-            return score_hidden_and_select(*layer.arguments(), 0.5, **layer.options(), normalize="l2", backend="triton")
+            return score_hidden_and_select(*case.arguments(), 0.5, **case.options(), normalize="l2", backend="triton")
 
         expected = run()
-        setattr(layer, name, far_apart(getattr(layer, name), strides))
+        case.change(name, lambda tensor: far_apart(tensor, strides))
         assert_same(run(), expected)
 
     @pytest.mark.parametrize(
@@ -404,11 +404,11 @@ class TestStrides:
         assert_matches_reference(case, score_and_select(case.q, case.k, case.w, 0.3, **case.options, backend=backend))
 
     def test_hidden_states_and_weights_in_any_order(self, backend):
-        layer = HiddenCase()
-        expected = score_hidden_and_select(*layer.arguments(), 0.3, **layer.options(), backend=backend)
+        case = HiddenCase()
+        expected = score_hidden_and_select(*case.arguments(), 0.3, **case.options(), backend=backend)
         for name in ("x", "norm_weight", "wq", "bq", "wk", "bk", "w", "q_mask", "k_mask"):
-            setattr(layer, name, strided(getattr(layer, name)))
-        selection = score_hidden_and_select(*layer.arguments(), 0.3, **layer.options(), backend=backend)
+            case.change(name, strided)
+        selection = score_hidden_and_select(*case.arguments(), 0.3, **case.options(), backend=backend)
         assert torch.allclose(selection.scores, expected.scores, rtol=1e-5, atol=1e-5)
         assert torch.equal(selection.mask, expected.mask)
 

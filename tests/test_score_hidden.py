@@ -62,6 +62,13 @@ class HiddenCase:
         x, w = (tensor.to(device=device, dtype=dtype or tensor.dtype) for tensor in (self.x, self.w))
         return x, layer, w
 
+    def change(self, name, changed):
+        """Replace a tensor of this case or of its layer by what `changed` makes of it."""
+        if name in Layer._fields:
+            self.layer = self.layer._replace(**{name: changed(getattr(self.layer, name))})
+        else:
+            setattr(self, name, changed(getattr(self, name)))
+
     def options(self, device=None):
         return {"q_mask": self.q_mask.to(device), "k_mask": self.k_mask.to(device)}
 

@@ -195,7 +195,7 @@ class Pruning:
         from hawk_kernels.pictures.pruned import PrunedPrompt
 
         outcome = self._outcome
-        if outcome is None or outcome.prompt is None:
+        if outcome is None or outcome.prompt is None or not outcome.prompt.visual.any():
             return None
         prompt, encoded = outcome.prompt, outcome.encoded
         return PrunedPrompt(self._anatomy, prompt, encoded, outcome.keep_mask, outcome.scores, self.stats, self._method)
