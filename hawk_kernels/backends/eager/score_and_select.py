@@ -159,6 +159,8 @@ def _tiling(k: torch.Tensor) -> tuple[int, int, int]:
 def _copied(keys: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
     """The tile, with the keys in front and zeros after them."""
     count = keys.shape[2]
+    if count == tile.shape[2]:
+        return tile.copy_(keys)
     tile[:, :, :count].copy_(keys)
     tile[:, :, count:].zero_()
     return tile
