@@ -2,9 +2,10 @@
 
     python -m bench.host_cost [--device cuda] [--json FILE]
 
-The parts are differences between the public function, the operator below it and the backend below that, all on the
-same arguments with the Triton launch replaced by nothing; the launch itself is the recorded one repeated, which needs
-a GPU. Without one the rest is measured on CPU tensors. Shapes are small, so that a GPU keeps up with the host.
+The parts are differences between the public function, what it calls (its operator, or directly what that runs) and the
+backend below that, all on the same arguments with the Triton launch replaced by nothing; the launch itself is the
+recorded one repeated, which needs a GPU. Without one the rest is measured on CPU tensors. Shapes are small, so that a
+GPU keeps up with the host.
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ class Recorder:
 def layers(call: Callable[[], object], device: torch.device) -> dict[str, Callable[[], object]]:
     """Return one call entered at each level (public function, operator, backend), its allocations and its launches."""
     modules = {name: import_module(f"hawk_kernels.ops.{stem}") for name, stem in OPERATORS.items()}
-    operators: dict[str, Any] = {name: Recorder(getattr(module, f"_{name}")) for name, module in modules.items()}
+    # a public function calls its operator, or directly what the operator runs
+    entries = [(module, f"{prefix}{name}") for name, module in modules.items() for prefix in ("_", "_run_")]
+    operators = [Recorder(getattr(module, entry)) for module, entry in entries]
     functions = {name: Recorder(getattr(load_backend("triton", stem), name)) for name, stem in OPERATORS.items()}
     kernels: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     allocations: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -122,13 +125,14 @@ def layers(call: Callable[[], object], device: torch.device) -> dict[str, Callab
         mock.patch.object(torch, "empty", record_allocation),
         launches(record_launch),
     ):
-        for name, module in modules.items():
-            patches.enter_context(mock.patch.object(module, f"_{name}", operators[name]))
-            patches.enter_context(mock.patch.object(load_backend("triton", OPERATORS[name]), name, functions[name]))
+        for (module, entry), operator in zip(entries, operators, strict=True):
+            patches.enter_context(mock.patch.object(module, entry, operator))
+        for name, function in functions.items():
+            patches.enter_context(mock.patch.object(load_backend("triton", OPERATORS[name]), name, function))
         call()
     entered = {"call": call}
-    for level, recorders in (("operator", operators), ("backend", functions)):
-        called = [recorder.again for recorder in recorders.values() if recorder.again is not None]
+    for level, recorders in (("operator", operators), ("backend", list(functions.values()))):
+        called = [recorder.again for recorder in recorders if recorder.again is not None]
         if len(called) == 1:
             entered[level] = called[0]
 

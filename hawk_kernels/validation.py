@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import threading
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,33 @@ _MAX_BUDGET = 2**31 - 1
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 NORMALIZATIONS = (None, "l2", "softmax", "minmax")
+
+
+class Passed:
+    """The signatures of calls that have passed the checks of their shapes, dtypes and devices.
+
+    A call of the same signature need not be checked again, because a signature holds all that the checks look at; it
+    holds no tensor. Any number of threads may ask and add. When the limit is reached, all signatures are forgotten,
+    and the next calls are checked once more.
+    """
+
+    def __init__(self, limit: int = 4096) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._signatures: set[Hashable] = set()
+
+    def __contains__(self, signature: Hashable) -> bool:
+        return signature in self._signatures
+
+    def __len__(self) -> int:
+        return len(self._signatures)
+
+    def add(self, signature: Hashable) -> None:
+        """Remember that this signature has passed."""
+        with self._lock:
+            if len(self._signatures) >= self._limit:
+                self._signatures = set()
+            self._signatures.add(signature)
 
 
 def shape_of(tensor: torch.Tensor) -> list[int]:
@@ -71,6 +100,8 @@ def checked_keep_ratio(name: str, value: object) -> float | int:
 
     A symbolic int, as `torch.compile` passes one, stays symbolic.
     """
+    if type(value) is float and 0.0 < value <= 1.0:
+        return value
     expected = f"{name}: expected a float in (0, 1] (the fraction kept) or an int >= 1 (a budget)"
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
         has_item = hasattr(value, "item")

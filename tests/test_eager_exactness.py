@@ -29,6 +29,7 @@ def way(request, monkeypatch):
     if request.param == "every key through tiles":
         monkeypatch.setattr(eager, "_TILE", 1 << 12)
         monkeypatch.setattr(eager, "_SMALL", 0)
+        monkeypatch.setattr(eager, "_PAIRED", 0)
     elif request.param == "nothing through tiles":
         monkeypatch.setattr(eager, "_SMALL", 1 << 40)
     return request.param

@@ -1,8 +1,9 @@
-"""Choose the backend that a call runs on."""
+"""Choose the backend that a call runs on, and whether PyTorch's dispatcher stands between them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from importlib import import_module
@@ -10,9 +11,37 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
+from torch._C import _dispatch_keys, _dispatch_tls_local_include_set, _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
+from torch.autograd import forward_ad
+
+Signature = tuple[Hashable, ...]
+"""What the checks of a call depend on: shape, dtype and device of each tensor, None for one that is not given."""
 
 BACKENDS = {"triton": "hawk_kernels.backends.kernels", "torch": "hawk_kernels.backends.eager"}
 MAX_TRITON_HEAD_DIM = 256
+_NOTHING = nullcontext()
+
+
+def _bits(*names: str) -> int:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    for name in names:
+        keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    return int(keys.raw_repr())
+
+
+# A thread in which nothing is traced, transformed or intercepted includes these keys, fewer of them in inference mode.
+_PLAIN_THREADS = frozenset({_bits("BackendSelect", "ADInplaceOrView"), _bits("BackendSelect")})
+# A dense tensor in memory has these; one that was made in inference mode has no autograd.
+_PLAIN_TENSORS = frozenset(
+    bits
+    for device in ("CPU", "CUDA")
+    for bits in (
+        _bits(device, "ADInplaceOrView", f"Autograd{device}", f"Autocast{device}"),
+        _bits(device, f"Autocast{device}"),
+    )
+)
+_PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 @lru_cache(maxsize=1)
@@ -64,5 +93,39 @@ def load_backend(name: str, operator: str) -> ModuleType:
 
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Keep autocast off, which would cast the products of float32 scores to half precision."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    # the name of a device takes ten times as long to read
+    device = "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+
+
+def plain_signature(*tensors: torch.Tensor | None) -> Signature | None:
+    """Return the signature of a call that needs no dispatcher, or None where an operator must go through it.
+
+    The dispatcher costs the host more than the launch of a small kernel. It does nothing for a call of plain tensors,
+    so that what the operator runs can be called directly, unless something is to see the operator or to handle it:
+    `torch.compile`, `export`, `make_fx` and `jit.trace`, modes, `vmap`, `grad` and the other transforms, forward-mode
+    gradients, a profiler, a tensor of another type, or one that is not simply values in memory (fake, meta, sparse,
+    negated by a bit). Each of them shows in what is read here.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _len_torch_function_stack()
+        or _dispatch_tls_local_include_set().raw_repr() not in _PLAIN_THREADS
+        or _profiler_enabled()
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    signature: list[Hashable] = []
+    for tensor in tensors:
+        if tensor is None:
+            signature.append(None)
+        elif type(tensor) in _PLAIN_TYPES and _dispatch_keys(tensor).raw_repr() in _PLAIN_TENSORS:
+            signature.append((tensor.shape, tensor.dtype, tensor.device))
+        else:
+            return None
+    return tuple(signature)
+
+
+def without_grad(tensor: torch.Tensor, signature: Signature | None) -> torch.Tensor:
+    """Detach a tensor, where it is not detached already; only a plain one can be asked."""
+    return tensor if signature is not None and not tensor.requires_grad else tensor.detach()

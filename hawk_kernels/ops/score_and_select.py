@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
-from hawk_kernels.backends.choose import choose_backend, load_backend, without_autocast
+from hawk_kernels.backends.choose import (
+    Signature,
+    choose_backend,
+    load_backend,
+    plain_signature,
+    without_autocast,
+    without_grad,
+)
 from hawk_kernels.ops.library import define, fake_selection
 from hawk_kernels.selection import Fields, Selection, as_selection
 from hawk_kernels.validation import (
+    Passed,
     check_head_vector,
     check_mask,
     check_normalize,
@@ -16,6 +27,8 @@ from hawk_kernels.validation import (
     checked_keep,
     checked_scale,
 )
+
+_passed = Passed()
 
 
 def score_and_select(
@@ -60,10 +73,12 @@ def score_and_select(
         ValueError: a shape, device, range or name does not fit.
         ImportError: `backend="triton"` without Triton.
     """
-    batched, tensors, scale, backend = _checked(q, k, w, q_mask, k_mask, normalize, scale, backend)
+    signature = plain_signature(q, k, w, q_mask, k_mask)
+    batched, tensors, scale, backend = _checked(q, k, w, q_mask, k_mask, normalize, scale, backend, signature)
     ratio, budget = checked_keep(r, k.shape[-2], k_mask is not None)
     check_rounding(rounding)
-    return as_selection(_score_and_select(*tensors, ratio, budget, normalize, scale, rounding, backend), batched)
+    run: Callable[..., Any] = _score_and_select if signature is None else _run_score_and_select
+    return as_selection(run(*tensors, ratio, budget, normalize, scale, rounding, backend), batched)
 
 
 def score_tokens(
@@ -84,8 +99,10 @@ def score_tokens(
     Returns:
         float32 `[B, M]` (`[M]` unbatched), `-inf` at non-candidates, without grad.
     """
-    batched, tensors, scale, backend = _checked(q, k, w, q_mask, k_mask, normalize, scale, backend)
-    scores: torch.Tensor = _score_tokens(*tensors, normalize, scale, backend)
+    signature = plain_signature(q, k, w, q_mask, k_mask)
+    batched, tensors, scale, backend = _checked(q, k, w, q_mask, k_mask, normalize, scale, backend, signature)
+    run: Callable[..., Any] = _score_tokens if signature is None else _run_score_tokens
+    scores: torch.Tensor = run(*tensors, normalize, scale, backend)
     return scores if batched else scores[0]
 
 
@@ -98,32 +115,45 @@ def _checked(
     normalize: str | None,
     scale: float | None,
     backend: str | None,
-) -> tuple[bool, tuple[torch.Tensor | None, ...], float, str]:
-    """Check the arguments.
+    signature: Signature | None,
+) -> tuple[bool, tuple[Any, ...], float, str]:
+    """Check the arguments; tensors of a signature that has passed are not checked again.
 
     Returns:
         Whether the input came batched; the five tensors, batched and without grad; the scale; the backend.
     """
-    check_queries_and_keys(q, k)
-    check_head_vector("w", w, q)
-    batched = q.dim() == 4
-    num_queries, head_dim, num_keys = q.shape[-2], q.shape[-1], k.shape[-2]
-    batch = (q.shape[0],) if batched else ()
-    if q_mask is not None:
-        check_mask("q_mask", q_mask, (*batch, num_queries), "one entry a query", q.device)
-    if k_mask is not None:
-        check_mask("k_mask", k_mask, (*batch, num_keys), "one entry a key", q.device)
-
+    if signature is None or signature not in _passed:
+        _check_tensors(q, k, w, q_mask, k_mask)
+        if signature is not None:
+            _passed.add(signature)
     check_normalize(normalize)
+    head_dim = q.shape[-1]
     scale = checked_scale(scale, head_dim)
     backend = choose_backend(backend, q.device, head_dim)
 
-    q, k, w = q.detach(), k.detach(), w.detach()
+    q, k, w = without_grad(q, signature), without_grad(k, signature), without_grad(w, signature)
+    batched = q.dim() == 4
     if not batched:
         q, k = q.unsqueeze(0), k.unsqueeze(0)
         q_mask = None if q_mask is None else q_mask.unsqueeze(0)
         k_mask = None if k_mask is None else k_mask.unsqueeze(0)
     return batched, (q, k, w, q_mask, k_mask), scale, backend
+
+
+def _check_tensors(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    w: torch.Tensor,
+    q_mask: torch.Tensor | None,
+    k_mask: torch.Tensor | None,
+) -> None:
+    check_queries_and_keys(q, k)
+    check_head_vector("w", w, q)
+    batch = q.shape[:-3]
+    if q_mask is not None:
+        check_mask("q_mask", q_mask, (*batch, q.shape[-2]), "one entry a query", q.device)
+    if k_mask is not None:
+        check_mask("k_mask", k_mask, (*batch, k.shape[-2]), "one entry a key", q.device)
 
 
 def _run_score_and_select(

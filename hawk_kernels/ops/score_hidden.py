@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from hawk_kernels.backends.choose import choose_backend, load_backend, without_autocast
+from hawk_kernels.backends.choose import (
+    Signature,
+    choose_backend,
+    load_backend,
+    plain_signature,
+    without_autocast,
+    without_grad,
+)
 from hawk_kernels.layer import Layer
 from hawk_kernels.ops.library import define, fake_selection
 from hawk_kernels.selection import Fields, Selection, as_selection
 from hawk_kernels.validation import (
     FLOATS,
+    Passed,
     check_mask,
     check_normalize,
     check_rounding,
@@ -22,6 +31,8 @@ from hawk_kernels.validation import (
     checked_scale,
     shape_of,
 )
+
+_passed = Passed()
 
 
 def score_hidden_and_select(
@@ -62,10 +73,12 @@ def score_hidden_and_select(
         ValueError: a shape, device, range or name does not fit.
         ImportError: `backend="triton"` without Triton.
     """
-    batched, tensors, scale, backend = _checked(x, layer, w, q_mask, k_mask, normalize, scale, backend)
+    signature = _signature(x, layer, w, q_mask, k_mask)
+    batched, tensors, scale, backend = _checked(x, layer, w, q_mask, k_mask, normalize, scale, backend, signature)
     ratio, budget = checked_keep(r, x.shape[-2], True)
     check_rounding(rounding)
-    fields = _score_hidden_and_select(*tensors, ratio, budget, normalize, scale, rounding, backend)
+    run: Callable[..., Any] = _score_hidden_and_select if signature is None else _run_score_hidden_and_select
+    fields = run(*tensors, ratio, budget, normalize, scale, rounding, backend)
     return as_selection(fields, batched)
 
 
@@ -87,9 +100,25 @@ def score_hidden(
     Returns:
         float32 `[B, T]` (`[T]` unbatched), `-inf` at non-candidates, without grad.
     """
-    batched, tensors, scale, backend = _checked(x, layer, w, q_mask, k_mask, normalize, scale, backend)
-    scores: torch.Tensor = _score_hidden(*tensors, normalize, scale, backend)
+    signature = _signature(x, layer, w, q_mask, k_mask)
+    batched, tensors, scale, backend = _checked(x, layer, w, q_mask, k_mask, normalize, scale, backend, signature)
+    run: Callable[..., Any] = _score_hidden if signature is None else _run_score_hidden
+    scores: torch.Tensor = run(*tensors, normalize, scale, backend)
     return scores if batched else scores[0]
+
+
+def _signature(
+    x: torch.Tensor, layer: Layer, w: torch.Tensor, q_mask: torch.Tensor, k_mask: torch.Tensor
+) -> Signature | None:
+    """Return the signature of the tensors and the numbers of the layer, or None where it is not a plain one."""
+    if type(layer) is not Layer:
+        return None
+    norm_weight, norm_eps, wq, bq, wk, bk, num_key_value_heads = layer
+    # True equals 1, so a number of any other type, which may be an error, must not find the signature of these.
+    if type(norm_eps) is not float or type(num_key_value_heads) not in (int, type(None)):
+        return None
+    signature = plain_signature(x, norm_weight, wq, bq, wk, bk, w, q_mask, k_mask)
+    return None if signature is None else (*signature, norm_eps, num_key_value_heads)
 
 
 def _checked(
@@ -101,13 +130,35 @@ def _checked(
     normalize: str | None,
     scale: float | None,
     backend: str | None,
+    signature: Signature | None,
 ) -> tuple[bool, tuple[Any, ...], float, str]:
-    """Check the arguments.
+    """Check the arguments; tensors of a signature that has passed are not checked again.
 
     Returns:
         Whether the input came batched; `x`, the fields of the layer, `w` and the masks, batched and without grad; the
         scale; the backend.
     """
+    if signature is None or signature not in _passed:
+        _check_tensors(x, layer, w, q_mask, k_mask)
+        if signature is not None:
+            _passed.add(signature)
+    check_normalize(normalize)
+    head_dim = layer.wq.shape[0] // w.shape[0]
+    scale = checked_scale(scale, head_dim)
+    backend = choose_backend(backend, x.device, head_dim)
+    batched = x.dim() == 3
+    if not batched:
+        x, q_mask, k_mask = x.unsqueeze(0), q_mask.unsqueeze(0), k_mask.unsqueeze(0)
+    norm_weight, bq, bk = (
+        None if vector is None else without_grad(vector, signature)
+        for vector in (layer.norm_weight, layer.bq, layer.bk)
+    )
+    wq, wk = without_grad(layer.wq, signature), without_grad(layer.wk, signature)
+    x, w = without_grad(x, signature), without_grad(w, signature)
+    return batched, (x, norm_weight, float(layer.norm_eps), wq, bq, wk, bk, w, q_mask, k_mask), scale, backend
+
+
+def _check_tensors(x: torch.Tensor, layer: Layer, w: torch.Tensor, q_mask: torch.Tensor, k_mask: torch.Tensor) -> None:
     check_tensor("x", x)
     if x.dtype not in FLOATS:
         raise TypeError(f"x: expected dtype float32, float16 or bfloat16, got {x.dtype}; use x.float()")
@@ -116,23 +167,14 @@ def _checked(
     if x.shape[-1] < 1:
         raise ValueError(f"x: expected hidden states of at least one channel, got shape {shape_of(x)}; channels last")
     _check_parameter("w", w, (None,), x.device, "one weight a head")
-    head_dim = _check_layer(layer, x, w.shape[0])
+    _check_layer(layer, x, w.shape[0])
     for name, mask in (("q_mask", q_mask), ("k_mask", k_mask)):
         check_tensor(name, mask)
         check_mask(name, mask, tuple(x.shape[:-1]), "one entry a token", x.device)
-    check_normalize(normalize)
-    scale = checked_scale(scale, head_dim)
-    backend = choose_backend(backend, x.device, head_dim)
-    batched = x.dim() == 3
-    if not batched:
-        x, q_mask, k_mask = x.unsqueeze(0), q_mask.unsqueeze(0), k_mask.unsqueeze(0)
-    gamma, bq, bk = (None if vector is None else vector.detach() for vector in (layer.norm_weight, layer.bq, layer.bk))
-    weights = (gamma, float(layer.norm_eps), layer.wq.detach(), bq, layer.wk.detach(), bk)
-    return batched, (x.detach(), *weights, w.detach(), q_mask, k_mask), scale, backend
 
 
-def _check_layer(layer: Layer, x: torch.Tensor, num_heads: int) -> int:
-    """Check the fields of a layer that is to project `x` to `num_heads` query heads, and return their dimension."""
+def _check_layer(layer: Layer, x: torch.Tensor, num_heads: int) -> None:
+    """Check the fields of a layer that is to project `x` to `num_heads` query heads."""
     if not isinstance(layer, Layer):
         raise TypeError(
             f"layer: expected a hawk_kernels.Layer, got {type(layer).__name__}; use Layer.of(norm, q_proj, k_proj)"
@@ -168,7 +210,6 @@ def _check_layer(layer: Layer, x: torch.Tensor, num_heads: int) -> int:
         if vector is not None:
             _check_parameter(name, vector, (length,), device, "or None")
     _check_epsilon(layer.norm_eps)
-    return head_dim
 
 
 def _check_parameter(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
-from hawk_kernels.backends.choose import choose_backend, load_backend
+from hawk_kernels.backends.choose import choose_backend, load_backend, plain_signature, without_grad
 from hawk_kernels.ops.library import define, fake_selection
 from hawk_kernels.selection import Fields, Selection, as_selection
-from hawk_kernels.validation import check_mask, check_rounding, check_tensor, checked_keep, shape_of
+from hawk_kernels.validation import Passed, check_mask, check_rounding, check_tensor, checked_keep, shape_of
+
+_passed = Passed()
 
 
 def select_topk(
@@ -32,20 +37,29 @@ def select_topk(
     Raises:
         TypeError, ValueError: as `score_and_select`.
     """
+    signature = plain_signature(scores, mask)
+    if signature is None or signature not in _passed:
+        _check_tensors(scores, mask)
+        if signature is not None:
+            _passed.add(signature)
+    ratio, budget = checked_keep(r, scores.shape[-1], mask is not None)
+    check_rounding(rounding)
+    batched = scores.dim() == 2
+    if not batched:
+        scores, mask = scores.unsqueeze(0), None if mask is None else mask.unsqueeze(0)
+    backend = choose_backend(None, scores.device)
+    run: Callable[..., Any] = _select_topk if signature is None else _run_select_topk
+    return as_selection(run(without_grad(scores, signature).float(), mask, ratio, budget, rounding, backend), batched)
+
+
+def _check_tensors(scores: torch.Tensor, mask: torch.Tensor | None) -> None:
     check_tensor("scores", scores)
     if not scores.dtype.is_floating_point:
         raise TypeError(f"scores: expected a floating point dtype, got {scores.dtype}; use scores.float()")
     if scores.dim() not in (1, 2):
         raise ValueError(f"scores: expected [B, M] or [M], got shape {shape_of(scores)}; one row a sample")
-    batched = scores.dim() == 2
     if mask is not None:
         check_mask("mask", mask, tuple(scores.shape), "one entry a score", scores.device)
-    ratio, budget = checked_keep(r, scores.shape[-1], mask is not None)
-    check_rounding(rounding)
-    if not batched:
-        scores, mask = scores.unsqueeze(0), None if mask is None else mask.unsqueeze(0)
-    backend = choose_backend(None, scores.device)
-    return as_selection(_select_topk(scores.detach().float(), mask, ratio, budget, rounding, backend), batched)
 
 
 def _run_select_topk(

@@ -22,8 +22,10 @@ from hawk_kernels.selection import Selection
 COLUMNS = 16
 # Elements of a float32 tile of keys: 2 MB, which stay in a cache between the reading and the product.
 _TILE = 1 << 19
-# Float32 keys of fewer elements, 10 MB, are multiplied all at once, where they are.
-_SMALL = 5 << 19
+# Float32 keys of fewer elements, 16 MB, are multiplied all at once, where they are.
+_SMALL = 1 << 22
+# From this many elements on, a product of an odd number of queries takes longer than one of a query more.
+_PAIRED = 1 << 19
 # Float32 squares of more columns than this are not added up in float32: the error would show beside that of a score.
 _LONGEST_SUM = 2048
 # Between these norms no square over- or underflows in float32 that would change a bit of the norm.
@@ -43,7 +45,8 @@ def score_tokens(
     batch, num_key_value_heads, num_keys, _ = k.shape
     if batch == 0 or num_keys == 0:
         return k.new_zeros((batch, num_keys), dtype=torch.float32)
-    queries, weights = _queries_and_weights(q, w, q_mask, scale, num_key_value_heads, normalize)
+    in_pairs = k.device.type == "cpu" and k.numel() >= _PAIRED
+    queries, weights = _queries_and_weights(q, w, q_mask, scale, num_key_value_heads, normalize, in_pairs)
     c = _logits(queries, k)
     importance = weighted_sum(c, weights, _outside(c, k_mask, num_keys, normalize), normalize)
     if importance.shape[1] > num_keys:
@@ -58,10 +61,12 @@ def _queries_and_weights(
     scale: float,
     num_key_value_heads: int,
     normalize: str | None,
+    in_pairs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean queries `[B, Hkv, R, D]` float32 times the scale, and the weights `[Hkv * R]` of their logits.
 
-    R is the number of heads in a group, or 1 where the group folds into one query.
+    R is the number of heads in a group, or 1 where the group folds into one query, or even where `in_pairs`: then the
+    last head of an odd group is its first one once more, with the weight 0.
     """
     weights = w.float()
     mean = _mean_query(q, q_mask, scale)
@@ -72,6 +77,9 @@ def _queries_and_weights(
         folded = torch.matmul(weights.view(num_key_value_heads, 1, -1), queries)
         if math.isfinite(folded.abs().sum()):
             return folded, weights.new_ones(num_key_value_heads)
+    if in_pairs and queries.shape[2] % 2 == 1 and queries.shape[2] > 1:
+        queries = torch.cat((queries, queries[:, :, :1]), dim=2)
+        weights = torch.constant_pad_nd(weights.view(num_key_value_heads, -1), (0, 1)).view(-1)
     return queries, weights
 
 
@@ -151,6 +159,8 @@ def _tiling(k: torch.Tensor) -> tuple[int, int, int]:
 def _copied(keys: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
     """The tile, with the keys in front and zeros after them."""
     count = keys.shape[2]
+    if count == tile.shape[2]:
+        return tile.copy_(keys)
     tile[:, :, :count].copy_(keys)
     tile[:, :, count:].zero_()
     return tile
