@@ -29,6 +29,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from hawk_kernels.backends.kernels import (
     attention_column_mean,
@@ -245,8 +246,19 @@ def _select(num_keys: int) -> Variant:
     return Variant(f"select M={num_keys}", kernel, {"mask_ptr": "*i1"}, constants, warps, groups=groups)
 
 
+class _PretendedDriver:
+    """Tells the kernels that ask which target they are compiled for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
 def build(variant: Variant, target_name: str) -> Any:
     """Compile a variant for a target, without a device."""
+    driver.set_active(_PretendedDriver(TARGETS[target_name]))
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     divisible: dict[tuple[int, ...], list[list[Any]]] = {}

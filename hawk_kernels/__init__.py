@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hawk_kernels.ops.score_hidden import score_hidden, score_hidden_and_select
     from hawk_kernels.ops.select_topk import select_topk
     from hawk_kernels.selection import Selection
+    from hawk_kernels.workspaces import free_workspaces
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "attention_column_mean",
     "calibrate",
     "compact",
+    "free_workspaces",
     "greedy_dpp",
     "greedy_max_min",
     "hiprune_select",
@@ -52,6 +54,7 @@ _FROM_TORCH = {
     "Selection": "hawk_kernels.selection",
     "attention_column_mean": "hawk_kernels.ops.attention_column_mean",
     "compact": "hawk_kernels.ops.compact",
+    "free_workspaces": "hawk_kernels.workspaces",
     "greedy_dpp": "hawk_kernels.ops.greedy",
     "greedy_max_min": "hawk_kernels.ops.greedy",
     "hiprune_select": "hawk_kernels.ops.hiprune_select",

@@ -10,6 +10,7 @@ import torch
 
 from hawk_kernels import (
     attention_column_mean,
+    free_workspaces,
     score_and_select,
     score_hidden,
     score_hidden_and_select,
@@ -102,10 +103,10 @@ class TestHostFailures:
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """`launch` on a device that is not there: its memory is the CPU's, `current` says which stream is current."""
-    for name in ("_eager_counters", "_eager_workspaces", "_captured_slabs"):
+    for name in ("_eager_counters", "_eager_workspaces", "_captured_slabs", "_last_external_launches"):
         monkeypatch.setattr(launch, name, {})
     zeros, new_workspace = launch._zeros, launch._new_workspace
-    current = SimpleNamespace(stream=7, capturing=False, device=0, allocating=[])
+    current = SimpleNamespace(stream=7, capturing=False, device=0, allocating=[], happened=[])
 
     def remembering(allocate):
         def run(*arguments):
@@ -117,9 +118,23 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(launch, "_zeros", remembering(zeros))
     monkeypatch.setattr(launch, "_new_workspace", remembering(new_workspace))
     monkeypatch.setattr(launch, "_current_stream", lambda device: current.stream)
-    stream = SimpleNamespace(synchronize=lambda: None)
+
+    def happens(what):
+        return lambda *arguments: current.happened.append((what, *arguments, threading.current_thread()))
+
+    def event():
+        made = SimpleNamespace(synchronize=happens("synchronise event"))
+        made.record = lambda stream: current.happened.append(("record", made))
+        return made
+
+    stream = SimpleNamespace(synchronize=happens("synchronise stream"))
+    stream.wait_event = lambda event: current.happened.append(("wait", event))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    library = SimpleNamespace(cuThreadExchangeStreamCaptureMode=lambda mode: happens("mode")(mode._obj.value))
+    monkeypatch.setattr(launch.ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current.capturing)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current.device)
     return current
@@ -129,7 +144,7 @@ class TestKeptMemory:
     def test_a_stream_keeps_its_counters_and_another_has_its_own(self, pretended_gpu):
         first = launch.launch_counters(17, GPU)
         assert launch.launch_counters(33, GPU) is first
-        pretended_gpu.stream = 8
+        pretended_gpu.stream = 9
         assert launch.launch_counters(17, GPU) is not first
         pretended_gpu.stream = 7
         assert launch.launch_counters(17, GPU) is first
@@ -197,7 +212,101 @@ class TestKeptMemory:
         assert len({counters.data_ptr() for counters in found}) == 1
 
 
+def pretended_launch(count=17):
+    """What a call does around its kernel; returns the counters that it gave to the kernel."""
+    with launch.on_device(GPU):
+        return launch.launch_counters(count, GPU)
+
+
+class TestStreamsOfOthers:
+    """PyTorch knows a stream that it did not make by its handle, which is even and may come to mean another stream."""
+
+    HANDLE = 0x55D0
+
+    def test_a_launch_waits_for_the_one_before_on_the_same_handle(self, pretended_gpu):
+        pretended_gpu.stream = self.HANDLE
+        for _ in range(3):
+            pretended_launch()
+        (first, one), (second, waited), (third, two), (fourth, waited_again), (fifth, _) = [
+            entry for entry in pretended_gpu.happened if entry[0] in ("record", "wait")
+        ]
+        assert [first, second, third, fourth, fifth] == ["record", "wait", "record", "wait", "record"]
+        assert waited is one
+        assert waited_again is two
+
+    def test_a_launch_that_fails_is_waited_for_too(self, pretended_gpu):
+        """The kernel may have been launched before the error, an interrupt for example."""
+        pretended_gpu.stream = self.HANDLE
+        with pytest.raises(KeyboardInterrupt), launch.on_device(GPU):
+            raise KeyboardInterrupt
+        pretended_launch()
+        assert [entry[0] for entry in pretended_gpu.happened if entry[0] in ("record", "wait")][:2] == [
+            "record",
+            "wait",
+        ]
+
+    def test_threads_do_not_share(self, pretended_gpu):
+        """The per-thread default stream has one handle for all threads, and is another stream in each of them."""
+        pretended_gpu.stream = 2
+        found = [pretended_launch()]
+        thread = threading.Thread(target=lambda: found.append(pretended_launch()))
+        thread.start()
+        thread.join()
+        assert found[0].data_ptr() != found[1].data_ptr()
+
+    def test_nothing_is_recorded_in_a_capture(self, pretended_gpu):
+        pretended_gpu.stream, pretended_gpu.capturing = self.HANDLE, True
+        pretended_launch()
+        assert not pretended_gpu.happened
+
+    @pytest.mark.parametrize("stream", [0, 7, 9])
+    def test_pytorchs_own_streams_need_no_events(self, pretended_gpu, stream):
+        pretended_gpu.stream = stream
+        for _ in range(2):
+            pretended_launch()
+        assert not {"record", "wait"} & {entry[0] for entry in pretended_gpu.happened}
+
+
+class TestFreeingKeptMemory:
+    def test_everything_kept_is_freed_and_counted(self, pretended_gpu):
+        assert free_workspaces() == 0
+        counters = launch.launch_counters(5000, GPU)
+        floats, _ = launch.workspace(10**5, 10, GPU)
+        assert free_workspaces() == counters.untyped_storage().nbytes() + floats.untyped_storage().nbytes()
+        assert free_workspaces() == 0
+        assert launch.launch_counters(17, GPU) is not counters
+        assert launch.launch_counters(17, GPU).eq(0).all()
+
+    def test_counters_of_captured_graphs_stay(self, pretended_gpu):
+        launch.launch_counters(17, GPU)
+        pretended_gpu.capturing = True
+        before = launch.launch_counters(17, GPU)
+        free_workspaces()
+        assert launch.launch_counters(17, GPU).data_ptr() > before.data_ptr()
+
+    def test_launches_on_streams_of_others_have_ended_before(self, pretended_gpu):
+        pretended_gpu.stream = TestStreamsOfOthers.HANDLE
+        pretended_launch()
+        free_workspaces()
+        assert pretended_gpu.happened[-1][0] == "synchronise event"
+
+
 class TestCapturedMemory:
+    def test_the_first_eager_call_does_not_disturb_a_capture_in_another_thread(self, pretended_gpu):
+        """The thread that waits for the zeros has left the mode in which another thread's capture forbids that."""
+        launch.launch_counters(17, GPU)
+        (waiting,) = [entry[-1] for entry in pretended_gpu.happened if entry[0] == "synchronise stream"]
+        assert waiting is not threading.current_thread()
+        of_that_thread = [entry[:-1] for entry in pretended_gpu.happened if entry[-1] is waiting]
+        assert of_that_thread == [("mode", 2), ("synchronise stream",)]
+
+    def test_a_library_without_capture_modes_is_no_error(self, pretended_gpu, monkeypatch):
+        def missing(name):
+            raise OSError(name)
+
+        monkeypatch.setattr(launch.ctypes, "CDLL", missing)
+        assert launch.launch_counters(17, GPU).eq(0).all()
+
     def test_no_two_captured_launches_share_counters(self, pretended_gpu):
         eager = launch.launch_counters(17, GPU)
         pretended_gpu.capturing = True
@@ -268,7 +377,7 @@ class TestLimits:
 
     def test_more_rows_than_have_counters(self):
         """The counters of a row are found by an int32 offset, which would wrap around."""
-        most = (2**31 - 2) // 16
+        most = 2**26 - 2
         select_topk_kernel.make_plan(most, 1)
         with pytest.raises(ValueError, match=rf"at most {most} rows in a launch, got {most + 1}; split the batch"):
             select_topk_kernel.make_plan(most + 1, 1)

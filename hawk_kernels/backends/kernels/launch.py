@@ -5,8 +5,15 @@ even when several threads make them; two streams never share. What is kept belon
 hands memory that a stream gives up to later work of the same stream. So a kept tensor that a larger one replaces may
 still be in use by the launch before, and needs no `record_stream`.
 
+*Streams that PyTorch did not make.* Such a stream is known by its handle alone. Its owner may destroy it while a launch
+is still running, and CUDA may give the handle to the next stream; the handle of the per-thread default stream even
+means another stream in every thread. So a launch on such a handle first waits, on the device, for the launch before it
+that used the same handle, and threads do not share. Where the stream is still the same one, the wait costs nothing.
+
 *Graphs.* A captured launch may be replayed on any stream at any time, so it gets counters that no other launch has,
-and workspace from the memory of its graph.
+and workspace from the memory of its graph. Those counters are set to zero when a device is first used, which needs a
+synchronisation; another thread that captures a graph in global mode at that moment would forbid it, so it happens in a
+thread that has left that mode.
 
 *Aborted launches.* A kernel returns its counters to zero as its last act. A launch that fails on the host (out of
 memory for an output, an interrupt, a compilation that fails) has not run, so they are as the launch before left them.
@@ -16,32 +23,31 @@ leaves its counters unused.
 
 from __future__ import annotations
 
+import ctypes
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, TypeVar
 
 import torch
 
-from hawk_kernels.backends.kernels.phases import COUNTERS_PER_ROW
+from hawk_kernels.backends.kernels.phases import LINE
 
 _Made = TypeVar("_Made")
 
-# A mebibyte: enough for the counters of eight thousand captured launches of one row.
+# A mebibyte: enough for the counters of four thousand captured launches of one row.
 _CAPTURED_COUNTERS = 2**18
-# Captured launches start at multiples of so many counters: for pointers that are less aligned Triton would compile the
-# kernel anew, which it cannot do while a graph is captured.
-_COUNTERS_ALIGNMENT = 32
 _FEWEST_COUNTERS = 1024
 _FEWEST_WORDS = 2**16
 # Above this, allocating costs little compared with the work, and memory that is kept would be missed elsewhere.
 _LARGEST_KEPT_WORDS = 8 * 2**20
-
+# cudaStreamCaptureModeRelaxed
+_RELAXED_CAPTURE_MODE = 2
 
 # The limit of a grid's first dimension, and of int32.
 _MOST_PROGRAMS = 2**31 - 1
-# A kernel finds the counters of a row by an int32 offset.
-_MOST_ROWS = (_MOST_PROGRAMS - 1) // COUNTERS_PER_ROW.value
+# A kernel finds the counters of a row by an int32 offset, after the line of the roll.
+_MOST_ROWS = _MOST_PROGRAMS // LINE.value - 1
 # A program of the selection takes a power of two of columns, and one number of each block of them.
 _MOST_COLUMNS = 2**30
 
@@ -53,9 +59,13 @@ class _Workspace(NamedTuple):
     words: torch.Tensor
 
 
+# Device, stream, and thread if the stream is not PyTorch's own.
+_Key = tuple[int, int, int]
+
 _lock = threading.Lock()
-_eager_counters: dict[tuple[int, int], torch.Tensor] = {}
-_eager_workspaces: dict[tuple[int, int], _Workspace] = {}
+_eager_counters: dict[_Key, torch.Tensor] = {}
+_eager_workspaces: dict[_Key, _Workspace] = {}
+_last_external_launches: dict[_Key, torch.cuda.Event] = {}
 _captured_slabs: dict[int, tuple[torch.Tensor, int]] = {}
 _HERE = nullcontext()
 
@@ -83,10 +93,45 @@ def check_limits(num_programs: int, num_columns: int, num_offsets: int, num_rows
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make the tensors' device the current one, on which Triton launches."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    """Make the tensors' device the current one, on which Triton launches; the launch happens in the block."""
+    if device.type != "cuda":
         return _HERE
-    return torch.cuda.device(device)
+    if _is_external(_current_stream(device)):
+        return _after_the_launch_before(device)
+    return _HERE if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+@contextmanager
+def _after_the_launch_before(device: torch.device) -> Iterator[None]:
+    """Let the launch in the block wait for the last one that knew its stream by the same handle."""
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            yield
+            return
+        key, stream = _key(device), torch.cuda.current_stream(device)
+        event = _last_external_launches.get(key)
+        if event is not None:
+            stream.wait_event(event)
+        try:
+            yield
+        finally:
+            event = torch.cuda.Event()
+            event.record(stream)
+            _last_external_launches[key] = event
+
+
+def free_kept_memory() -> int:
+    """Do what `hawk_kernels.free_workspaces` does."""
+    with _lock:
+        counters, workspaces = list(_eager_counters.values()), list(_eager_workspaces.values())
+        launches = list(_last_external_launches.values())
+        for kept in (_eager_counters, _eager_workspaces, _last_external_launches):
+            kept.clear()
+    # Their streams may be gone, and then the allocator knows no order in which to hand the memory out again.
+    for launch in launches:
+        launch.synchronize()
+    tensors = [*counters, *(kept.floats for kept in workspaces)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def launch_counters(count: int, device: torch.device) -> torch.Tensor:
@@ -95,15 +140,13 @@ def launch_counters(count: int, device: torch.device) -> torch.Tensor:
         return _zeros(count, device)
     if torch.cuda.is_current_stream_capturing():
         return _captured_counters(count, device)
-    key = (device.index, _current_stream(device))
+    key = _key(device)
     counters = _eager_counters.get(key)
     if counters is None or counters.numel() < count:
         counters = _outside_pools(lambda: _zeros(max(count, _FEWEST_COUNTERS), device), device)
         _eager_counters[key] = counters
         if device.index not in _captured_slabs:
-            slab = _outside_pools(lambda: _zeros(_CAPTURED_COUNTERS, device), device)
-            # A capture that takes from it, on whatever stream, must find it zeroed.
-            torch.cuda.current_stream(device).synchronize()
+            slab = _outside_pools(lambda: _zeros_at_once(_CAPTURED_COUNTERS, device), device)
             with _lock:
                 _captured_slabs.setdefault(device.index, (slab, 0))
     return counters
@@ -115,7 +158,7 @@ def workspace(num_floats: int, num_words: int, device: torch.device) -> tuple[to
     if not is_kept or torch.cuda.is_current_stream_capturing():
         fresh = _new_workspace(num_floats, num_words, device)
         return fresh.floats, fresh.words
-    key = (device.index, _current_stream(device))
+    key = _key(device)
     kept = _eager_workspaces.get(key)
     if kept is None or kept.num_floats < num_floats or kept.num_words < num_words:
         floats = max(num_floats, kept.num_floats if kept else _FEWEST_WORDS)
@@ -135,9 +178,20 @@ def _zeros(count: int, device: torch.device) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.int32, device=device)
 
 
+def _zeros_at_once(count: int, device: torch.device) -> torch.Tensor:
+    """Return counters that are zero on the device already: a graph takes them to whatever stream it is replayed on."""
+    zeros = _zeros(count, device)
+    torch.cuda.current_stream(device).synchronize()
+    return zeros
+
+
 def _captured_counters(count: int, device: torch.device) -> torch.Tensor:
-    """Return a slice that is handed out once; where none is left, fresh zeros at the price of a memset in the graph."""
-    count = -(-count // _COUNTERS_ALIGNMENT) * _COUNTERS_ALIGNMENT
+    """Return a slice that is handed out once; where none is left, fresh zeros at the price of a memset in the graph.
+
+    It starts on a cache line: for pointers that are less aligned Triton would compile the kernel anew, which it cannot
+    do while a graph is captured.
+    """
+    count = -(-count // LINE.value) * LINE.value
     with _lock:
         slab, used = _captured_slabs.get(device.index, (None, 0))
         if slab is None or used + count > slab.numel():
@@ -146,10 +200,20 @@ def _captured_counters(count: int, device: torch.device) -> torch.Tensor:
         return slab[used : used + count]
 
 
+def _key(device: torch.device) -> _Key:
+    stream = _current_stream(device)
+    return device.index, stream, threading.get_ident() if _is_external(stream) else 0
+
+
 def _current_stream(device: torch.device) -> int:
-    """Return the handle of the current stream of the current device, without an object around it where torch allows."""
-    read = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    return torch.cuda.current_stream(device).cuda_stream if read is None else read(device.index)
+    """Return PyTorch's number of the current stream, without an object around it where torch allows."""
+    read = getattr(torch._C, "_cuda_getCurrentStream", None)
+    return int(torch.cuda.current_stream(device).stream_id if read is None else read(device.index)[0])
+
+
+def _is_external(stream: int) -> bool:
+    """Say whether somebody else made a stream: its number is its handle, which is even; PyTorch's own are 0 or odd."""
+    return stream != 0 and stream % 2 == 0
 
 
 def _outside_pools(allocate: Callable[[], _Made], device: torch.device) -> _Made:
@@ -163,6 +227,7 @@ def _outside_pools(allocate: Callable[[], _Made], device: torch.device) -> _Made
     failed: list[BaseException] = []
 
     def run() -> None:
+        _tolerate_captures()
         try:
             with torch.cuda.stream(stream):
                 made.append(allocate())
@@ -175,3 +240,18 @@ def _outside_pools(allocate: Callable[[], _Made], device: torch.device) -> _Made
     if failed:
         raise failed[0]
     return made[0]
+
+
+def _tolerate_captures() -> None:
+    """Let this thread allocate and synchronise while another thread captures a graph in global mode.
+
+    That mode forbids both to every thread that has not left it, and a violation also spoils the capture.
+    """
+    library, function = "libcuda.so.1", "cuThreadExchangeStreamCaptureMode"
+    if torch.version.hip:
+        library, function = "libamdhip64.so", "hipThreadExchangeStreamCaptureMode"
+    try:
+        exchange = getattr(ctypes.CDLL(library), function)
+    except (OSError, AttributeError):
+        return
+    exchange(ctypes.byref(ctypes.c_int(_RELAXED_CAPTURE_MODE)))
