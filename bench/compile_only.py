@@ -54,7 +54,7 @@ DTYPES = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 # What the kernels that select work with, and where they write.
 MEMORY = finish.Memory(floats="*fp32", words="*i32", counters="*i32")
 OUTPUTS = finish.Outputs(scores="*fp32", mask="*i1", indices="*i64")
-_INT64 = {"numerator", "denominator"}
+_MASKS = {"mask_ptr": "*i1", "q_mask_ptr": "*i1", "k_mask_ptr": "*i1"}
 # Integers that are multiples of 16 for every model, as strides are.
 _MULTIPLES = {"hidden_size", "columns_per_program"}
 _BY_16 = [["tt.divisibility", 16]]
@@ -139,8 +139,7 @@ def variants(quick: bool = False, target: str = "sm_90") -> Iterator[Variant]:
 
 def _compaction(dtype: str) -> Variant:
     config = compact.launch_config(1, 5120, 1024, 3584, int(dtype[-2:]) // 8)
-    strides = {"embeds_stride_c": 1, "keep_stride_t": 1, "positions_stride_t": 1}
-    constants = {"HAS_POSITIONS": True, **strides, **config["blocks"]}
+    constants = {"HAS_POSITIONS": True, "KEEP_IS_ALIGNED": True, "embeds_stride_c": 1, **config["blocks"]}
     pointer = {**DTYPES, "fp64": "*fp64"}[dtype]
     integers = ("positions_ptr", "packed_positions_ptr", "attention_mask_ptr", "source_ptr")
     pointers = {"embeds_ptr": pointer, "packed_ptr": pointer, "keep_ptr": "*i1", **dict.fromkeys(integers, "*i64")}
@@ -195,8 +194,8 @@ def _fused(
     options = dict.fromkeys(("HAS_Q_MASK", "HAS_K_MASK"), masked) | {"CEIL": False, "INTERPRETED": False}
     pointer = DTYPES[dtype]
     groups = {
-        "tensors": score_and_select.Tensors(q=pointer, k=pointer, w="*fp32", q_mask="*i1", k_mask="*i1"),
-        "strides": score_and_select.Strides("i32", 1, "i32", 1, w=1, q_mask_n="i32", k_mask_m="i32"),
+        "tensors": score_and_select.Tensors(q=pointer, k=pointer, w="*fp32"),
+        "strides": score_and_select.Strides("i32", 1, "i32", 1, w=1),
         "memory": MEMORY,
         "outputs": OUTPUTS,
     }
@@ -220,9 +219,9 @@ def _hidden(
     options = dict.fromkeys(("HAS_NORM_WEIGHT", "HAS_QUERY_BIAS", "HAS_KEY_BIAS"), True)
     options |= {"CEIL": False, "INTERPRETED": False}
     pointer = DTYPES[dtype]
-    tensors = score_hidden.Tensors(*[pointer] * 6, "*fp32", "*i1", "*i1")  # type: ignore[call-arg]
+    tensors = score_hidden.Tensors(*[pointer] * 6, "*fp32")  # type: ignore[call-arg]
     strides: dict[str, Any] = dict.fromkeys(score_hidden.Strides._fields, 1)
-    strides |= dict.fromkeys(("x_t", "wq_o", "wk_o", "q_mask_t", "k_mask_t"), "i32")
+    strides |= dict.fromkeys(("x_t", "wq_o", "wk_o"), "i32")
     groups = {
         "tensors": tensors,
         "strides": score_hidden.Strides(**strides),
@@ -235,7 +234,7 @@ def _hidden(
 
 def _planned(name: str, kernel: Any, groups: dict[str, Any], options: dict[str, bool], plan: Plan) -> Variant:
     constants = {**options, "STATIC": plan.static}
-    return Variant(name, kernel, {}, constants, plan.options["num_warps"], plan.options.get("maxnreg"), groups)
+    return Variant(name, kernel, _MASKS, constants, plan.options["num_warps"], plan.options.get("maxnreg"), groups)
 
 
 def _select(num_keys: int) -> Variant:
@@ -243,7 +242,7 @@ def _select(num_keys: int) -> Variant:
     constants = {"HAS_MASK": True, "CEIL": False, "STATIC": plan.static}
     groups = {"memory": MEMORY, "outputs": OUTPUTS}
     kernel, warps = select_topk._select_kernel, plan.options["num_warps"]
-    return Variant(f"select M={num_keys}", kernel, {"mask_ptr": "*i1"}, constants, warps, groups=groups)
+    return Variant(f"select M={num_keys}", kernel, _MASKS, constants, warps, groups=groups)
 
 
 class _PretendedDriver:
@@ -262,7 +261,8 @@ def build(variant: Variant, target_name: str) -> Any:
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     divisible: dict[tuple[int, ...], list[list[Any]]] = {}
-    for position, name in enumerate(variant.kernel.arg_names):
+    for position, parameter in enumerate(variant.kernel.params):
+        name = parameter.name
         group = variant.groups.get(name)
         if name in variant.constants:
             signature[name] = "constexpr"
@@ -275,8 +275,9 @@ def build(variant: Variant, target_name: str) -> Any:
                 elif leaf.startswith("*") or name == "strides":
                     divisible[(position, place)] = _BY_16
         else:
-            signature[name] = _type_of(name, variant.pointers)
-            if name.endswith("_ptr") or "stride" in name or name in _MULTIPLES:
+            signature[name] = parameter.annotation_type or _type_of(name, variant.pointers)
+            is_multiple = name.endswith("_ptr") or "stride" in name or name in _MULTIPLES
+            if is_multiple and not parameter.do_not_specialize:
                 divisible[(position,)] = _BY_16
     source = ASTSource(variant.kernel, signature, constants, divisible)
     options = {"num_warps": variant.num_warps, "enable_fp_fusion": True}
@@ -302,9 +303,7 @@ def compile_variant(variant: Variant, target_name: str) -> Compiled:
 def _type_of(name: str, pointers: dict[str, str]) -> str:
     if name.endswith("_ptr"):
         return pointers.get(name, "*fp32")
-    if name in ("scale", "epsilon"):
-        return "fp32"
-    return "i64" if name in _INT64 else "i32"
+    return "fp32" if name in ("scale", "epsilon") else "i32"
 
 
 def _last_number(pattern: str, text: str) -> int:

@@ -21,6 +21,16 @@ from hawk_kernels.backends.visibility import seeing_rows, segment_bounds
 _PROGRAMS = 264
 _BLOCK_FINISH = 256
 _LOG2_E = 1.4426950408889634
+# Maxima and sums share an allocation, so the alignment of the sums varies with their number.
+_VARYING = (
+    "q_rows_ptr", "starts_ptr", "ends_ptr", "peaks_ptr", "sums_ptr", "q_rows_stride_b", "q_rows_stride_n",
+    "num_queries", "num_keys", "keys_per_split", "num_splits",
+)  # fmt: skip
+_VARYING_IN_COLUMN_PASS = (*_VARYING[:-2], "columns_ptr", "rows_per_split", "num_row_splits", "num_splits")
+_VARYING_IN_FINISH = (
+    "columns_ptr", "counts_ptr", "out_ptr",
+    "counts_stride_b", "heads_per_program", "num_row_splits", "num_keys", "num_queries",
+)  # fmt: skip
 
 
 @triton.jit
@@ -70,11 +80,12 @@ def _visible_keys(
     return first, tl.where(used, stop, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _row_pass(
     q_ptr, k_ptr, q_rows_ptr, starts_ptr, ends_ptr, peaks_ptr, sums_ptr,
-    q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
-    q_rows_stride_b, q_rows_stride_n,
+    q_stride_b: tl.int64, q_stride_h: tl.int64, q_stride_n, q_stride_d,
+    k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n, k_stride_d,
+    q_rows_stride_b: tl.int64, q_rows_stride_n: tl.int64,
     num_heads, group_size, num_queries, num_keys, keys_per_split, num_splits, scale,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTED: tl.constexpr, HAS_Q_ROWS: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -147,11 +158,12 @@ def _larger(a, b):
     return tl.where((a >= b) | (a != a), a, b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING_IN_COLUMN_PASS)
 def _column_pass(
     q_ptr, k_ptr, q_rows_ptr, starts_ptr, ends_ptr, peaks_ptr, sums_ptr, columns_ptr,
-    q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
-    q_rows_stride_b, q_rows_stride_n,
+    q_stride_b: tl.int64, q_stride_h: tl.int64, q_stride_n, q_stride_d,
+    k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_n, k_stride_d,
+    q_rows_stride_b: tl.int64, q_rows_stride_n: tl.int64,
     num_heads, group_size, num_queries, num_keys, rows_per_split, num_row_splits, num_splits, scale,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTED: tl.constexpr, HAS_Q_ROWS: tl.constexpr,
     MAXIMUM: tl.constexpr, UPCAST: tl.constexpr,
@@ -211,7 +223,7 @@ def _column_pass(
     tl.store(columns_ptr + out, reduced, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING_IN_FINISH)
 def _finish(
     columns_ptr, weights_ptr, counts_ptr, out_ptr,
     weights_stride, counts_stride_b, num_heads, heads_per_program, num_row_splits, num_keys, num_queries,
@@ -317,7 +329,7 @@ def launch_config(num_pairs: int, num_queries: int, num_keys: int, head_dim: int
     is_wide = block_d + block_tail >= 128
     # float32 products run without tensor cores, and larger tiles of them spill.
     block_n, block_m, num_warps = ((16, 32, 8) if is_wide else (32, 32, 4)) if itemsize == 4 else (64, 64, 4)
-    block_n = min(block_n, max(16, triton.next_power_of_2(num_queries)))
+    block_n = 16 if num_queries <= 16 else block_n
     row_tiles, key_tiles = triton.cdiv(num_queries, block_n), triton.cdiv(num_keys, block_m)
     keys_per_split = triton.cdiv(key_tiles, min(key_tiles, triton.cdiv(_PROGRAMS, row_tiles * num_pairs))) * block_m
     rows_per_split = triton.cdiv(row_tiles, min(row_tiles, triton.cdiv(_PROGRAMS, key_tiles * num_pairs))) * block_n

@@ -26,10 +26,13 @@ _NUM_WARPS = 8
 _PROGRAMS = 1056
 # Bytes that a program moves for each byte of mask that it may have to count.
 _MOVED_PER_COUNTED = 4
-_LENGTHS = (
+_VARYING = (
+    "keep_ptr", "positions_ptr", "packed_ptr", "keep_stride_b", "keep_stride_t",
     "positions_stride_a", "positions_stride_b", "positions_stride_t", "packed_positions_stride_a",
     "num_tokens", "length", "num_axes", "slots_per_program",
 )  # fmt: skip
+# Bytes of a mask that are one load where a row begins at a multiple of them.
+_MASK_ALIGNMENT = 16
 
 
 @triton.jit
@@ -87,14 +90,14 @@ def _write_sources(
     return length - counted
 
 
-# Lengths differ from prompt to prompt, and a kernel of its own for each kind would be of no use.
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=_VARYING)
 def _compact_kernel(
     embeds_ptr, keep_ptr, positions_ptr, packed_ptr, packed_positions_ptr, attention_mask_ptr, source_ptr,
-    embeds_stride_b, embeds_stride_t, embeds_stride_c, keep_stride_b, keep_stride_t,
-    positions_stride_a, positions_stride_b, positions_stride_t, packed_stride_t, packed_positions_stride_a,
+    embeds_stride_b: tl.int64, embeds_stride_t, embeds_stride_c, keep_stride_b: tl.int64, keep_stride_t: tl.int64,
+    positions_stride_a: tl.int64, positions_stride_b: tl.int64, positions_stride_t: tl.int64,
+    packed_stride_t, packed_positions_stride_a: tl.int64,
     num_tokens, length, hidden_size, num_axes, slots_per_program, columns_per_program,
-    HAS_POSITIONS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_RANKS: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, KEEP_IS_ALIGNED: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_RANKS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(length, slots_per_program)
@@ -104,10 +107,18 @@ def _compact_kernel(
     first_column = tl.program_id(1) * columns_per_program
     end_column = tl.minimum(first_column + columns_per_program, hidden_size)
 
+    # It is an allocation of its own. AMD's backend would compile another kernel where it is larger than 2 GiB.
+    packed_ptr = tl.multiple_of(packed_ptr, 16)
+    if KEEP_IS_ALIGNED:
+        keep_ptr = tl.multiple_of(keep_ptr + row * tl.multiple_of(keep_stride_b, 16), 16)
+        keep_step: tl.constexpr = 1
+    else:
+        keep_ptr += row * keep_stride_b
+        keep_step = keep_stride_t
     # Programs with other columns of these slots write the same tokens here.
     source_ptr += row * length
     first_token = _write_sources(
-        keep_ptr + row * keep_stride_b, source_ptr, first, end, num_tokens, length, keep_stride_t,
+        keep_ptr, source_ptr, first, end, num_tokens, length, keep_step,
         BLOCK_TOKENS, BLOCK_RANKS,
     )  # fmt: skip
     # What some threads wrote, others read.
@@ -161,15 +172,18 @@ def compact(
         config = launch_config(batch, num_tokens, length, hidden_size, inputs_embeds.element_size())
         # A single row is aligned whatever its length.
         keep_stride_b = keep_mask.stride(0) if batch > 1 else 0
+        keep_stride_t = keep_mask.stride(1)
+        keep_is_aligned = keep_stride_t == 1 and (keep_mask.data_ptr() | keep_stride_b) % _MASK_ALIGNMENT == 0
         with on_device(device):
             _compact_kernel[config["grid"]](
                 inputs_embeds, keep_mask, source if position_ids is None else position_ids,
                 packed, packed_positions, attention_mask, source,
-                *inputs_embeds.stride(), keep_stride_b, keep_mask.stride(1),
+                *inputs_embeds.stride(), keep_stride_b, keep_stride_t,
                 *((0, 0, 0) if position_ids is None else position_ids.stride()), hidden_size, batch * length,
                 num_tokens, length, hidden_size, num_axes,
                 config["slots_per_program"], config["columns_per_program"],
-                HAS_POSITIONS=position_ids is not None, **config["blocks"], num_warps=config["num_warps"],
+                HAS_POSITIONS=position_ids is not None, KEEP_IS_ALIGNED=keep_is_aligned,
+                **config["blocks"], num_warps=config["num_warps"],
             )  # fmt: skip
     return packed, packed_positions, attention_mask, source
 

@@ -28,8 +28,11 @@ from hawk_kernels.backends.kernels.views import load_vector, row_of
 
 # The scores, keys and running counts of a longer row do not fit in the registers of one program.
 MAX_ROW_IN_REGISTERS = 2048
-# A block of columns in the phases of a longer row; a histogram wants at least as many elements as bins.
+# A block of columns in the phases of a longer row, and of a row that is not longer than it; a histogram wants at least
+# as many elements as bins. A block for each power of two would be a kernel for each, compiled in the middle of a chat.
 SELECT_BLOCK = 1024
+# The blocks before its own that a program of a longer row looks at; rows of more than a million columns have more.
+_FEWEST_BLOCKS = 1024
 # Heads, or tiles of their statistics, that a program holds at once beside a block of columns.
 HEAD_BLOCK = 16
 TILE_BLOCK = 32
@@ -43,7 +46,7 @@ class Blocks(NamedTuple):
         heads: that a program holds at once.
         tiles: of statistics that a program holds at once.
         row: columns that a selecting program holds.
-        num_blocks: selecting programs of a row, or a power of two above their number.
+        num_blocks: a power of two that is at least the number of selecting programs of a row.
         in_registers: whether one program selects a whole row.
     """
 
@@ -82,14 +85,15 @@ class Logits(NamedTuple):
 
 
 def blocks_of(num_keys: int, sum_block: int) -> Blocks:
-    """Return how the last phases of rows of this length are cut."""
+    """Return how the last phases of rows of this length are cut, which is alike for most lengths."""
+    is_short = num_keys <= MAX_ROW_IN_REGISTERS
     return Blocks(
         columns=sum_block,
         heads=HEAD_BLOCK,
         tiles=TILE_BLOCK,
         row=row_block(num_keys),
-        num_blocks=triton.next_power_of_2(num_blocks(num_keys)),
-        in_registers=num_keys <= MAX_ROW_IN_REGISTERS,
+        num_blocks=1 if is_short else max(_FEWEST_BLOCKS, triton.next_power_of_2(num_blocks(num_keys))),
+        in_registers=is_short,
     )
 
 
@@ -101,7 +105,7 @@ def num_programs(num_keys: int, sum_block: int, selects: bool) -> int:
 
 def row_block(num_keys: int) -> int:
     """Return how many columns a selecting program holds."""
-    return SELECT_BLOCK if num_keys > MAX_ROW_IN_REGISTERS else int(max(256, triton.next_power_of_2(num_keys)))
+    return MAX_ROW_IN_REGISTERS if SELECT_BLOCK < num_keys <= MAX_ROW_IN_REGISTERS else SELECT_BLOCK
 
 
 def num_selecting_phases(num_keys: int) -> int:

@@ -22,25 +22,28 @@ def sum_text(
 
     `x` is the row's `[T, C]`, `q_mask` its mask of text.
     """
-    tokens = part + tl.arange(0, BLOCK_T) * num_parts
-    used = load_candidates(q_mask, tokens, num_tokens, True)
-    rank = tl.cumsum(used.to(tl.int32), 0)
-    count = tl.sum(used.to(tl.int32), 0)
     channels = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_C], tl.float32)
-    for index in range(count):
-        token = tl.sum(tl.where(used & (rank == index + 1), tokens, 0), 0)
-        states = row_of(x, token)
-        squares = tl.zeros([BLOCK_C], tl.float32)
-        for start in range(0, HIDDEN, BLOCK_C):
-            others = start + tl.arange(0, BLOCK_C)
-            values = load_vector(states, others, others < HIDDEN).to(tl.float32)
-            squares += values * values
-        values = load_vector(states, channels, channels < HIDDEN).to(tl.float32)
-        total += values * tl.rsqrt(tl.sum(squares, 0) / HIDDEN + epsilon)
+    counted = part * 0
+    for first in range(part, num_tokens, BLOCK_T * num_parts):
+        tokens = first + tl.arange(0, BLOCK_T) * num_parts
+        used = load_candidates(q_mask, tokens, num_tokens, True)
+        rank = tl.cumsum(used.to(tl.int32), 0)
+        count = tl.sum(used.to(tl.int32), 0)
+        for index in range(count):
+            token = tl.sum(tl.where(used & (rank == index + 1), tokens, 0), 0)
+            states = row_of(x, token)
+            squares = tl.zeros([BLOCK_C], tl.float32)
+            for start in range(0, HIDDEN, BLOCK_C):
+                others = start + tl.arange(0, BLOCK_C)
+                values = load_vector(states, others, others < HIDDEN).to(tl.float32)
+                squares += values * values
+            values = load_vector(states, channels, channels < HIDDEN).to(tl.float32)
+            total += values * tl.rsqrt(tl.sum(squares, 0) / HIDDEN + epsilon)
+        counted += count
     tl.store(sums_ptr + part * HIDDEN + channels, total, mask=channels < HIDDEN)
     if chunk == 0:
-        tl.store(counts_ptr + part, count.to(tl.float32))
+        tl.store(counts_ptr + part, counted.to(tl.float32))
 
 
 @triton.jit

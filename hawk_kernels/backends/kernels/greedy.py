@@ -17,13 +17,17 @@ from hawk_kernels.backends.eager.greedy import SPANNED, SPANNED_GAIN, Cosines
 from hawk_kernels.backends.kernels.launch import on_device
 from hawk_kernels.selection import Selection
 
+# Columns that a program holds: the least that a row fits in. A block for each power of two would be a kernel for each.
+_BLOCKS = (1024, 4096, 16384)
+# AMD's backend would also compile a kernel for matrices of more than 2 GiB and one for smaller ones.
+_VARYING = ("cosines_ptr", "budget_ptr", "num_tokens", "width")
 # A program reads at most so many elements of the Cholesky factor at once, rows times columns.
 _TILE = 8192
 _MOST_ROWS = 8
 _SPANNED, _SPANNED_GAIN = tl.constexpr(SPANNED), tl.constexpr(SPANNED_GAIN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _max_min_kernel(
     cosines_ptr, nearest_ptr, worst_ptr, budget_ptr, at_pick_ptr, order_ptr, num_tokens, width,
     HAS_BUDGET: tl.constexpr, BLOCK: tl.constexpr,
@@ -51,7 +55,7 @@ def _max_min_kernel(
     tl.store(nearest_ptr + columns, nearest, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*_VARYING, "factor_ptr"))
 def _dpp_kernel(
     cosines_ptr, length_ptr, weight_ptr, budget_ptr, factor_ptr, at_pick_ptr, order_ptr, gain_ptr, num_tokens, width,
     HAS_BUDGET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -60,7 +64,9 @@ def _dpp_kernel(
     columns = tl.arange(0, BLOCK)
     inside = columns < num_tokens
     cosines_ptr += row * num_tokens * num_tokens
-    factor_ptr += row * width * num_tokens
+    # Rows of the factor begin at multiples of 16 entries, whatever the length.
+    factor_stride = tl.cdiv(num_tokens, 16) * 16
+    factor_ptr = tl.multiple_of(factor_ptr, 16) + row * width * factor_stride
     entry_ptr = factor_ptr
     order_ptr += row * width
     at_pick_ptr += row * width
@@ -80,14 +86,14 @@ def _dpp_kernel(
         left = tl.load(cosines_ptr + picked.to(tl.int64) * num_tokens + columns, mask=inside, other=0.0)
         for start in range(0, place, ROWS):
             earlier = start + tl.arange(0, ROWS)
-            ptrs = factor_ptr + earlier.to(tl.int64) * num_tokens
+            ptrs = factor_ptr + earlier.to(tl.int64) * factor_stride
             taken = tl.load(ptrs + picked, mask=earlier < place, other=0.0)
             among = (earlier < place)[:, None] & inside[None, :]
             left -= tl.sum(taken[:, None] * tl.load(ptrs[:, None] + columns[None, :], mask=among, other=0.0), 0)
         # Nothing of a spanned token is left to take away from others.
         entry = tl.where(remains > _SPANNED, left / tl.sqrt(tl.maximum(remains, _SPANNED)), 0.0)
         tl.store(entry_ptr + columns, entry, mask=inside)
-        entry_ptr += num_tokens
+        entry_ptr += factor_stride
         # Other threads read it as what the next picks have taken.
         tl.debug_barrier()
         outside -= entry * entry
@@ -97,7 +103,7 @@ def _dpp_kernel(
 
 def launch_config(num_tokens: int) -> dict[str, Any]:
     """Choose blocks and warps for rows of this length."""
-    block = max(128, triton.next_power_of_2(num_tokens))
+    block = next((block for block in _BLOCKS if block >= num_tokens), triton.next_power_of_2(num_tokens))
     rows = max(1, min(_MOST_ROWS, _TILE // block))
     return {"block": {"BLOCK": block}, "rows": {"ROWS": rows}, "num_warps": max(4, min(16, block // 256))}
 
@@ -139,7 +145,7 @@ def dpp_picks(
     batch, num_tokens = weight.shape
     at_pick, gain = weight.new_zeros(batch, width), torch.empty_like(weight)
     order = torch.full((batch, width), num_tokens - 1, device=weight.device)
-    factor = weight.new_empty(batch, width, num_tokens)
+    factor = weight.new_empty(batch, width, triton.cdiv(num_tokens, 16) * 16)
     config = launch_config(num_tokens)
     if batch:
         with on_device(weight.device):

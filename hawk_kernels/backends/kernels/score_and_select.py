@@ -37,16 +37,19 @@ from hawk_kernels.selection import Selection, max_kept
 _QUERY_TILES_IN_ONE_PROGRAM = 4
 _MOST_QUERY_PARTS = 32
 _PARTIAL_MEANS, _MEANS, _LOGITS = (tl.constexpr(counter) for counter in range(3))
+_VARYING = (
+    "q_mask_ptr", "k_mask_ptr", "q_mask_stride_b", "q_mask_stride_n", "k_mask_stride_b", "k_mask_stride_m",
+    "batch", "num_queries", "num_keys", "num_query_parts", "queries_per_part", "num_tiles", "keys_per_program",
+    "width", "numerator", "denominator", "budget",
+)  # fmt: skip
 
 
 class Tensors(NamedTuple):
-    """What a launch reads, as pointers; a mask that is not given is any pointer."""
+    """What a launch reads, as pointers, beside the masks, whose alignment varies with the prompt."""
 
     q: Any
     k: Any
     w: Any
-    q_mask: Any
-    k_mask: Any
 
 
 class Strides(NamedTuple):
@@ -57,8 +60,6 @@ class Strides(NamedTuple):
     k_m: Any
     k_d: Any
     w: Any
-    q_mask_n: Any
-    k_mask_m: Any
 
 
 class Static(NamedTuple):
@@ -67,7 +68,6 @@ class Static(NamedTuple):
     head_dim: int
     mode: int
     selects: bool
-    splits_queries: bool
     block_heads: int
     block_queries: int
     block_keys: int
@@ -186,23 +186,25 @@ def _score_keys(
         tl.store(pair + 1, second, mask=head_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _score_and_select_kernel(
     tensors, strides, memory, outputs,
-    q_stride_b, q_stride_h, k_stride_b, k_stride_h, q_mask_stride_b, k_mask_stride_b,
+    q_mask_ptr, k_mask_ptr, q_mask_stride_b, q_mask_stride_n, k_mask_stride_b, k_mask_stride_m,
+    q_stride_b: tl.int64, q_stride_h: tl.int64, k_stride_b: tl.int64, k_stride_h: tl.int64,
     batch, num_heads, num_heads_per_group, num_queries, num_keys,
     num_query_parts, queries_per_part, num_tiles, keys_per_program,
-    width, numerator, denominator, budget, scale,
+    width, numerator: tl.int64, denominator: tl.int64, budget, scale,
     HAS_Q_MASK: tl.constexpr, HAS_K_MASK: tl.constexpr, CEIL: tl.constexpr, INTERPRETED: tl.constexpr,
     STATIC: tl.constexpr,
 ):  # fmt: skip
     # Named, because Triton 3.6 takes a nested tuple that is passed on unnamed for a tuple of values.
     FINISH: tl.constexpr = STATIC.finish
     ticket = draw_ticket(memory.counters)
+    splits_queries = num_query_parts > 1
     num_partial_means = batch * num_heads * num_query_parts
     num_parts = (num_heads // num_heads_per_group) * tl.cdiv(num_heads_per_group, STATIC.block_heads)
     num_c_rows = num_parts if STATIC.mode == NO_NORM else num_heads
-    first_scoring = num_partial_means + (batch * num_heads if STATIC.splits_queries else 0)
+    first_scoring = num_partial_means + tl.where(splits_queries, batch * num_heads, 0)
     first_summing = first_scoring + batch * num_parts * num_tiles
 
     # Totals and counts of the parts of the queries, means, logits, statistics: `make_plan` adds them up alike.
@@ -213,8 +215,8 @@ def _score_and_select_kernel(
     statistics_ptr = c_ptr + tl.cast(batch, tl.int64) * num_c_rows * num_keys
 
     w = Vector(tensors.w, strides.w)
-    q_mask = Matrix(tensors.q_mask, q_mask_stride_b, strides.q_mask_n)
-    k_mask = Matrix(tensors.k_mask, k_mask_stride_b, strides.k_mask_m)
+    q_mask = Matrix(q_mask_ptr, q_mask_stride_b, q_mask_stride_n)
+    k_mask = Matrix(k_mask_ptr, k_mask_stride_b, k_mask_stride_m)
     if ticket < num_partial_means:
         part = ticket % num_query_parts
         head = (ticket // num_query_parts) % num_heads
@@ -231,7 +233,7 @@ def _score_and_select_kernel(
             totals_ptr + (place + part) * STATIC.head_dim, counts_ptr + place + part,
             part, queries_per_part, num_queries, HAS_Q_MASK, STATIC,
         )  # fmt: skip
-        if STATIC.splits_queries:
+        if splits_queries:
             arrive(counters + _PARTIAL_MEANS)
         else:
             tl.debug_barrier()
@@ -328,12 +330,11 @@ def make_plan(
             head_dim=head_dim,
             mode=MODES[normalize],
             selects=selects,
-            splits_queries=query_parts > 1,
             block_heads=HEADS_PER_PROGRAM,
             block_queries=block_n,
             block_keys=config.block_keys,
             block_dims=block_d,
-            block_parts=triton.next_power_of_2(query_parts),
+            block_parts=_MOST_QUERY_PARTS,
             finish=finish.blocks_of(num_keys, config.sum_block),
         ),
         options=compiler_options(config.num_warps, config.max_registers),
@@ -373,13 +374,14 @@ def score_tokens(
     k_mask: torch.Tensor | None,
     normalize: str | None,
     scale: float,
+    config: ScoreConfig | None = None,
 ) -> torch.Tensor:
-    """Compute importance `[B, M]` float32 of validated arguments, in one launch."""
+    """Compute importance `[B, M]` float32 of validated arguments, in one launch, by default the table's."""
     batch, num_keys = k.shape[0], k.shape[2]
     scores = torch.empty((batch, num_keys), dtype=torch.float32, device=k.device)
     if batch and num_keys:
         unselected = Selection(scores, scores, scores)
-        _launch(q, k, w, q_mask, k_mask, normalize, scale, unselected, False, (1, 1, 0), False, None)
+        _launch(q, k, w, q_mask, k_mask, normalize, scale, unselected, False, (1, 1, 0), False, config)
     return scores
 
 
@@ -409,11 +411,12 @@ def _launch(
         q_mask_strides = (0, 0) if q_mask is None else q_mask.stride()
         k_mask_strides = (0, 0) if k_mask is None else k_mask.stride()
         _score_and_select_kernel[plan.grid](
-            Tensors(q, k, w, q if q_mask is None else q_mask, k if k_mask is None else k_mask),
-            Strides(*q_strides[2:], *k_strides[2:], w.stride(0), q_mask_strides[1], k_mask_strides[1]),  # type: ignore[call-arg]
+            Tensors(q, k, w),
+            Strides(*q_strides[2:], *k_strides[2:], w.stride(0)),  # type: ignore[call-arg]
             Memory(floats, words, launch_counters(num_counters(batch), device)),
             Outputs(scores, mask, indices),
-            *q_strides[:2], *k_strides[:2], q_mask_strides[0], k_mask_strides[0],
+            q if q_mask is None else q_mask, k if k_mask is None else k_mask, *q_mask_strides, *k_mask_strides,
+            *q_strides[:2], *k_strides[:2],
             *plan.sizes, indices.shape[-1], *keep, scale,
             HAS_Q_MASK=q_mask is not None, HAS_K_MASK=k_mask is not None, CEIL=ceil,
             INTERPRETED=device.type == "cpu", STATIC=plan.static, **plan.options,

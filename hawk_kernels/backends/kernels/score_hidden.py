@@ -52,13 +52,21 @@ ROWS_PER_PROJECTION = 16
 _HEADS_PER_SCORING = 32
 _MOST_TOKENS_OF_A_PART = 2048
 _MEAN_BLOCK_PARTS = 16
+# Tokens that a program of the text looks at together. With 64 parts a short row has at most 32 in each.
+_TEXT_BLOCK_OF_SHORT_ROWS = 32
+_TEXT_BLOCK_OF_LONG_ROWS = 256
 # The counters of a row, then those of the group of rows whose means are projected together.
 _SUMS, _MEAN, _FOLDED, _LOGITS = (tl.constexpr(counter) for counter in range(4))
 _QUERIES, _FOLDING = (tl.constexpr(counter) for counter in range(2))
+_VARYING = (
+    "q_mask_ptr", "k_mask_ptr", "q_mask_stride_b", "q_mask_stride_t", "k_mask_stride_b", "k_mask_stride_t",
+    "batch", "num_tokens", "num_text_parts", "num_tiles", "tokens_per_program",
+    "width", "numerator", "denominator", "budget",
+)  # fmt: skip
 
 
 class Tensors(NamedTuple):
-    """What a launch reads, as pointers; a weight that is not given is any pointer."""
+    """What a launch reads, as pointers, beside the masks, whose alignment varies; an absent weight is any pointer."""
 
     x: Any
     norm_weight: Any
@@ -67,8 +75,6 @@ class Tensors(NamedTuple):
     wk: Any
     bk: Any
     w: Any
-    q_mask: Any
-    k_mask: Any
 
 
 class Strides(NamedTuple):
@@ -83,8 +89,6 @@ class Strides(NamedTuple):
     wk_c: Any
     bk: Any
     w: Any
-    q_mask_t: Any
-    k_mask_t: Any
 
 
 class Memory(NamedTuple):
@@ -187,11 +191,12 @@ def _score_states(
         wait_for(folded_counter_ptr, num_arrivals)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _score_hidden_kernel(
-    tensors, strides, memory, outputs, x_stride_b, q_mask_stride_b, k_mask_stride_b,
+    tensors, strides, memory, outputs,
+    q_mask_ptr, k_mask_ptr, q_mask_stride_b, q_mask_stride_t, k_mask_stride_b, k_mask_stride_t, x_stride_b: tl.int64,
     batch, num_tokens, num_heads, num_heads_per_group, num_text_parts, num_tiles, tokens_per_program,
-    width, numerator, denominator, budget, scale, epsilon,
+    width, numerator: tl.int64, denominator: tl.int64, budget, scale, epsilon,
     HAS_NORM_WEIGHT: tl.constexpr, HAS_QUERY_BIAS: tl.constexpr, HAS_KEY_BIAS: tl.constexpr,
     CEIL: tl.constexpr, INTERPRETED: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
@@ -228,8 +233,8 @@ def _score_hidden_kernel(
 
     x = Matrix(tensors.x, strides.x_t, strides.x_c)
     w = Vector(tensors.w, strides.w)
-    q_mask = Matrix(tensors.q_mask, q_mask_stride_b, strides.q_mask_t)
-    k_mask = Matrix(tensors.k_mask, k_mask_stride_b, strides.k_mask_t)
+    q_mask = Matrix(q_mask_ptr, q_mask_stride_b, q_mask_stride_t)
+    k_mask = Matrix(k_mask_ptr, k_mask_stride_b, k_mask_stride_t)
     if ticket < first_mean:
         chunk = ticket % text_chunks
         part = (ticket // text_chunks) % num_text_parts
@@ -331,6 +336,7 @@ def make_plan(
     tokens_per_program = triton.cdiv(triton.cdiv(num_tokens, tiles_wanted), config.block_tokens) * config.block_tokens
     num_tiles = triton.cdiv(num_tokens, tokens_per_program)
     chunks = triton.cdiv(hidden_size, config.block_channels)
+    blocks = finish.blocks_of(num_tokens, config.sum_block)
 
     num_before_logits = batch * (text_parts * (hidden_size + 1) + hidden_size + num_heads * (head_dim + chunks + 1))
     num_logits = batch * (num_parts if normalize is None else num_heads) * num_tokens
@@ -360,7 +366,7 @@ def make_plan(
             head_dim=head_dim,
             mode=MODES[normalize],
             selects=selects,
-            block_text=triton.next_power_of_2(triton.cdiv(num_tokens, text_parts)),
+            block_text=_TEXT_BLOCK_OF_SHORT_ROWS if blocks.in_registers else _TEXT_BLOCK_OF_LONG_ROWS,
             text_channels=config.text_channels,
             mean_channels=config.mean_channels,
             block_parts=_MEAN_BLOCK_PARTS,
@@ -372,7 +378,7 @@ def make_plan(
             block_heads=block_heads,
             block_tokens=config.block_tokens,
             block_channels=config.block_channels,
-            finish=finish.blocks_of(num_tokens, config.sum_block),
+            finish=blocks,
         ),
         options=compiler_options(config.num_warps, config.max_registers),
     )
@@ -411,12 +417,13 @@ def score_hidden(
     k_mask: torch.Tensor,
     normalize: str | None,
     scale: float,
+    config: HiddenConfig | None = None,
 ) -> torch.Tensor:
-    """Compute importance `[B, T]` float32 by validated hidden states, in one launch."""
+    """Compute importance `[B, T]` float32 by validated hidden states, in one launch, by default the table's."""
     scores = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
     if scores.numel():
         nothing = Selection(scores, scores, scores)
-        _launch(x, layer, w, q_mask, k_mask, normalize, scale, nothing, False, (1, 1, 0), False, None)
+        _launch(x, layer, w, q_mask, k_mask, normalize, scale, nothing, False, (1, 1, 0), False, config)
     return scores
 
 
@@ -448,19 +455,19 @@ def _launch(
         floats, words = workspace(plan.num_floats, plan.num_words, x.device)
         terms = torch.empty(num_terms * batch * num_heads * hidden_size, dtype=x.dtype, device=x.device)
         counters = launch_counters(num_counters(batch + triton.cdiv(batch, ROWS_PER_PROJECTION)), x.device)
-        x_strides, q_mask_strides, k_mask_strides = x.stride(), q_mask.stride(), k_mask.stride()
+        x_strides = x.stride()
         _score_hidden_kernel[plan.grid](
             Tensors(
                 x, x if norm_weight is None else norm_weight, wq, wq if bq is None else bq,
-                wk, wk if bk is None else bk, w, q_mask, k_mask,
+                wk, wk if bk is None else bk, w,
             ),
             Strides(  # type: ignore[call-arg]
                 *x_strides[1:], *wq.stride(), 0 if bq is None else bq.stride(0),
-                *wk.stride(), 0 if bk is None else bk.stride(0), w.stride(0), q_mask_strides[1], k_mask_strides[1],
+                *wk.stride(), 0 if bk is None else bk.stride(0), w.stride(0),
             ),
             Memory(floats, words, counters, terms),
             Outputs(scores, mask, indices),
-            x_strides[0], q_mask_strides[0], k_mask_strides[0],
+            q_mask, k_mask, *q_mask.stride(), *k_mask.stride(), x_strides[0],
             *plan.sizes, indices.shape[-1], *keep, scale, norm_eps,
             HAS_NORM_WEIGHT=norm_weight is not None, HAS_QUERY_BIAS=bq is not None, HAS_KEY_BIAS=bk is not None,
             CEIL=ceil, INTERPRETED=x.device.type == "cpu", STATIC=plan.static, **plan.options,

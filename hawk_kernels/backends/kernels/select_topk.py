@@ -10,7 +10,7 @@ import triton.language as tl
 
 from hawk_kernels.backends.kernels import finish
 from hawk_kernels.backends.kernels.finish import Memory, Outputs, histograms_of_row, select
-from hawk_kernels.backends.kernels.launch import check_limits, launch_counters, on_device, workspace
+from hawk_kernels.backends.kernels.launch import _MOST_COLUMNS, check_limits, launch_counters, on_device, workspace
 from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, draw_ticket, num_counters, wait_for
 from hawk_kernels.backends.kernels.plan import Plan
 from hawk_kernels.backends.kernels.radix import (
@@ -26,12 +26,16 @@ from hawk_kernels.selection import Selection, keep_fraction, max_kept
 
 _NUM_WARPS = 4
 _CLEARED, _SCORES = (tl.constexpr(counter) for counter in range(2))
+_VARYING = (
+    "scores_ptr", "mask_ptr", "mask_stride_b", "mask_stride_m",
+    "batch", "num_keys", "width", "numerator", "denominator", "budget",
+)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _select_kernel(
     scores_ptr, mask_ptr, memory, outputs, mask_stride_b, mask_stride_m,
-    batch, num_keys, width, numerator, denominator, budget,
+    batch, num_keys, width, numerator: tl.int64, denominator: tl.int64, budget,
     HAS_MASK: tl.constexpr, CEIL: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     ticket = draw_ticket(memory.counters)
@@ -109,5 +113,5 @@ def select_topk(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None,
 def keep_arguments(r: float | int, rounding: str) -> tuple[int, int, int]:
     """Return `(numerator, denominator, count)` as `radix.Budget` takes them; a count of 0 means by the fraction."""
     if isinstance(r, int):
-        return 1, 1, r
+        return 1, 1, min(r, _MOST_COLUMNS)
     return *keep_fraction(r, rounding), 0
