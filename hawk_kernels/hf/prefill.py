@@ -29,7 +29,7 @@ from hawk_kernels.hf.layer_masks import LayerMasks
 from hawk_kernels.hf.packing import Packing, pack_call
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, check_one_prefill, given_prompt_length, read_prompt
-from hawk_kernels.hf.pruned_cache import CachedPrompt, UncachedPrompt, cached_prompt, constant_mask, forget
+from hawk_kernels.hf.pruned_cache import CachedPrompt, CacheRecords, UncachedPrompt, constant_mask, forget
 from hawk_kernels.hf.question import Query
 from hawk_kernels.hf.rotary import check_rotates, rotary_of_first_layer
 
@@ -82,6 +82,7 @@ class CallHooks:
         self._sources = _Sources(anatomy, chooser)
         layer = chooser.method.hidden_from_layer
         self._masks = None if layer is None else LayerMasks(anatomy, layer, chooser.method.name)
+        self._records = CacheRecords(CachedPrompt)
         self._thread = _ThreadState()
 
     def __reduce__(self) -> str:
@@ -144,15 +145,13 @@ class CallHooks:
                 self._thread.prefill = self._read(kwargs, input_ids)
             if self._thread.prefill is not None:
                 forget(cache)
-                if self._masks is not None:
-                    self._masks.forget(cache)
                 return None
-        record = cached_prompt(cache)
+        record = self._records.of(cache)
         if record is None:
             return None
         positions = kwargs.get("position_ids")
         if positions is None:
-            return (), {**kwargs, "position_ids": record.positions_for(cache, length)}
+            return (), {**kwargs, "position_ids": record.positions_for(cache, length, len(kwargs["input_ids"]))}
         if length > 1:
             if isinstance(mask, torch.Tensor) and mask.dim() == 2:
                 record.check_length(cache, mask, length)
@@ -202,7 +201,7 @@ class CallHooks:
                 return None if packed is None else ((), packed)
         if self._masks is not None:
             self._masks.resume(cache)
-        record = cached_prompt(cache)
+        record = self._records.of(cache)
         if record is None:
             return None
         # masks over pairs were made for the whole prompt: a growing cache gets its own from the caller's mask
@@ -291,13 +290,14 @@ class CallHooks:
         if packing is None or prefill.following is None:
             return None
         if cache is not None:
-            CachedPrompt(
+            record = CachedPrompt(
                 full_length=prompt.ids.shape[1],
                 mask=packing.mask,
                 is_full=packing.is_full,
                 next_position=prefill.following,
                 constant_mask=constant_mask(cache, packing.mask),
-            ).attach(cache)
+            )
+            self._records.keep(cache, record)
         wanted = self._thread.logits_to_keep
         if wanted and prompt.ends_in_text(wanted):
             return None
