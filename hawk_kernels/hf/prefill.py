@@ -162,7 +162,7 @@ class CallHooks:
     @outside_graphs
     def _read(self, kwargs: dict[str, Any], input_ids: torch.Tensor) -> _Prefill | None:
         """Read the prompt of a call; None over a cache that is not empty."""
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache = kwargs.get("past_key_values")
         features = visual_features(kwargs, self._anatomy.family.features)
         earlier = self._thread.uncached if cache is None else None
         if earlier is not None and not earlier.may_grow_into(input_ids, features):
@@ -170,7 +170,7 @@ class CallHooks:
         query = self._query if earlier is None else None
         own_length = self._thread.prompt_length if cache is not None else None
         guesses = 0 if own_length is None else max(0, input_ids.shape[1] - own_length)
-        prompt, valid = read_prompt(self._anatomy, input_ids, mask, cache, query, guesses)
+        prompt, valid = read_prompt(self._anatomy, kwargs, query, guesses)
         if prompt is None:
             if features:
                 reason = "images came over a cache that is not empty; only prompts in one call are pruned"
