@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hawk_kernels.hf.anatomy import Anatomy
+from hawk_kernels.hf.anatomy import Anatomy, first_attention_layer
 from hawk_kernels.hf.choose_tokens import Choice, Chooser, Context
 from hawk_kernels.hf.encoders.recorder import attention_of_prompt, recorder_for
 from hawk_kernels.hf.hooks import Handle, WatchedMethod, call_length, named, outside_graphs, upload, visual_features
@@ -320,6 +320,7 @@ class _Sources:
             check_rotates(anatomy, method.name)
         self._recorder = recorder_for(anatomy, method) if method.uses_encoder_attention else None
         self._encoding = EncodingWatch(anatomy.multimodal)
+        self._layers_before, _ = first_attention_layer(anatomy.text)
         self._uses_grids = method.uses_grids
         wants_images = chooser.per_image or method.uses_grids
         self._whole_kinds = anatomy.family.encoded_whole if wants_images else ()
@@ -335,7 +336,8 @@ class _Sources:
         self._encoding.start()
 
     def options(self) -> dict[str, object]:
-        return {} if self._recorder is None else {**self._recorder.options()}
+        ranking: dict[str, object] = {"ranking_layer": self._layers_before + 1} if self._layers_before else {}
+        return ranking if self._recorder is None else {**ranking, **self._recorder.options()}
 
     def encoded(self, arguments: dict[str, Any]) -> dict[str, Encoded]:
         """Collect what was encoded for a call of the multimodal model."""
@@ -355,7 +357,11 @@ class _Sources:
             prefill: the prompt on its way.
             text_arguments: those of the text model.
         """
-        attention = frames = rotary = None
+        attention = frames = rotary = states = None
+        if self._layers_before:
+            from hawk_kernels.hf.attention_input import input_of_first_attention
+
+            states = partial(input_of_first_attention, self._anatomy, text_arguments)
         if self._recorder is not None:
             recordings = self._recorder.recordings(prefill.arguments)
             attention = attention_of_prompt(recordings, prefill.prompt, self._anatomy.kinds)
@@ -364,7 +370,7 @@ class _Sources:
         if self._rotates:
             embeds = text_arguments["inputs_embeds"]
             rotary = rotary_of_first_layer(self._anatomy, embeds, text_arguments.get("position_ids"))
-        return Context(attention=attention, frames=frames, rotary=rotary)
+        return Context(attention=attention, frames=frames, rotary=rotary, states=states)
 
 
 @dataclass
