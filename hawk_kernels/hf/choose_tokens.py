@@ -74,15 +74,20 @@ class LayerView(PrefillView):
         self._head_weights = head_weights
         self._budgets = budgets
         self._context = context
+        self._entering: torch.Tensor | None = None
+        self._normalized: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @cached_property
     def candidates(self) -> torch.Tensor:  # type: ignore[override]
         return upload(self._filled, self._device)
 
-    @cached_property
+    @property
     def _states(self) -> torch.Tensor:
         """Return what enters the scoring layer, `[B, T, hidden]`."""
-        return self._embeds if self._context.states is None else self._context.states().detach()
+        # not a cached_property, which before Python 3.12 lets other threads wait while layers run
+        if self._entering is None:
+            self._entering = self._embeds if self._context.states is None else self._context.states().detach()
+        return self._entering
 
     @cached_property
     def head_weights(self) -> torch.Tensor:  # type: ignore[override]
@@ -199,11 +204,13 @@ class LayerView(PrefillView):
         """Tell where the visual tokens stand, int64 `[B, M]`, 0 at padding."""
         return upload(padded_positions(self._prompt.visual)[0], self._device)
 
-    @cached_property
+    @property
     def _normalized_text(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Norm the text queries, `[B, N, hidden]`, and mark which of them are not padding, bool `[B, N]`."""
-        text, mask = self._text_tokens(self._states)
-        return self._projections.normalize(text).to(self._device), mask
+        if self._normalized is None:
+            text, mask = self._text_tokens(self._states)
+            self._normalized = self._projections.normalize(text).to(self._device), mask
+        return self._normalized
 
     def _text_tokens(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gather the text queries of each row, `[B, N, hidden]`, and mark which are not padding, bool `[B, N]`."""

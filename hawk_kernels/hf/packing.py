@@ -121,10 +121,20 @@ def pack_call(
 
     Returns:
         How the tokens are packed, the packed arguments, and the position ids `[..., B, 1]` of what follows.
+
+    Raises:
+        ValueError: the caller wants router logits, which the model would weigh by the mask of the whole prompt.
     """
     family, embeds, positions = anatomy.family, kwargs["inputs_embeds"], kwargs.get("position_ids")
     splits = splits_at_gaps(anatomy.text, len(embeds), positions, family.position_axes)
     packing = Packing(embeds, kept, counts, positions, extra=int(splits))
+    wants_routers = kwargs.get("output_router_logits", getattr(anatomy.text.config, "output_router_logits", False))
+    if wants_routers and not (packing.is_full and kwargs.get("attention_mask") is None):
+        raise ValueError(
+            "output_router_logits: expected False inside prune, got True; the auxiliary loss of the routers weighs the "
+            "tokens that stay by the attention_mask of the whole prompt, so leave the option out, or pass rows without "
+            "padding and without a mask, of which equally many tokens stay"
+        )
     packed, following = packing.pack_arguments(kwargs, family.position_axes)
     packed |= packed_features(kwargs, prompt, kept, packing)
     if family.pair_masks:
