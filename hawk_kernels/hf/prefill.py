@@ -26,7 +26,7 @@ from hawk_kernels.hf.encoders.recorder import attention_of_prompt, recorder_for
 from hawk_kernels.hf.hooks import Handle, WatchedMethod, call_length, named, outside_graphs, upload, visual_features
 from hawk_kernels.hf.images import Encoded, EncodingWatch, frames_of_prompt
 from hawk_kernels.hf.layer_masks import LayerMasks
-from hawk_kernels.hf.packing import Packing, pack_call
+from hawk_kernels.hf.packing import Packing, pack_call, slot_limit
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, check_one_prefill, given_prompt_length, read_prompt
 from hawk_kernels.hf.pruned_cache import CachedPrompt, CacheRecords, UncachedPrompt, constant_mask, forget
@@ -296,6 +296,7 @@ class CallHooks:
                 is_full=packing.is_full,
                 next_position=prefill.following,
                 constant_mask=constant_mask(cache, packing.mask),
+                slot_limit=slot_limit(self._anatomy),
             )
             self._records.keep(cache, record)
         wanted = self._thread.logits_to_keep

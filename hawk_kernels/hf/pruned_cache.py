@@ -49,6 +49,7 @@ class CachedPrompt:
         next_position: `[..., B, 1]`, the position id of the first token after the prompt.
         constant_mask: `[B, max_cache_len]` for a cache of fixed size, where a mask that grows or a look at the cache's
             length would recompile every step; None for other caches.
+        slot_limit: tokens that a row may have, counted before pruning; None means any number.
     """
 
     full_length: int
@@ -56,6 +57,7 @@ class CachedPrompt:
     is_full: bool
     next_position: torch.Tensor
     constant_mask: torch.Tensor | None
+    slot_limit: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -84,8 +86,11 @@ class CachedPrompt:
             length: new tokens.
 
         Raises:
-            ValueError: the mask does not have the length of the whole prompt and what followed, or the rows changed.
+            ValueError: the mask does not have the length of the whole prompt and what followed, the rows changed, or
+                rows became longer than the model's attention allows.
         """
+        if self.slot_limit is not None and self.constant_mask is None:
+            check_slots(self.slot_limit, self.full_length - self.mask.shape[1] + int(cache.get_seq_length()) + length)
         given = incoming if isinstance(incoming, torch.Tensor) and incoming.dim() == 2 else None
         if self.constant_mask is not None and given is None:
             return self._rows(self.constant_mask, batch)
@@ -360,16 +365,34 @@ def _keys(cache: Any, layer: int) -> torch.Tensor | None:
     return keys if isinstance(keys, torch.Tensor) and keys.dim() == 4 else None
 
 
+def check_slots(limit: int | None, length: int) -> None:
+    """Refuse rows in which attention would depend on where a token stands, which pruning changes.
+
+    Args:
+        limit: tokens that a row may have; None means any number.
+        length: tokens that the rows have, padding included, counted before pruning.
+
+    Raises:
+        ValueError: there are more.
+    """
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"input_ids: expected rows of at most {limit} tokens, padding and generated tokens included, got {length}: "
+            "above that this model scales attention by the number of tokens before a query, which pruning changes; use "
+            "shorter prompts, set attn_temperature_tuning = False in the config of its text model, or leave the block"
+        )
+
+
 def constant_mask(cache: Any, mask: torch.Tensor) -> torch.Tensor | None:
     """Continue `mask` by ones to the size of the cache; None for a cache that grows or is shorter than the prompt."""
-    if not getattr(cache, "is_compileable", False):
-        return None
-    left = _size(cache) - mask.shape[1]
+    left = fixed_size(cache) - mask.shape[1]
     return None if left < 0 else torch.cat([mask, mask.new_ones(mask.shape[0], left)], dim=1)
 
 
-def _size(cache: Any) -> int:
-    """Count the tokens that layers without windows can hold in a cache of fixed size."""
+def fixed_size(cache: Any) -> int:
+    """Count the tokens that layers without windows can hold in a cache of fixed size; -1 for a cache that grows."""
+    if not getattr(cache, "is_compileable", False):
+        return -1
     if hasattr(cache, "get_max_length"):
         return int(cache.get_max_length())
     # before transformers 5.18 a cache told the size of its first layer, which may be a window
