@@ -33,6 +33,7 @@ class Context:
         rotary: the rotation of each token in the scoring layer.
         seen: which tokens the last one of each prompt sees in the scoring layer, bool `[B, T]`.
         scale: what the scoring layer multiplies its products by; None means `D ** -0.5`.
+        states: computes what enters the scoring layer, `[B, T, hidden]`, where other layers come before it.
     """
 
     attention: PromptAttention | None = None
@@ -40,13 +41,15 @@ class Context:
     rotary: Rotary | None = None
     seen: torch.Tensor | None = None
     scale: float | None = None
+    states: Callable[[], torch.Tensor] | None = None
 
 
 class LayerView(PrefillView):
     """Projects only the tokens that a method asks for: text to queries, visual tokens to keys.
 
     Args:
-        inputs_embeds: `[B, T, hidden]`, what enters the scoring layer.
+        inputs_embeds: `[B, T, hidden]`, what enters the scoring layer, or the first layer where `context.states` tells
+            what enters the scoring one.
         prompt: where text queries and visual tokens stand.
         projections: queries and keys of the scoring layer.
         head_weights: float32 `[H]`, or None.
@@ -71,10 +74,20 @@ class LayerView(PrefillView):
         self._head_weights = head_weights
         self._budgets = budgets
         self._context = context
+        self._entering: torch.Tensor | None = None
+        self._normalized: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @cached_property
     def candidates(self) -> torch.Tensor:  # type: ignore[override]
         return upload(self._filled, self._device)
+
+    @property
+    def _states(self) -> torch.Tensor:
+        """Return what enters the scoring layer, `[B, T, hidden]`."""
+        # not a cached_property, which before Python 3.12 lets other threads wait while layers run
+        if self._entering is None:
+            self._entering = self._embeds if self._context.states is None else self._context.states().detach()
+        return self._entering
 
     @cached_property
     def head_weights(self) -> torch.Tensor:  # type: ignore[override]
@@ -101,11 +114,11 @@ class LayerView(PrefillView):
 
     def hidden_states(self) -> HiddenStates | None:
         plain = self._projections.plain()
-        if plain is None or self._device != self._embeds.device or self._embeds.dtype == torch.float64:
+        if plain is None or self._device != self._states.device or self._states.dtype == torch.float64:
             return None
         positions, _ = padded_positions(self._prompt.visual)
         return HiddenStates(
-            x=self._embeds,
+            x=self._states,
             layer=plain,
             q_mask=upload(self._prompt.query, self._device),
             k_mask=upload(self._prompt.visual, self._device),
@@ -125,11 +138,11 @@ class LayerView(PrefillView):
         return self._queries((total / counts).to(normalized.dtype)), None
 
     def visual_keys(self) -> torch.Tensor:
-        normalized = self._projections.normalize(self._visual_rows())
+        normalized = self._projections.normalize(self._visual_rows(self._states))
         return self._padded(self._projections.keys(normalized).to(self._device)).transpose(1, 2)
 
     def visual_embeddings(self) -> torch.Tensor:
-        return self._padded(self._visual_rows())
+        return self._padded(self._visual_rows(self._embeds))
 
     def encoder_attention(self) -> EncoderAttention:
         recorded = self._context.attention
@@ -143,8 +156,7 @@ class LayerView(PrefillView):
         return self._projections.keys(normalized).to(self._device).transpose(1, 2)
 
     def text_embeddings(self) -> tuple[torch.Tensor, torch.Tensor]:
-        positions, filled = padded_positions(self._prompt.query)
-        return self._tokens(positions), upload(filled, self._device)
+        return self._text_tokens(self._embeds)
 
     def rotated_text_queries(self) -> tuple[torch.Tensor, torch.Tensor]:
         queries, mask = self.text_queries()
@@ -159,7 +171,7 @@ class LayerView(PrefillView):
             raise ValueError(_undeclared("last_query", "hidden_from_layer"))
         own = self._prompt.valid[:, : self._prompt.length]
         last = own.shape[1] - 1 - np.argmax(own[:, ::-1], axis=1, keepdims=True)
-        normalized = self._projections.normalize(self._embeds.to(self._device))
+        normalized = self._projections.normalize(self._states.to(self._device))
         at_end = normalized.gather(1, upload(last, self._device).unsqueeze(2).expand(-1, -1, normalized.shape[2]))
         query = self._rotated(self._queries(at_end), upload(last, self._device))
         everywhere = torch.arange(normalized.shape[1], device=self._device).expand(len(last), -1)
@@ -192,27 +204,29 @@ class LayerView(PrefillView):
         """Tell where the visual tokens stand, int64 `[B, M]`, 0 at padding."""
         return upload(padded_positions(self._prompt.visual)[0], self._device)
 
-    @cached_property
+    @property
     def _normalized_text(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Norm the text queries, `[B, N, hidden]`, and mark which of them are not padding, bool `[B, N]`."""
-        text, mask = self.text_embeddings()
-        return self._projections.normalize(text).to(self._device), mask
+        if self._normalized is None:
+            text, mask = self._text_tokens(self._states)
+            self._normalized = self._projections.normalize(text).to(self._device), mask
+        return self._normalized
 
-    def _tokens(self, positions: np.ndarray) -> torch.Tensor:
-        """Gather the tokens of each row that stand at `positions`, int `[B, N]`, as `[B, N, hidden]`."""
-        rows = positions + np.arange(len(positions))[:, None] * self._embeds.shape[1]
-        return torch.unflatten(self._gathered(rows.ravel()), 0, positions.shape)
+    def _text_tokens(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gather the text queries of each row, `[B, N, hidden]`, and mark which are not padding, bool `[B, N]`."""
+        positions, filled = padded_positions(self._prompt.query)
+        rows = positions + np.arange(len(positions))[:, None] * states.shape[1]
+        return torch.unflatten(self._gathered(states, rows.ravel()), 0, positions.shape), upload(filled, self._device)
 
     def _queries(self, normalized: torch.Tensor) -> torch.Tensor:
         return self._projections.queries(normalized).to(self._device).transpose(1, 2)
 
-    def _visual_rows(self) -> torch.Tensor:
+    def _visual_rows(self, states: torch.Tensor) -> torch.Tensor:
         """Gather the visual tokens of all rows without padding, `[1, S, hidden]`."""
-        return self._gathered(np.flatnonzero(self._prompt.visual)).unsqueeze(0)
+        return self._gathered(states, np.flatnonzero(self._prompt.visual)).unsqueeze(0)
 
-    def _gathered(self, rows: np.ndarray) -> torch.Tensor:
-        device = self._embeds.device
-        return self._embeds.flatten(0, 1).index_select(0, upload(rows, device)).to(self._device)
+    def _gathered(self, states: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+        return states.flatten(0, 1).index_select(0, upload(rows, states.device)).to(self._device)
 
     def _padded(self, tokens: torch.Tensor) -> torch.Tensor:
         """Lay `[1, S, ...]` out as `[B, M, ...]`; the padding repeats the first token."""
@@ -260,7 +274,8 @@ class Chooser:
         """Score the visual tokens of a batch, some row of which has some, and select.
 
         Args:
-            states: `[B, T, hidden]`, what enters the scoring layer.
+            states: `[B, T, hidden]`, what enters the scoring layer, or the first layer where `context.states` tells
+                what enters the scoring one.
             prompt: where text queries and visual tokens stand.
             projections: queries and keys of the scoring layer.
             context: what else is known of the prompt.

@@ -62,6 +62,9 @@ class Family:
         plain_rope: whether each attention module rotates whole queries and keys, after all norms, by the function
             `apply_rotary_pos_emb` beside it.
         projections: how queries and keys come out of a decoder layer.
+        slot_limit: tells from the config of the text model how many tokens a row may have, padding and generated ones
+            included, before attention depends on where in its row a token stands and not on its position id; None means
+            that it never does.
         encoder: makes the vision encoder from the multimodal model, where its attention can be read.
     """
 
@@ -78,6 +81,7 @@ class Family:
     position_axes: int = 3
     plain_rope: bool = True
     projections: Callable[[nn.Module], LayerProjections] = SeparateProjections
+    slot_limit: Callable[[Any], int | None] | None = None
     encoder: Callable[[Any], VisionEncoder] | None = None
 
     @property
@@ -85,6 +89,13 @@ class Family:
         """What is supported, out of `MODES`."""
         missing = {*self.without, *(() if self.video else ("video",))}
         return tuple(mode for mode in MODES if mode not in missing)
+
+
+def _before_temperature_rises(text_config: Any) -> int | None:
+    """Tell where attention without positions begins to scale its queries by the number of tokens before them."""
+    if not text_config.attn_temperature_tuning or all(text_config.no_rope_layers):
+        return None
+    return int(text_config.floor_scale) - 1
 
 
 _IM_END = 151645
@@ -263,6 +274,7 @@ FAMILIES: tuple[Family, ...] = (
         without=("beams",),
         plain_rope=False,  # its norm comes after RoPE, and the two commute
         projections=partial(SeparateProjections, head_norms=("qk_norm", "qk_norm")),
+        slot_limit=_before_temperature_rises,
     ),
     Family("llava", ("LlavaForConditionalGeneration",), encoded_whole=_IMAGES, encoder=TileEncoder),
     Family(

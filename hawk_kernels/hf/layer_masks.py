@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,9 @@ from hawk_kernels.hf.anatomy import Anatomy
 from hawk_kernels.hf.choose_tokens import Context
 from hawk_kernels.hf.hooks import Handle
 from hawk_kernels.hf.projections import LayerProjections
+from hawk_kernels.hf.pruned_cache import CacheRecords
 from hawk_kernels.hf.rotary import rotary_of_layer
 
-_ATTRIBUTE = "_hawk_kernels_masked"
 _IMPLEMENTATIONS = ("sdpa", "eager")
 # from what enters the ranking layer to the tokens that later layers do not see, bool [B, T]
 Choose = Callable[[torch.Tensor, LayerProjections, Context], torch.Tensor | None]
@@ -57,6 +58,7 @@ class LayerMasks:
             )
         self._first = layer
         self._projections = anatomy.family.projections(self._layers[layer - 1])
+        self._records = CacheRecords(_MaskedPrompt)
         self._thread = _ThreadState()
 
     def attach(self) -> list[Handle]:
@@ -96,18 +98,14 @@ class LayerMasks:
     def finish(self, cache: Any) -> None:
         """Let `cache` keep what was masked in the prompt that has just left the text model."""
         if cache is not None and self._thread.masked is not None:
-            setattr(cache, _ATTRIBUTE, self._thread.masked)
+            self._records.keep(cache, _MaskedPrompt(self._thread.masked))
         self._thread.begin(None, is_prompt=False)
 
     def resume(self, cache: Any) -> None:
         """Mask in a later call over `cache`, which is about to enter the text model, what was masked in its prompt."""
         self._thread.begin(None, is_prompt=False)
-        self._thread.masked = getattr(cache, _ATTRIBUTE, None)
-
-    def forget(self, cache: Any) -> None:
-        """Forget what was masked over `cache`, which is about to be filled anew."""
-        if hasattr(cache, _ATTRIBUTE):
-            delattr(cache, _ATTRIBUTE)
+        record = self._records.of(cache)
+        self._thread.masked = None if record is None else record.masked
 
     def _before_ranking(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         choose, valid = self._thread.choose, self._thread.valid
@@ -161,7 +159,8 @@ class LayerMasks:
         if masked.shape[0] != states.shape[0]:
             raise ValueError(
                 f"past_key_values: expected the {masked.shape[0]} rows of the prompt that was read into this cache, "
-                f"got {states.shape[0]}; prefill again with the rows you need"
+                f"got {states.shape[0]}; call the cache's own batch_select_indices or batch_repeat_interleave, or "
+                "prefill again with the rows you need"
             )
         if mask is None:
             row = torch.arange(length, device=device) + (0 if self._thread.is_prompt else width + offset - length)
@@ -193,6 +192,25 @@ def _seen_by_last(mask: torch.Tensor | None, valid: torch.Tensor) -> torch.Tenso
     rows = mask[:, 0].expand(len(valid), -1, -1)[..., :length].to(valid.device)
     row = rows.gather(1, last.view(-1, 1, 1).expand(-1, 1, length)).squeeze(1)
     return valid & (row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2)
+
+
+@dataclass
+class _MaskedPrompt:
+    """The tokens of a cached prompt that later layers do not see, bool `[B, T]`."""
+
+    masked: torch.Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return self.masked.shape[0]
+
+    @property
+    def grows(self) -> bool:
+        # a cache that was reset is filled by a prompt, which forgets what was masked before
+        return False
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        self.masked = self.masked.index_select(0, rows.to(self.masked.device))
 
 
 class _ThreadState(threading.local):

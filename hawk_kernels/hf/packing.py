@@ -13,6 +13,7 @@ from hawk_kernels.hf.anatomy import Anatomy
 from hawk_kernels.hf.families import VISUAL_FEATURES
 from hawk_kernels.hf.hooks import upload
 from hawk_kernels.hf.prompt import Prompt
+from hawk_kernels.hf.pruned_cache import check_slots, fixed_size
 from hawk_kernels.ops.compact import compact
 
 
@@ -121,10 +122,24 @@ def pack_call(
 
     Returns:
         How the tokens are packed, the packed arguments, and the position ids `[..., B, 1]` of what follows.
+
+    Raises:
+        ValueError: the caller wants router logits, which the model would weigh by the mask of the whole prompt; or
+            attention depends on where tokens stand in rows of this length.
     """
     family, embeds, positions = anatomy.family, kwargs["inputs_embeds"], kwargs.get("position_ids")
     splits = splits_at_gaps(anatomy.text, len(embeds), positions, family.position_axes)
     packing = Packing(embeds, kept, counts, positions, extra=int(splits))
+    # a cache of fixed size is filled without telling the host, and was made for the tokens before pruning
+    length = max(prompt.ids.shape[1], fixed_size(kwargs.get("past_key_values")))
+    check_slots(slot_limit(anatomy), length)
+    wants_routers = kwargs.get("output_router_logits", getattr(anatomy.text.config, "output_router_logits", False))
+    if wants_routers and not (packing.is_full and kwargs.get("attention_mask") is None):
+        raise ValueError(
+            "output_router_logits: expected False inside prune, got True; the auxiliary loss of the routers weighs the "
+            "tokens that stay by the attention_mask of the whole prompt, so leave the option out, or pass rows without "
+            "padding and without a mask, of which equally many tokens stay"
+        )
     packed, following = packing.pack_arguments(kwargs, family.position_axes)
     packed |= packed_features(kwargs, prompt, kept, packing)
     if family.pair_masks:
@@ -135,6 +150,12 @@ def pack_call(
             getattr(anatomy.text.config, "layer_types", None),
         )
     return packing, packed, following
+
+
+def slot_limit(anatomy: Anatomy) -> int | None:
+    """Tell how many tokens a row may have before attention depends on where in it they stand; None means any number."""
+    limit = anatomy.family.slot_limit
+    return None if limit is None else limit(anatomy.text.config)
 
 
 def splits_at_gaps(text: Any, batch: int, position_ids: torch.Tensor | None, axes: int) -> bool:

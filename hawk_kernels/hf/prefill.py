@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from hawk_kernels.hf.anatomy import Anatomy
+from hawk_kernels.hf.anatomy import Anatomy, first_attention_layer
 from hawk_kernels.hf.choose_tokens import Choice, Chooser, Context
 from hawk_kernels.hf.encoders.recorder import attention_of_prompt, recorder_for
 from hawk_kernels.hf.hooks import Handle, WatchedMethod, call_length, named, outside_graphs, upload, visual_features
 from hawk_kernels.hf.images import Encoded, EncodingWatch, frames_of_prompt
 from hawk_kernels.hf.layer_masks import LayerMasks
-from hawk_kernels.hf.packing import Packing, pack_call
+from hawk_kernels.hf.packing import Packing, pack_call, slot_limit
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, check_one_prefill, given_prompt_length, read_prompt
-from hawk_kernels.hf.pruned_cache import CachedPrompt, UncachedPrompt, cached_prompt, constant_mask, forget
+from hawk_kernels.hf.pruned_cache import CachedPrompt, CacheRecords, UncachedPrompt, constant_mask, forget
 from hawk_kernels.hf.question import Query
 from hawk_kernels.hf.rotary import check_rotates, rotary_of_first_layer
 
@@ -82,6 +82,7 @@ class CallHooks:
         self._sources = _Sources(anatomy, chooser)
         layer = chooser.method.hidden_from_layer
         self._masks = None if layer is None else LayerMasks(anatomy, layer, chooser.method.name)
+        self._records = CacheRecords(CachedPrompt)
         self._thread = _ThreadState()
 
     def __reduce__(self) -> str:
@@ -144,15 +145,13 @@ class CallHooks:
                 self._thread.prefill = self._read(kwargs, input_ids)
             if self._thread.prefill is not None:
                 forget(cache)
-                if self._masks is not None:
-                    self._masks.forget(cache)
                 return None
-        record = cached_prompt(cache)
+        record = self._records.of(cache)
         if record is None:
             return None
         positions = kwargs.get("position_ids")
         if positions is None:
-            return (), {**kwargs, "position_ids": record.positions_for(cache, length)}
+            return (), {**kwargs, "position_ids": record.positions_for(cache, length, len(kwargs["input_ids"]))}
         if length > 1:
             if isinstance(mask, torch.Tensor) and mask.dim() == 2:
                 record.check_length(cache, mask, length)
@@ -163,7 +162,7 @@ class CallHooks:
     @outside_graphs
     def _read(self, kwargs: dict[str, Any], input_ids: torch.Tensor) -> _Prefill | None:
         """Read the prompt of a call; None over a cache that is not empty."""
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache = kwargs.get("past_key_values")
         features = visual_features(kwargs, self._anatomy.family.features)
         earlier = self._thread.uncached if cache is None else None
         if earlier is not None and not earlier.may_grow_into(input_ids, features):
@@ -171,7 +170,7 @@ class CallHooks:
         query = self._query if earlier is None else None
         own_length = self._thread.prompt_length if cache is not None else None
         guesses = 0 if own_length is None else max(0, input_ids.shape[1] - own_length)
-        prompt, valid = read_prompt(self._anatomy, input_ids, mask, cache, query, guesses)
+        prompt, valid = read_prompt(self._anatomy, kwargs, query, guesses)
         if prompt is None:
             if features:
                 reason = "images came over a cache that is not empty; only prompts in one call are pruned"
@@ -202,7 +201,7 @@ class CallHooks:
                 return None if packed is None else ((), packed)
         if self._masks is not None:
             self._masks.resume(cache)
-        record = cached_prompt(cache)
+        record = self._records.of(cache)
         if record is None:
             return None
         # masks over pairs were made for the whole prompt: a growing cache gets its own from the caller's mask
@@ -291,13 +290,15 @@ class CallHooks:
         if packing is None or prefill.following is None:
             return None
         if cache is not None:
-            CachedPrompt(
+            record = CachedPrompt(
                 full_length=prompt.ids.shape[1],
                 mask=packing.mask,
                 is_full=packing.is_full,
                 next_position=prefill.following,
                 constant_mask=constant_mask(cache, packing.mask),
-            ).attach(cache)
+                slot_limit=slot_limit(self._anatomy),
+            )
+            self._records.keep(cache, record)
         wanted = self._thread.logits_to_keep
         if wanted and prompt.ends_in_text(wanted):
             return None
@@ -320,6 +321,7 @@ class _Sources:
             check_rotates(anatomy, method.name)
         self._recorder = recorder_for(anatomy, method) if method.uses_encoder_attention else None
         self._encoding = EncodingWatch(anatomy.multimodal)
+        self._layers_before, _ = first_attention_layer(anatomy.text)
         self._uses_grids = method.uses_grids
         wants_images = chooser.per_image or method.uses_grids
         self._whole_kinds = anatomy.family.encoded_whole if wants_images else ()
@@ -335,7 +337,8 @@ class _Sources:
         self._encoding.start()
 
     def options(self) -> dict[str, object]:
-        return {} if self._recorder is None else {**self._recorder.options()}
+        ranking: dict[str, object] = {"ranking_layer": self._layers_before + 1} if self._layers_before else {}
+        return ranking if self._recorder is None else {**ranking, **self._recorder.options()}
 
     def encoded(self, arguments: dict[str, Any]) -> dict[str, Encoded]:
         """Collect what was encoded for a call of the multimodal model."""
@@ -355,7 +358,11 @@ class _Sources:
             prefill: the prompt on its way.
             text_arguments: those of the text model.
         """
-        attention = frames = rotary = None
+        attention = frames = rotary = states = None
+        if self._layers_before:
+            from hawk_kernels.hf.attention_input import input_of_first_attention
+
+            states = partial(input_of_first_attention, self._anatomy, text_arguments)
         if self._recorder is not None:
             recordings = self._recorder.recordings(prefill.arguments)
             attention = attention_of_prompt(recordings, prefill.prompt, self._anatomy.kinds)
@@ -364,7 +371,7 @@ class _Sources:
         if self._rotates:
             embeds = text_arguments["inputs_embeds"]
             rotary = rotary_of_first_layer(self._anatomy, embeds, text_arguments.get("position_ids"))
-        return Context(attention=attention, frames=frames, rotary=rotary)
+        return Context(attention=attention, frames=frames, rotary=rotary, states=states)
 
 
 @dataclass

@@ -126,20 +126,14 @@ def padded_positions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_prompt(
-    anatomy: Anatomy,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | dict[str, Any] | None,
-    cache: Any,
-    query: Query | None,
-    guesses: int = 0,
+    anatomy: Anatomy, arguments: dict[str, Any], query: Query | None, guesses: int = 0
 ) -> tuple[Prompt | None, torch.Tensor | None]:
     """Read the prompt of a call of the multimodal model, with one transfer from the device.
 
     Args:
         anatomy: the model's parts.
-        input_ids: `[B, T]`.
-        attention_mask: None, `[B, T]`, or what `generate` prepares for a cache of fixed size.
-        cache: `past_key_values`.
+        arguments: of the call: `input_ids` `[B, T]`; `attention_mask`, None, `[B, T]`, or what `generate` prepares for
+            a cache of fixed size; `past_key_values`; `position_ids`.
         query: the caller's choice of text queries, or None.
         guesses: tokens at the end that assisted decoding proposes; they are not part of the prompt.
 
@@ -148,23 +142,28 @@ def read_prompt(
         device, or None where no token is padding.
 
     Raises:
-        ValueError: a mask that does not fit the prompt, or over pairs of tokens; text queries of another shape.
+        ValueError: a mask that does not fit the prompt, or over pairs of tokens; text queries of another shape;
+            several samples with images in one row.
         TypeError: text queries that are not a bool tensor.
     """
+    input_ids, cache = arguments["input_ids"], arguments.get("past_key_values")
     cached = 0 if cache is None else cache.get_seq_length()
     if not isinstance(cached, torch.Tensor) and cached > 0:
         return None, None
-    valid = _valid_tokens(attention_mask, input_ids, cache)
+    valid = _valid_tokens(arguments.get("attention_mask"), input_ids, cache)
     prompt_length = input_ids.shape[1] - guesses
     queries = None if query is None else _given_queries(query, input_ids[:, :prompt_length])
     length = cached if isinstance(cached, torch.Tensor) else None
-    host_ids, host_valid, host_queries, host_length = _fetch(input_ids, valid, queries, length)
+    restarts = _restarts(arguments.get("position_ids"), valid, anatomy.family.position_axes)
+    host_ids, host_valid, host_queries, host_length, host_restarts = _fetch(input_ids, valid, queries, length, restarts)
     if host_length is not None and host_length.item() > 0:
         return None, None
     host_valid = np.ones(host_ids.shape, dtype=bool) if host_valid is None else host_valid.astype(bool)
     own_ids, own = host_ids[:, :prompt_length], host_valid[:, :prompt_length]
     placeholders = np.isin(own_ids, anatomy.visual_token_ids)
     visual = placeholders & own
+    if visual.any():
+        _check_one_sample_a_row(arguments, host_restarts)
     if host_queries is None:
         found, sources = text_queries(own_ids, own, visual, anatomy.markers)
     else:
@@ -217,6 +216,35 @@ def _valid_tokens(
             f"{list(attention_mask.shape)}; pass the whole prompt in one call with an empty cache"
         )
     return attention_mask.to(input_ids.device) != 0
+
+
+def _restarts(position_ids: torch.Tensor | None, valid: torch.Tensor | None, axes: int) -> torch.Tensor | None:
+    """Tell which rows hold tokens whose positions do not go up, bool `[B]`; None where no position ids count text."""
+    if position_ids is not None and position_ids.dim() == 3 and position_ids.shape[0] == axes + 1:
+        position_ids = position_ids[0]
+    if position_ids is None or position_ids.dim() != 2:
+        return None
+    back = position_ids.diff(dim=-1) <= 0
+    if valid is not None:
+        valid = valid.to(back.device)
+        back = back & valid[:, 1:] & valid[:, :-1]
+    return back.any(dim=-1)
+
+
+def _check_one_sample_a_row(arguments: dict[str, Any], restarts: np.ndarray | None) -> None:
+    remedy = "pass one sample a row, padded, with an attention_mask"
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{name}: expected one sample in each row, got the bounds of samples that share a row; prune has one "
+                f"question and one budget for a row, so {remedy}"
+            )
+    if restarts is not None and restarts.any():
+        raise ValueError(
+            f"position_ids: expected one sample in each row, got positions that start again in row "
+            f"{int(np.flatnonzero(restarts)[0])}, as in packed batches without padding; prune has one question and one "
+            f"budget for a row, so {remedy}"
+        )
 
 
 def _given_queries(query: Query, input_ids: torch.Tensor) -> torch.Tensor:

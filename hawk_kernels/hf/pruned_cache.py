@@ -2,15 +2,17 @@
 
 The caller goes on counting the tokens of the whole prompt: masks and positions have its length. The cache is shorter.
 The record that translates between the two is an attribute of the cache object, so that copies of a cache and several
-caches at once each carry their own. Without a cache every step reads the whole prompt again, and must drop the same
-tokens.
+caches at once each carry their own. It follows the rows of the cache when the caller reorders, selects or repeats them.
+Without a cache every step reads the whole prompt again, and must drop the same tokens.
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
+from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +20,22 @@ import torch
 from hawk_kernels.hf.prompt import Prompt
 
 _ATTRIBUTE = "_hawk_kernels_prompt"
+_ROW_METHODS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
+
+
+class RowRecord(Protocol):
+    """What is kept with a cache, one row for each row of the cache."""
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Become the record of these rows, int64 `[B']`, of which some may repeat."""
+
+    @property
+    def num_rows(self) -> int:
+        """Count the rows, `B`."""
+
+    @property
+    def grows(self) -> bool:
+        """Tell whether the cache grows with each token, so that one of length 0 was reset."""
 
 
 @dataclass
@@ -31,6 +49,7 @@ class CachedPrompt:
         next_position: `[..., B, 1]`, the position id of the first token after the prompt.
         constant_mask: `[B, max_cache_len]` for a cache of fixed size, where a mask that grows or a look at the cache's
             length would recompile every step; None for other caches.
+        slot_limit: tokens that a row may have, counted before pruning; None means any number.
     """
 
     full_length: int
@@ -38,10 +57,22 @@ class CachedPrompt:
     is_full: bool
     next_position: torch.Tensor
     constant_mask: torch.Tensor | None
+    slot_limit: int | None = None
 
-    def attach(self, cache: Any) -> None:
-        """Keep the record with `cache`."""
-        setattr(cache, _ATTRIBUTE, self)
+    @property
+    def num_rows(self) -> int:
+        return self.mask.shape[0]
+
+    @property
+    def grows(self) -> bool:
+        return self.constant_mask is None
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        self.mask = self.mask.index_select(0, rows.to(self.mask.device))
+        if self.next_position.shape[-2] > 1:
+            self.next_position = self.next_position.index_select(-2, rows.to(self.next_position.device))
+        if self.constant_mask is not None:
+            self.constant_mask = self.constant_mask.index_select(0, rows.to(self.constant_mask.device))
 
     def mask_for(
         self, cache: Any, incoming: torch.Tensor | dict[str, Any] | None, batch: int, length: int
@@ -55,8 +86,11 @@ class CachedPrompt:
             length: new tokens.
 
         Raises:
-            ValueError: the mask does not have the length of the whole prompt and what followed, or the rows changed.
+            ValueError: the mask does not have the length of the whole prompt and what followed, the rows changed, or
+                rows became longer than the model's attention allows.
         """
+        if self.slot_limit is not None and self.constant_mask is None:
+            check_slots(self.slot_limit, self.full_length - self.mask.shape[1] + int(cache.get_seq_length()) + length)
         given = incoming if isinstance(incoming, torch.Tensor) and incoming.dim() == 2 else None
         if self.constant_mask is not None and given is None:
             return self._rows(self.constant_mask, batch)
@@ -81,8 +115,14 @@ class CachedPrompt:
         tail = prompt.new_ones(batch, new) if given is None else given[:, seen:].to(prompt)
         return torch.cat([prompt, tail], dim=1)
 
-    def positions_for(self, cache: Any, length: int) -> torch.Tensor:
-        """Number `length` new tokens from where the prompt ended: position ids `[..., B, length]`."""
+    def positions_for(self, cache: Any, length: int, batch: int | None = None) -> torch.Tensor:
+        """Number `length` new tokens from where the prompt ended: position ids `[..., B, length]`.
+
+        Raises:
+            ValueError: the call has `batch` rows, and the prompt had another number.
+        """
+        if batch is not None and self.next_position.shape[-2] not in (1, batch):
+            raise ValueError(self._other_rows(batch))
         after = int(cache.get_seq_length()) - self.mask.shape[1]
         return self.next_position + torch.arange(after, after + length, device=self.next_position.device)
 
@@ -120,9 +160,13 @@ class CachedPrompt:
             return mask
         if self.is_full:
             return mask[:1].expand(batch, -1)
-        raise ValueError(
-            f"past_key_values: expected the {mask.shape[0]} rows of the prompt that was pruned into this cache, got "
-            f"{batch}; prefill again with the rows you need"
+        raise ValueError(self._other_rows(batch))
+
+    def _other_rows(self, batch: int) -> str:
+        return (
+            f"past_key_values: expected the {self.num_rows} rows of the prompt that was pruned into this cache, got "
+            f"{batch}; call the cache's own batch_select_indices or batch_repeat_interleave, or prefill again with the "
+            "rows you need"
         )
 
 
@@ -171,33 +215,184 @@ _CONTINUE = (
 )
 
 
+_Record = TypeVar("_Record", bound=RowRecord)
+
+
+class CacheRecords(Generic[_Record]):
+    """Keeps a record with each cache, and in step with the rows of the cache.
+
+    The methods of a cache object that change its rows are replaced, on that object alone, for as long as it has a
+    record. A cache that was built anew from the tensors of a recorded one gets that one's record: it is recognised by
+    the keys of the prompt's last token.
+
+    Args:
+        kind: class of the records.
+    """
+
+    def __init__(self, kind: type[_Record]) -> None:
+        self._kind = kind
+        self._traces: deque[_Trace[_Record]] = deque(maxlen=8)
+
+    def keep(self, cache: Any, record: _Record) -> None:
+        """Keep `record` with `cache`, which a prompt has just filled."""
+        self._attach(cache, record)
+        # a cache of fixed size is not built anew: its tensors stay where they are
+        if not getattr(cache, "is_compileable", False):
+            trace = _Trace.of(cache, record)
+            if trace is not None:
+                self._traces.append(trace)
+
+    def of(self, cache: Any) -> _Record | None:
+        """Return the record of `cache`, if it has one."""
+        record = getattr(cache, _ATTRIBUTE, None)
+        if isinstance(record, self._kind):
+            # a growing cache that was reset is empty; the length of a cache of fixed size lives on the device
+            return None if record.grows and cache.get_seq_length() == 0 else record
+        if cache is None or not self._traces or hasattr(cache, _ATTRIBUTE) or torch.compiler.is_compiling():
+            return None
+        return self._recognised(cache)
+
+    def forget(self, cache: Any) -> None:
+        """Drop the record of a cache that was reset and is about to be filled again."""
+        forget(cache)
+
+    def _recognised(self, cache: Any) -> _Record | None:
+        if getattr(cache, "is_compileable", False) or cache.get_seq_length() == 0:
+            return None
+        found = next((found for trace in list(self._traces) if (found := trace.record_of(cache)) is not None), None)
+        if found is None:
+            # so that no later call looks for it again
+            setattr(cache, _ATTRIBUTE, None)
+        else:
+            self._attach(cache, found)
+        return found
+
+    def _attach(self, cache: Any, record: _Record) -> None:
+        setattr(cache, _ATTRIBUTE, record)
+        for name in _ROW_METHODS:
+            if hasattr(type(cache), name) and name not in vars(cache):
+                setattr(cache, name, _FollowedRows(cache, name))
+
+
 def cached_prompt(cache: Any) -> CachedPrompt | None:
     """Return the record that a pruned prompt left with `cache`, if there is one."""
     record = getattr(cache, _ATTRIBUTE, None)
-    if not isinstance(record, CachedPrompt):
-        return None
-    # a growing cache that was reset is empty; the length of a cache of fixed size lives on the device
-    if record.constant_mask is None and cache.get_seq_length() == 0:
-        return None
-    return record
+    return record if isinstance(record, CachedPrompt) else None
 
 
 def forget(cache: Any) -> None:
-    """Drop the record of a cache that was reset and is about to be filled again."""
-    if hasattr(cache, _ATTRIBUTE):
-        delattr(cache, _ATTRIBUTE)
+    """Drop what a prompt left with `cache`."""
+    if cache is None:
+        return
+    left = [name for name, value in vars(cache).items() if name == _ATTRIBUTE or isinstance(value, _FollowedRows)]
+    for name in left:
+        delattr(cache, name)
+
+
+class _FollowedRows:
+    """Stands for a method of one cache that changes its rows, and changes the rows of the cache's record alike.
+
+    It refers to the cache weakly, so that a cache is freed as soon as nobody else uses it.
+    """
+
+    def __init__(self, cache: Any, name: str) -> None:
+        self._cache, self._name = weakref.ref(cache), name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a copy of the cache gets one of its own
+        return type(self), (self._cache(), self._name)
+
+    def __call__(self, change: Any) -> None:
+        cache = self._cache()
+        if cache is None:
+            raise ValueError(
+                f"cannot call {self._name} on a shallow copy of a pruned cache that is gone; use copy.deepcopy"
+            )
+        getattr(type(cache), self._name)(cache, change)
+        record: RowRecord | None = getattr(cache, _ATTRIBUTE, None)
+        if record is None:
+            return
+        if self._name == "reorder_cache":
+            record.take_rows(change)
+            return
+        rows = torch.arange(record.num_rows, device=change.device if isinstance(change, torch.Tensor) else None)
+        record.take_rows(rows.repeat_interleave(change) if self._name == "batch_repeat_interleave" else rows[change])
+
+
+@dataclass(frozen=True)
+class _Trace(Generic[_Record]):
+    """What a cache that was built anew from the tensors of another is recognised by.
+
+    Attributes:
+        record: of the prompt.
+        layer: index of the last layer that holds all tokens of the prompt.
+        length: tokens of the prompt in that layer.
+        keys: `[B, Hkv, D]`, the keys of the last token there, which depend on the whole prompt.
+    """
+
+    record: _Record
+    layer: int
+    length: int
+    keys: torch.Tensor
+
+    @classmethod
+    def of(cls, cache: Any, record: _Record) -> _Trace[_Record] | None:
+        """Remember a cache that a prompt has just filled; None where no layer holds the whole prompt."""
+        length = int(cache.get_seq_length())
+        for layer in reversed(range(len(cache.layers))):
+            keys = _keys(cache, layer)
+            if keys is not None and keys.shape[-2] == length:
+                return cls(copy.copy(record), layer, length, keys[:, :, -1].detach().clone())
+        return None
+
+    def record_of(self, cache: Any) -> _Record | None:
+        """Return the record of a cache all of whose rows are among those of this prompt, else None."""
+        keys = _keys(cache, self.layer) if self.layer < len(cache.layers) else None
+        if keys is None or keys.shape[-2] < self.length or keys.shape[1::2] != self.keys.shape[1:]:
+            return None
+        came = keys[:, :, self.length - 1].to(self.keys)
+        same = (came.unsqueeze(1) == self.keys).flatten(2).all(dim=2)
+        if not bool(same.any(dim=1).all()):
+            return None
+        record = copy.copy(self.record)
+        record.take_rows(same.int().argmax(dim=1))
+        return record
+
+
+def _keys(cache: Any, layer: int) -> torch.Tensor | None:
+    """Return the keys that a layer of a cache holds, `[B, Hkv, N, D]`, where it holds them as they are."""
+    keys = getattr(cache.layers[layer], "keys", None)
+    return keys if isinstance(keys, torch.Tensor) and keys.dim() == 4 else None
+
+
+def check_slots(limit: int | None, length: int) -> None:
+    """Refuse rows in which attention would depend on where a token stands, which pruning changes.
+
+    Args:
+        limit: tokens that a row may have; None means any number.
+        length: tokens that the rows have, padding included, counted before pruning.
+
+    Raises:
+        ValueError: there are more.
+    """
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"input_ids: expected rows of at most {limit} tokens, padding and generated tokens included, got {length}: "
+            "above that this model scales attention by the number of tokens before a query, which pruning changes; use "
+            "shorter prompts, set attn_temperature_tuning = False in the config of its text model, or leave the block"
+        )
 
 
 def constant_mask(cache: Any, mask: torch.Tensor) -> torch.Tensor | None:
     """Continue `mask` by ones to the size of the cache; None for a cache that grows or is shorter than the prompt."""
-    if not getattr(cache, "is_compileable", False):
-        return None
-    left = _size(cache) - mask.shape[1]
+    left = fixed_size(cache) - mask.shape[1]
     return None if left < 0 else torch.cat([mask, mask.new_ones(mask.shape[0], left)], dim=1)
 
 
-def _size(cache: Any) -> int:
-    """Count the tokens that layers without windows can hold in a cache of fixed size."""
+def fixed_size(cache: Any) -> int:
+    """Count the tokens that layers without windows can hold in a cache of fixed size; -1 for a cache that grows."""
+    if not getattr(cache, "is_compileable", False):
+        return -1
     if hasattr(cache, "get_max_length"):
         return int(cache.get_max_length())
     # before transformers 5.18 a cache told the size of its first layer, which may be a window
