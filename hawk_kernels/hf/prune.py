@@ -46,7 +46,8 @@ def prune(
     the next step of a generation and keeps the tokens of the first step.
 
     Args:
-        model: a transformers model of a supported family.
+        model: a transformers model of a supported family (docs/families.md), as it is or inside a `PeftModel`, a
+            `DistributedDataParallel` or what `torch.compile(model)` returns.
         keep_ratio: float in (0, 1], the fraction of the visual tokens that is kept, at least one; or an int, how many.
         method: name of a method, or a method object.
         head_weights: None (the shipped registry), "uniform", a `[H]` tensor or sequence, or the path of a weights file.
@@ -94,7 +95,8 @@ class Pruning:
         query = _checked_query(query)
         weights, source = None, None
         if method.uses_head_weights:
-            weights, source = resolve_head_weights(head_weights, model.config, self._anatomy.projections.num_heads)
+            heads = self._anatomy.projections.num_heads
+            weights, source = resolve_head_weights(head_weights, self._anatomy.head.config, heads)
         elif head_weights is not None:
             raise TypeError(f"head_weights: method {method.name!r} uses none; leave the argument out")
         self._method = method
@@ -102,7 +104,7 @@ class Pruning:
         chooser = Chooser(method, keep_ratio, self._per_image, weights)
         self._hooks = CallHooks(self._anatomy, chooser, query, self._publish)
         self._no_stats = PruningStats(
-            model=type(model).__name__,
+            model=type(self._anatomy.head).__name__,
             family=self._anatomy.family.model_type,
             method=method.name,
             method_options=self._hooks.options(),
