@@ -1,11 +1,12 @@
-"""Helpers that all hooks share: arguments by name, watched methods, uploads, and code that would skip hooks."""
+"""Helpers that all hooks share: how long they act, watched methods, arguments, uploads, code that would skip hooks."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -54,14 +55,138 @@ class WatchedMethod:
                 tell(result)
             return result
 
+        self._watched = watched
         setattr(owner, name, watched)
 
     def remove(self) -> None:
-        """Put back what was there."""
+        """Put back what was there, unless somebody has replaced or deleted the watched method meanwhile."""
+        if vars(self._owner).get(self._name) is not self._watched:
+            return
         if self._earlier is None:
             delattr(self._owner, self._name)
         else:
             setattr(self._owner, self._name, self._earlier)
+
+
+class Lifetime:
+    """Decides for which calls the hooks of a block act: all while it is open, later those that began inside it.
+
+    A call that another thread began inside the block would change its meaning halfway if the hooks left with the block.
+    They stay for the threads that have such a call, and act in no other thread, until the last of these calls ends.
+
+    Args:
+        attach: puts the hooks on the model, those of `generate` excepted.
+        watch: watches `generate`.
+        ended: is called when the hooks are off.
+
+    Attributes:
+        is_open: whether the block is open.
+        was_called: whether any call of the model began since it was opened.
+    """
+
+    def __init__(
+        self, attach: Callable[[], list[Handle]], watch: Callable[[], Handle], ended: Callable[[], None]
+    ) -> None:
+        self._attach, self._watch, self._ended = attach, watch, ended
+        self._lock = threading.RLock()
+        self._hooks, self._watches = ExitStack(), ExitStack()
+        self._running: set[threading.Thread] = set()
+        self._closed_by: threading.Thread | None = None
+        self._thread = _Calls()
+        self.is_open = False
+        self.was_called = False
+
+    def open(self) -> None:
+        """Let the hooks act for every call."""
+        with self._lock:
+            self._put_on()
+            self._watches.callback(self._watch().remove)
+            self.is_open, self.was_called = True, False
+
+    def close(self) -> bool:
+        """Let the hooks act for the calls that other threads have begun; return whether there were none."""
+        with self._lock:
+            # torch skips hooks after a KeyboardInterrupt, so that a call of this thread may seem to run still
+            self._thread.is_in_forward = False
+            if not self._thread.generates:
+                self._running.discard(threading.current_thread())
+            self._running = {thread for thread in self._running if thread.is_alive()}
+            self._closed_by = threading.current_thread()
+            self.is_open = False
+            self._watches.close()
+            if not self._running:
+                self._take_off()
+            return not self._running
+
+    def acts(self) -> bool:
+        """Tell whether the hooks act for this thread."""
+        return self.is_open or self._thread.generates > 0 or self._thread.is_in_forward
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Surround a call of the watched `generate`.
+
+        Such a call may begin after the block, in a thread that was given `model.generate` inside it.
+
+        Raises:
+            ValueError: the block was left by this thread.
+        """
+        with self._lock:
+            self.was_called = True
+            if not self.acts():
+                if self._closed_by is threading.current_thread():
+                    raise ValueError(
+                        "cannot call a `generate` that was taken from the model inside prune after leaving the block; "
+                        "take model.generate again, after `del model.generate` if you have set it yourself"
+                    )
+                if not self._running:
+                    self._put_on()
+            self._running.add(threading.current_thread())
+            self._thread.generates += 1
+        try:
+            yield
+        finally:
+            self._thread.generates -= 1
+            self._end()
+
+    def begin_forward(self) -> None:
+        """Note that a call of the model begins in this thread."""
+        self.was_called = True
+        # a compiled call is always inside one that is not
+        if torch.compiler.is_compiling() or self._thread.generates or self._thread.is_in_forward:
+            return
+        with self._lock:
+            self._thread.is_in_forward = True
+            self._running.add(threading.current_thread())
+
+    def end_forward(self) -> None:
+        """Note that it ended."""
+        if torch.compiler.is_compiling() or not self._thread.is_in_forward:
+            return
+        self._thread.is_in_forward = False
+        self._end()
+
+    def _end(self) -> None:
+        if self._thread.generates:
+            return
+        with self._lock:
+            self._running.discard(threading.current_thread())
+            if not self._running and not self.is_open:
+                self._take_off()
+
+    def _put_on(self) -> None:
+        for handle in self._attach():
+            self._hooks.callback(handle.remove)
+
+    def _take_off(self) -> None:
+        # the last one first: of two watches of one method each puts back what it found
+        self._hooks.close()
+        self._ended()
+
+
+class _Calls(threading.local):
+    generates: int = 0
+    is_in_forward: bool = False
 
 
 def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

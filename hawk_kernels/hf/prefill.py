@@ -23,7 +23,17 @@ from torch import nn
 from hawk_kernels.hf.anatomy import Anatomy
 from hawk_kernels.hf.choose_tokens import Choice, Chooser, Context
 from hawk_kernels.hf.encoders.recorder import attention_of_prompt, recorder_for
-from hawk_kernels.hf.hooks import Handle, WatchedMethod, call_length, named, outside_graphs, upload, visual_features
+from hawk_kernels.hf.hooks import (
+    Handle,
+    Lifetime,
+    WatchedMethod,
+    call_length,
+    check_hooks_run,
+    named,
+    outside_graphs,
+    upload,
+    visual_features,
+)
 from hawk_kernels.hf.images import Encoded, EncodingWatch, frames_of_prompt
 from hawk_kernels.hf.layer_masks import LayerMasks
 from hawk_kernels.hf.packing import Packing, pack_call
@@ -66,6 +76,12 @@ class CallHooks:
         chooser: chooses the tokens that stay.
         query: the caller's choice of text queries, or None.
         publish: is called with the outcome of each prefill.
+        ended: is called when the hooks are off.
+
+    Attributes:
+        lifetime: puts the hooks on and takes them off.
+        has_chosen: whether tokens of any prompt were chosen.
+        left_images_alone: whether images came over a cache that was not empty.
 
     Raises:
         TypeError: a method that the model's family cannot serve.
@@ -73,7 +89,12 @@ class CallHooks:
     """
 
     def __init__(
-        self, anatomy: Anatomy, chooser: Chooser, query: Query | None, publish: Callable[[Outcome], None]
+        self,
+        anatomy: Anatomy,
+        chooser: Chooser,
+        query: Query | None,
+        publish: Callable[[Outcome], None],
+        ended: Callable[[], None],
     ) -> None:
         self._anatomy = anatomy
         self._chooser = chooser
@@ -83,6 +104,8 @@ class CallHooks:
         layer = chooser.method.hidden_from_layer
         self._masks = None if layer is None else LayerMasks(anatomy, layer, chooser.method.name)
         self._thread = _ThreadState()
+        self.lifetime = Lifetime(self._attach, self._watch_generate, ended)
+        self.has_chosen = self.left_images_alone = False
 
     def __reduce__(self) -> str:
         # a copy of the model would be pruned for ever: no block of its own would end that
@@ -90,19 +113,34 @@ class CallHooks:
             "cannot copy or save a model inside prune; leave the block first, and prune the copy in a block of its own"
         )
 
-    def attach(self) -> list[Handle]:
-        """Register the hooks; removing the handles, the last one first, ends the pruning."""
+    def _attach(self) -> list[Handle]:
+        """Register the hooks.
+
+        Raises:
+            ValueError: the model is being pruned already, or runs compiled code that would skip hooks.
+        """
         parts = self._anatomy
+        watched = (parts.head, parts.multimodal, parts.text)
+        hooks = [hook for module in watched for hook in module._forward_pre_hooks.values()]
+        if any(isinstance(getattr(hook, "__self__", None), CallHooks) for hook in hooks):
+            raise ValueError(
+                f"cannot prune a {type(parts.head).__name__} that is being pruned already; leave that block first, and "
+                "join the threads that generate in it"
+            )
+        for module in watched:
+            check_hooks_run(module)
         return [
             parts.head.register_forward_pre_hook(self._before_head, with_kwargs=True),
             parts.multimodal.register_forward_pre_hook(self._before_multimodal, with_kwargs=True),
             parts.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
             parts.text.register_forward_hook(self._after_text, with_kwargs=True),
             parts.multimodal.register_forward_hook(self._after_multimodal, always_call=True),
-            WatchedMethod(parts.head, "generate", self._around_generate),
             *self._sources.attach(),
             *([] if self._masks is None else self._masks.attach()),
         ]
+
+    def _watch_generate(self) -> Handle:
+        return WatchedMethod(self._anatomy.head, "generate", self._around_generate)
 
     def options(self) -> dict[str, object]:
         """Return what the method was made with and, where it reads the vision encoder, from which layers."""
@@ -115,11 +153,14 @@ class CallHooks:
         check_one_prefill(self._anatomy.head, arguments, length)
         earlier, self._thread.prompt_length = self._thread.prompt_length, length
         try:
-            yield lambda output: None
+            with self.lifetime.generating():
+                yield lambda output: None
         finally:
             self._thread.prompt_length = earlier
 
     def _before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.lifetime.acts():
+            return
         kwargs = named(module, args, kwargs)
         if call_length(kwargs) > 1:
             logits_to_keep = kwargs.get("logits_to_keep")
@@ -128,6 +169,9 @@ class CallHooks:
     def _before_multimodal(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self.lifetime.acts():
+            return None
+        self.lifetime.begin_forward()
         kwargs = named(module, args, kwargs)
         cache, input_ids, mask = (kwargs.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
         length = call_length(kwargs)
@@ -174,6 +218,7 @@ class CallHooks:
         prompt, valid = read_prompt(self._anatomy, input_ids, mask, cache, query, guesses)
         if prompt is None:
             if features:
+                self.left_images_alone = True
                 reason = "images came over a cache that is not empty; only prompts in one call are pruned"
                 self._leave_alone(torch.ones_like(input_ids, dtype=torch.bool), None, reason)
             return None
@@ -189,7 +234,7 @@ class CallHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         kwargs = named(module, args, kwargs)
         cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
-        if embeds is None:
+        if embeds is None or not self.lifetime.acts():
             return None
         if embeds.shape[1] > 1:
             if not self._thread.is_inside:
@@ -264,6 +309,7 @@ class CallHooks:
         """Choose by what enters the scoring layer, `[B, T, hidden]`, and publish the choice."""
         prompt = prefill.prompt
         choice = self._chooser.choose(states, prompt, projections, context)
+        self.has_chosen = True
         prefill.kept, prefill.counts = choice.kept, choice.counts
         own = slice(None), slice(prompt.length)
         query_mask = upload(prompt.query, states.device)
@@ -278,7 +324,7 @@ class CallHooks:
 
     def _after_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         embeds = kwargs.get("inputs_embeds")
-        if embeds is None or embeds.shape[1] == 1:
+        if embeds is None or embeds.shape[1] == 1 or not self.lifetime.acts():
             return None
         prefill = self._thread.prefill
         if prefill is None or prefill.kept is None:
@@ -307,6 +353,7 @@ class CallHooks:
     def _after_multimodal(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._thread.is_inside, self._thread.prefill, self._thread.mask = False, None, None
         self._thread.logits_to_keep = 0
+        self.lifetime.end_forward()
 
 
 class _Sources:
