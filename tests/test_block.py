@@ -11,7 +11,7 @@ import torch
 
 from hawk_kernels import prune
 from tests.test_prune_contract import GREEDY, snapshot
-from tests.tiny_models import Picture, hide, question, qwen_batch, qwen_vl
+from tests.tiny_models import Picture, question, qwen_batch, qwen_vl
 
 PRUNED = {"keep_ratio": 0.25, "head_weights": "uniform"}
 
@@ -208,3 +208,80 @@ def test_an_adapter_that_was_added_before_the_block_ranks(model, inputs):
         with pruning:
             model(**inputs)
     assert torch.equal(pruning.scores, expected.scores)
+
+
+@pytest.mark.parametrize("method", [{}, {"method": "fastv", "layer": 1}], ids=["hawk", "fastv"])
+def test_a_pruned_cache_goes_on_inside_a_block_only(model, inputs, method):
+    options = {"keep_ratio": 0.25, **(PRUNED if not method else method)}
+    token = torch.tensor([[20]])
+    with torch.no_grad():
+        with prune(model, **options):
+            cache = model(**inputs, use_cache=True).past_key_values
+            caches = [cache, copy.deepcopy(cache)]
+            expected = model(input_ids=token, past_key_values=copy.deepcopy(cache)).logits
+        for each in caches:
+            with pytest.raises(ValueError, match="cannot continue a pruned cache outside prune"):
+                model(input_ids=token, past_key_values=each)
+            with pytest.raises(ValueError, match="cannot continue a pruned cache outside prune"):
+                model.generate(
+                    input_ids=torch.cat([inputs["input_ids"], token], dim=1), past_key_values=each, **GREEDY
+                )
+            # reading goes on, and so does the same cache in a later block
+            assert each.get_seq_length() > 0
+            with prune(model, **options):
+                assert torch.equal(model(input_ids=token, past_key_values=each).logits, expected)
+
+
+def test_a_pruned_cache_is_saved_with_its_guard(model, inputs, tmp_path):
+    token = torch.tensor([[20]])
+    with torch.no_grad():
+        with prune(model, **PRUNED):
+            cache = model(**inputs, use_cache=True).past_key_values
+            torch.save(cache, tmp_path / "cache.pt")
+            expected = model(input_ids=token, past_key_values=cache).logits
+        again = torch.load(tmp_path / "cache.pt", weights_only=False)
+        assert isinstance(again, type(cache).__mro__[2])
+        with pytest.raises(ValueError, match="cannot continue a pruned cache"):
+            model(input_ids=token, past_key_values=again)
+        with prune(model, **PRUNED):
+            assert torch.equal(model(input_ids=token, past_key_values=again).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["growing", "static"])
+def test_a_cache_that_was_reset_is_an_ordinary_one(model, inputs, kind):
+    from transformers import DynamicCache, StaticCache
+
+    config = model.config.get_text_config()
+    cache = DynamicCache(config=config) if kind == "growing" else StaticCache(config=config, max_cache_len=64)
+    plain = type(cache)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with prune(model, **PRUNED):
+            model(**inputs, past_key_values=cache)
+        if kind == "static":
+            cache.reset()
+        else:
+            cache.crop(-cache.get_seq_length())
+        assert (model(**inputs, past_key_values=cache).logits - expected).abs().max() < 1e-5
+    assert type(cache) is plain
+
+
+def test_a_pruned_cache_is_freed_when_nobody_holds_it(model, inputs):
+    with torch.no_grad(), prune(model, **PRUNED):
+        cache = model(**inputs, use_cache=True).past_key_values
+        gc.disable()
+        try:
+            held = weakref.ref(cache.layers[0].keys)
+            del cache
+            assert held() is None
+        finally:
+            gc.enable()
+
+
+def test_a_cache_that_nothing_was_dropped_from_goes_on_anywhere(model, inputs):
+    token = torch.tensor([[20]])
+    with torch.no_grad():
+        expected = model(input_ids=token, past_key_values=model(**inputs, use_cache=True).past_key_values).logits
+        with prune(model, 1.0, head_weights="uniform"):
+            cache = model(**inputs, use_cache=True).past_key_values
+        assert torch.equal(model(input_ids=token, past_key_values=cache).logits, expected)

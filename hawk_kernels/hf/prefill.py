@@ -29,8 +29,11 @@ from hawk_kernels.hf.hooks import (
     WatchedMethod,
     call_length,
     check_hooks_run,
+    guard,
     named,
     outside_graphs,
+    serve,
+    unguard,
     upload,
     visual_features,
 )
@@ -133,7 +136,7 @@ class CallHooks:
             parts.head.register_forward_pre_hook(self._before_head, with_kwargs=True),
             parts.multimodal.register_forward_pre_hook(self._before_multimodal, with_kwargs=True),
             parts.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
-            parts.text.register_forward_hook(self._after_text, with_kwargs=True),
+            parts.text.register_forward_hook(self._after_text, with_kwargs=True, always_call=True),
             parts.multimodal.register_forward_hook(self._after_multimodal, always_call=True),
             *self._sources.attach(),
             *([] if self._masks is None else self._masks.attach()),
@@ -188,6 +191,7 @@ class CallHooks:
                 self._thread.prefill = self._read(kwargs, input_ids)
             if self._thread.prefill is not None:
                 forget(cache)
+                unguard(cache)
                 if self._masks is not None:
                     self._masks.forget(cache)
                 return None
@@ -245,6 +249,7 @@ class CallHooks:
             if self._thread.prefill is not None:
                 packed = self._prefill(self._thread.prefill, kwargs)
                 return None if packed is None else ((), packed)
+        serve(cache, True)
         if self._masks is not None:
             self._masks.resume(cache)
         record = cached_prompt(cache)
@@ -324,14 +329,19 @@ class CallHooks:
 
     def _after_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         embeds = kwargs.get("inputs_embeds")
-        if embeds is None or embeds.shape[1] == 1 or not self.lifetime.acts():
+        if not self.lifetime.acts():
+            return None
+        serve(kwargs.get("past_key_values"), False)
+        if embeds is None or embeds.shape[1] == 1:
             return None
         prefill = self._thread.prefill
-        if prefill is None or prefill.kept is None:
+        if prefill is None or prefill.kept is None or output is None:
             return None
         prompt, packing, cache = prefill.prompt, prefill.packing, output.past_key_values
         if self._masks is not None:
             self._masks.finish(cache)
+        if cache is not None and not prefill.keeps_everything:
+            guard(cache)
         if cache is None and self._thread.uncached is None:
             self._thread.uncached = UncachedPrompt(prompt, prefill.features, prefill.kept, prefill.counts)
         if packing is None or prefill.following is None:
