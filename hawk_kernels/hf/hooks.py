@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+# what torch.compile leaves on the function or module that it returns
+_COMPILED = "_torchdynamo_orig_callable"
 # where transformers' `generate` keeps the compiled call of a model, and the settings it was made with
 _COMPILED_BY_GENERATE = ("_compiled_call", "_last_compile_config")
 # torch does not annotate it
@@ -291,6 +293,13 @@ def check_hooks_run(model: Any) -> None:
             "model._compiled_call_impl = None and compile decoding alone, which generate does for "
             "cache_implementation='static'"
         )
+    # what `torch.compile(module)` returns runs hooks of its own outside the compiled code
+    if hasattr(vars(model).get("forward"), _COMPILED) and not hasattr(model, _COMPILED):
+        raise ValueError(
+            f"cannot prune a model whose {type(model).__name__}.forward was replaced by torch.compile(...): compiled "
+            "code does not know how many tokens of a prompt stay; restore it by `del model.forward` and compile decoding "
+            "alone, which generate does for cache_implementation='static'"
+        )
     if "_compiled_call" not in vars(model):
         return
     import torch._dynamo
@@ -302,6 +311,37 @@ def check_hooks_run(model: Any) -> None:
             "torch._dynamo.config.skip_nnmodule_hook_guards = False before the first generate; or call "
             "torch.compiler.reset() and `del model._compiled_call` now"
         )
+
+
+def check_parts_run(root: nn.Module, name: str, method: str) -> None:
+    """Refuse compiled modules inside `root`, which would run without the hooks that a method puts inside them.
+
+    Args:
+        root: the modules that get hooks, and those between them.
+        name: what `root` is called in the message.
+        method: name of the method.
+
+    Raises:
+        ValueError: some module was compiled.
+    """
+    for module in root.modules():
+        if (
+            getattr(module, "_compiled_call_impl", None) is not None
+            or hasattr(module, _COMPILED)
+            or hasattr(vars(module).get("forward"), _COMPILED)
+        ):
+            raise ValueError(
+                f"cannot prune by method {method!r} with compiled layers in {name}: the method watches these layers by "
+                "hooks, which compiled code skips; load the model without compiling them, or use method='hawk'"
+            )
+
+
+def compiled_before() -> ValueError:
+    """Make the error for a call whose code was compiled outside the block, so that hooks inside it did not run."""
+    return ValueError(
+        "cannot run code inside prune that torch.compile made before the block: it skips the hooks that prune, and "
+        "read the whole prompt; call the model itself, or call torch.compiler.reset() on entering"
+    )
 
 
 def forget_compiled_call(model: Any) -> None:

@@ -29,6 +29,8 @@ from hawk_kernels.hf.hooks import (
     WatchedMethod,
     call_length,
     check_hooks_run,
+    check_parts_run,
+    compiled_before,
     guard,
     named,
     outside_graphs,
@@ -132,8 +134,13 @@ class CallHooks:
             )
         for module in watched:
             check_hooks_run(module)
+        method = self._chooser.method.name
+        if self._masks is not None:
+            check_parts_run(parts.text.layers, "the text model", method)
+        self._sources.check_hooks_run(method)
         return [
             parts.head.register_forward_pre_hook(self._before_head, with_kwargs=True),
+            parts.head.register_forward_hook(self._after_head),
             parts.multimodal.register_forward_pre_hook(self._before_multimodal, with_kwargs=True),
             parts.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
             parts.text.register_forward_hook(self._after_text, with_kwargs=True, always_call=True),
@@ -164,10 +171,15 @@ class CallHooks:
     def _before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.lifetime.acts():
             return
+        self._thread.is_reached = False
         kwargs = named(module, args, kwargs)
         if call_length(kwargs) > 1:
             logits_to_keep = kwargs.get("logits_to_keep")
             self._thread.logits_to_keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
+
+    def _after_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.lifetime.acts() and not self._thread.is_reached:
+            raise compiled_before()
 
     def _before_multimodal(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -175,6 +187,7 @@ class CallHooks:
         if not self.lifetime.acts():
             return None
         self.lifetime.begin_forward()
+        self._thread.is_reached = True
         kwargs = named(module, args, kwargs)
         cache, input_ids, mask = (kwargs.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
         length = call_length(kwargs)
@@ -185,11 +198,14 @@ class CallHooks:
                     "input_ids: expected the token ids of the prompt, got inputs_embeds only, which do not tell which "
                     "tokens are visual; pass input_ids and pixel_values, or leave the prune block"
                 )
+            # taken here, so that a call which was interrupted leaves nothing to the next one
+            wanted, self._thread.logits_to_keep = self._thread.logits_to_keep, 0
             self._thread.is_inside, self._thread.prefill = True, None
             self._sources.start()
             if input_ids is not None:
                 self._thread.prefill = self._read(kwargs, input_ids)
             if self._thread.prefill is not None:
+                self._thread.prefill.logits_to_keep = wanted
                 forget(cache)
                 unguard(cache)
                 if self._masks is not None:
@@ -241,13 +257,15 @@ class CallHooks:
         if embeds is None or not self.lifetime.acts():
             return None
         if embeds.shape[1] > 1:
-            if not self._thread.is_inside:
+            is_inside, prefill = self._thread.is_inside, self._thread.prefill
+            self._thread.is_inside, self._thread.prefill, self._thread.entered = False, None, prefill
+            if not is_inside:
                 raise ValueError(
                     "cannot call the text model by itself inside prune: inputs_embeds do not tell which tokens are "
                     "visual; call the model that was given to prune, not a compiled wrapper of it, or leave the block"
                 )
-            if self._thread.prefill is not None:
-                packed = self._prefill(self._thread.prefill, kwargs)
+            if prefill is not None:
+                packed = self._prefill(prefill, kwargs)
                 return None if packed is None else ((), packed)
         serve(cache, True)
         if self._masks is not None:
@@ -334,7 +352,7 @@ class CallHooks:
         serve(kwargs.get("past_key_values"), False)
         if embeds is None or embeds.shape[1] == 1:
             return None
-        prefill = self._thread.prefill
+        prefill, self._thread.entered = self._thread.entered, None
         if prefill is None or prefill.kept is None or output is None:
             return None
         prompt, packing, cache = prefill.prompt, prefill.packing, output.past_key_values
@@ -354,16 +372,21 @@ class CallHooks:
                 next_position=prefill.following,
                 constant_mask=constant_mask(cache, packing.mask),
             ).attach(cache)
-        wanted = self._thread.logits_to_keep
+        wanted = prefill.logits_to_keep
         if wanted and prompt.ends_in_text(wanted):
             return None
         output["last_hidden_state"] = packing.unpack(output.last_hidden_state)
         return output
 
     def _after_multimodal(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self.lifetime.acts():
+            return
+        prefill = self._thread.prefill
         self._thread.is_inside, self._thread.prefill, self._thread.mask = False, None, None
         self._thread.logits_to_keep = 0
         self.lifetime.end_forward()
+        if prefill is not None and output is not None:
+            raise compiled_before()
 
 
 class _Sources:
@@ -384,6 +407,11 @@ class _Sources:
     def attach(self) -> list[Handle]:
         watches = (self._recorder, self._encoding)
         return [handle for watch in watches if watch is not None for handle in watch.attach()]
+
+    def check_hooks_run(self, method: str) -> None:
+        """Refuse a vision encoder with compiled layers, where the method watches them."""
+        if self._recorder is not None:
+            check_parts_run(self._recorder.tower, "the vision encoder", method)
 
     def start(self) -> None:
         """Forget what earlier calls of the multimodal model encoded."""
@@ -429,7 +457,8 @@ class _Prefill:
     """A prompt on its way from the multimodal model to the text model and back.
 
     At the text model `encoded` is filled in; then `kept` and `counts`, the tokens that stay and their number in each
-    row; and where some were dropped, how the rest are packed and the position ids of what follows.
+    row; and where some were dropped, how the rest are packed and the position ids of what follows. `logits_to_keep` is
+    how many logits at the end the caller wants, 0 for all.
     """
 
     prompt: Prompt
@@ -441,6 +470,7 @@ class _Prefill:
     counts: list[int] = field(default_factory=list)
     packing: Packing | None = None
     following: torch.Tensor | None = None
+    logits_to_keep: int = 0
 
     @property
     def keeps_everything(self) -> bool:
@@ -449,8 +479,13 @@ class _Prefill:
 
 
 class _ThreadState(threading.local):
+    # whether the multimodal model was reached by the call of the head
+    is_reached: bool = False
+    # whether the text model was not reached yet by the call of the multimodal model, and the prompt of that call
     is_inside: bool = False
     prefill: _Prefill | None = None
+    # the prompt that the text model reads now
+    entered: _Prefill | None = None
     mask: Any = None
     logits_to_keep: int = 0
     # of the prompt that generate was called with
