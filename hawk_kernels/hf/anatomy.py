@@ -38,11 +38,12 @@ class Anatomy:
 
 
 def dissect(model: Any) -> Anatomy:
-    """Find the parts of `model`.
+    """Find the parts of `model`, which may be wrapped.
 
     Raises:
-        TypeError: a model of a family that is not supported.
+        TypeError: a model of a family that is not supported, or a wrapper that runs copies of its model.
     """
+    model = unwrapped(model)
     family = _family_of(model)
     text = _text_module(model)
     _, layer = first_attention_layer(text)
@@ -60,6 +61,32 @@ def dissect(model: Any) -> Anatomy:
     )
 
 
+def unwrapped(model: Any) -> Any:
+    """Return the transformers model inside wrappers that call it: their calls run its hooks, and so does `generate`.
+
+    These are `PeftModel`, `DistributedDataParallel`, `DataParallel` on one device, and what `torch.compile(model)`
+    returns.
+
+    Raises:
+        TypeError: a `DataParallel` over several devices.
+    """
+    while True:
+        names = {cls.__name__ for cls in type(model).__mro__}
+        if "DataParallel" in names and len(getattr(model, "device_ids", ())) > 1:
+            raise TypeError(
+                f"model: expected one that is not copied in every call, got a DataParallel over {len(model.device_ids)} "
+                "devices; pass model.module and call that one, or use DistributedDataParallel"
+            )
+        if "PeftModel" in names:
+            model = model.get_base_model()
+        elif "OptimizedModule" in names:
+            model = model._orig_mod
+        elif names & {"DataParallel", "DistributedDataParallel"}:
+            model = model.module
+        else:
+            return model
+
+
 def first_attention_layer(text: Any) -> tuple[int, Any]:
     """Find the first decoder layer with attention, and its index from 0.
 
@@ -73,15 +100,26 @@ def _family_of(model: object) -> Family:
     for family in FAMILIES:
         if names & set(family.classes):
             return family
-    supported = ", ".join(family.model_type for family in FAMILIES)
     known = getattr(getattr(type(model), "config_class", None), "model_type", None)
-    reason = next((f" ({reason})" for types, reason in OUT_OF_REACH.items() if known in types), "")
     whole = next((family.classes[0] for family in FAMILIES if family.model_type == known), None)
-    remedy = "the transformers model itself, not a wrapper around it" if whole is None else f"a {whole}"
+    remedy = "the transformers model itself, not a wrapper around it" if whole is None else f"the whole {whole}"
     raise TypeError(
-        f"model: expected a supported vision-language model, got {type(model).__name__}{reason}; supported families: "
-        f"{supported}. Pass {remedy}"
+        f"model: expected one of the {len(FAMILIES)} supported vision-language families (docs/families.md lists them), "
+        f"got {type(model).__name__}{_why_not(model, known)}; pass {remedy}"
     )
+
+
+def _why_not(model: Any, model_type: str | None) -> str:
+    """Say why a model is refused, where that is known; an empty string elsewhere."""
+    listed = next((reason for types, reason in OUT_OF_REACH.items() if model_type in types), None)
+    if listed is not None:
+        return f" ({listed})"
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return " (an encoder-decoder model: its prompt holds no visual tokens)"
+    if hasattr(config, "vocab_size") and not hasattr(config, "vision_config"):
+        return " (a text model: it reads no images)"
+    return ""
 
 
 def _text_module(model: Any) -> nn.Module:

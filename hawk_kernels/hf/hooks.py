@@ -1,11 +1,12 @@
-"""Helpers that all hooks share: arguments by name, watched methods, uploads, and code that would skip hooks."""
+"""Helpers that all hooks share: how long they act, watched methods, arguments, uploads, code that would skip hooks."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+# what torch.compile leaves on the function or module that it returns
+_COMPILED = "_torchdynamo_orig_callable"
 # where transformers' `generate` keeps the compiled call of a model, and the settings it was made with
 _COMPILED_BY_GENERATE = ("_compiled_call", "_last_compile_config")
 # torch does not annotate it
@@ -54,14 +57,197 @@ class WatchedMethod:
                 tell(result)
             return result
 
+        self._watched = watched
         setattr(owner, name, watched)
 
     def remove(self) -> None:
-        """Put back what was there."""
+        """Put back what was there, unless somebody has replaced or deleted the watched method meanwhile."""
+        if vars(self._owner).get(self._name) is not self._watched:
+            return
         if self._earlier is None:
             delattr(self._owner, self._name)
         else:
             setattr(self._owner, self._name, self._earlier)
+
+
+class Lifetime:
+    """Decides for which calls the hooks of a block act: all while it is open, later those that began inside it.
+
+    A call that another thread began inside the block would change its meaning halfway if the hooks left with the block.
+    They stay for the threads that have such a call, and act in no other thread, until the last of these calls ends.
+
+    Args:
+        attach: puts the hooks on the model, those of `generate` excepted.
+        watch: watches `generate`.
+        ended: is called when the hooks are off.
+
+    Attributes:
+        is_open: whether the block is open.
+        was_called: whether any call of the model began since it was opened.
+    """
+
+    def __init__(
+        self, attach: Callable[[], list[Handle]], watch: Callable[[], Handle], ended: Callable[[], None]
+    ) -> None:
+        self._attach, self._watch, self._ended = attach, watch, ended
+        self._lock = threading.RLock()
+        self._hooks, self._watches = ExitStack(), ExitStack()
+        self._running: set[threading.Thread] = set()
+        self._closed_by: threading.Thread | None = None
+        self._thread = _Calls()
+        self.is_open = False
+        self.was_called = False
+
+    def open(self) -> None:
+        """Let the hooks act for every call."""
+        with self._lock:
+            self._put_on()
+            self._watches.callback(self._watch().remove)
+            self.is_open, self.was_called = True, False
+
+    def close(self) -> bool:
+        """Let the hooks act for the calls that other threads have begun; return whether there were none."""
+        with self._lock:
+            # torch skips hooks after a KeyboardInterrupt, so that a call of this thread may seem to run still
+            self._thread.is_in_forward = False
+            if not self._thread.generates:
+                self._running.discard(threading.current_thread())
+            self._running = {thread for thread in self._running if thread.is_alive()}
+            self._closed_by = threading.current_thread()
+            self.is_open = False
+            self._watches.close()
+            if not self._running:
+                self._take_off()
+            return not self._running
+
+    def acts(self) -> bool:
+        """Tell whether the hooks act for this thread."""
+        return self.is_open or self._thread.generates > 0 or self._thread.is_in_forward
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Surround a call of the watched `generate`.
+
+        Such a call may begin after the block, in a thread that was given `model.generate` inside it.
+
+        Raises:
+            ValueError: the block was left by this thread.
+        """
+        with self._lock:
+            self.was_called = True
+            if not self.acts():
+                if self._closed_by is threading.current_thread():
+                    raise ValueError(
+                        "cannot call a `generate` that was taken from the model inside prune after leaving the block; "
+                        "take model.generate again, after `del model.generate` if you have set it yourself"
+                    )
+                if not self._running:
+                    self._put_on()
+            self._running.add(threading.current_thread())
+            self._thread.generates += 1
+        try:
+            yield
+        finally:
+            self._thread.generates -= 1
+            self._end()
+
+    def begin_forward(self) -> None:
+        """Note that a call of the model begins in this thread."""
+        self.was_called = True
+        # a compiled call is always inside one that is not
+        if torch.compiler.is_compiling() or self._thread.generates or self._thread.is_in_forward:
+            return
+        with self._lock:
+            self._thread.is_in_forward = True
+            self._running.add(threading.current_thread())
+
+    def end_forward(self) -> None:
+        """Note that it ended."""
+        if torch.compiler.is_compiling() or not self._thread.is_in_forward:
+            return
+        self._thread.is_in_forward = False
+        self._end()
+
+    def _end(self) -> None:
+        if self._thread.generates:
+            return
+        with self._lock:
+            self._running.discard(threading.current_thread())
+            if not self._running and not self.is_open:
+                self._take_off()
+
+    def _put_on(self) -> None:
+        for handle in self._attach():
+            self._hooks.callback(handle.remove)
+
+    def _take_off(self) -> None:
+        # the last one first: of two watches of one method each puts back what it found
+        self._hooks.close()
+        self._ended()
+
+
+class _Guarded:
+    """Mixed into the class of a pruned cache: it takes new tokens only inside `prune`.
+
+    The class of the one object changes, and nothing in it points back at the object, so that the cache is freed as
+    before. Copies have the same class, and so the same guard.
+    """
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        state = vars(self)
+        if not state[_IS_SERVED]:
+            cache: Any = self
+            # as in a cache that was reset to be filled anew
+            if int(cache.get_seq_length()) > 0:
+                raise ValueError(
+                    "cannot continue a pruned cache outside prune, nor by code that was compiled before the block: "
+                    "positions and masks would be those of the whole prompt; continue inside a block, or prefill a "
+                    "new cache"
+                )
+            unguard(cache)
+            return cache.update(*args, **kwargs)
+        return super().update(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new_guarded, (type(self).__mro__[2],), vars(self)
+
+
+_IS_SERVED = "_hawk_kernels_is_served"
+
+
+def guard(cache: Any) -> None:
+    """Let `cache`, which holds a pruned prompt, refuse new tokens wherever the hooks do not serve it."""
+    setattr(cache, _IS_SERVED, False)
+    if not isinstance(cache, _Guarded):
+        cache.__class__ = _guarded_class(type(cache))
+
+
+def unguard(cache: Any) -> None:
+    """Undo `guard` for a cache that is about to be filled anew."""
+    if isinstance(cache, _Guarded):
+        vars(cache).pop(_IS_SERVED, None)
+        cache.__class__ = type(cache).__mro__[2]
+
+
+def serve(cache: Any, is_served: bool) -> None:
+    """Tell a guarded cache whether the call that is under way is one of `prune`."""
+    if isinstance(cache, _Guarded):
+        setattr(cache, _IS_SERVED, is_served)
+
+
+@functools.cache
+def _guarded_class(plain: type) -> type:
+    return type(plain.__name__, (_Guarded, plain), {"__module__": plain.__module__})
+
+
+def _new_guarded(plain: type) -> Any:
+    cls = _guarded_class(plain)
+    return cls.__new__(cls)
+
+
+class _Calls(threading.local):
+    generates: int = 0
+    is_in_forward: bool = False
 
 
 def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -107,6 +293,13 @@ def check_hooks_run(model: Any) -> None:
             "model._compiled_call_impl = None and compile decoding alone, which generate does for "
             "cache_implementation='static'"
         )
+    # what `torch.compile(module)` returns runs hooks of its own outside the compiled code
+    if hasattr(vars(model).get("forward"), _COMPILED) and not hasattr(model, _COMPILED):
+        raise ValueError(
+            f"cannot prune a model whose {type(model).__name__}.forward was replaced by torch.compile(...): compiled "
+            "code does not know how many tokens of a prompt stay; restore it by `del model.forward` and compile decoding "
+            "alone, which generate does for cache_implementation='static'"
+        )
     if "_compiled_call" not in vars(model):
         return
     import torch._dynamo
@@ -118,6 +311,37 @@ def check_hooks_run(model: Any) -> None:
             "torch._dynamo.config.skip_nnmodule_hook_guards = False before the first generate; or call "
             "torch.compiler.reset() and `del model._compiled_call` now"
         )
+
+
+def check_parts_run(root: nn.Module, name: str, method: str) -> None:
+    """Refuse compiled modules inside `root`, which would run without the hooks that a method puts inside them.
+
+    Args:
+        root: the modules that get hooks, and those between them.
+        name: what `root` is called in the message.
+        method: name of the method.
+
+    Raises:
+        ValueError: some module was compiled.
+    """
+    for module in root.modules():
+        if (
+            getattr(module, "_compiled_call_impl", None) is not None
+            or hasattr(module, _COMPILED)
+            or hasattr(vars(module).get("forward"), _COMPILED)
+        ):
+            raise ValueError(
+                f"cannot prune by method {method!r} with compiled layers in {name}: the method watches these layers by "
+                "hooks, which compiled code skips; load the model without compiling them, or use method='hawk'"
+            )
+
+
+def compiled_before() -> ValueError:
+    """Make the error for a call whose code was compiled outside the block, so that hooks inside it did not run."""
+    return ValueError(
+        "cannot run code inside prune that torch.compile made before the block: it skips the hooks that prune, and "
+        "read the whole prompt; call the model itself, or call torch.compiler.reset() on entering"
+    )
 
 
 def forget_compiled_call(model: Any) -> None:

@@ -23,7 +23,22 @@ from torch import nn
 from hawk_kernels.hf.anatomy import Anatomy, first_attention_layer
 from hawk_kernels.hf.choose_tokens import Choice, Chooser, Context
 from hawk_kernels.hf.encoders.recorder import attention_of_prompt, recorder_for
-from hawk_kernels.hf.hooks import Handle, WatchedMethod, call_length, named, outside_graphs, upload, visual_features
+from hawk_kernels.hf.hooks import (
+    Handle,
+    Lifetime,
+    WatchedMethod,
+    call_length,
+    check_hooks_run,
+    check_parts_run,
+    compiled_before,
+    guard,
+    named,
+    outside_graphs,
+    serve,
+    unguard,
+    upload,
+    visual_features,
+)
 from hawk_kernels.hf.images import Encoded, EncodingWatch, frames_of_prompt
 from hawk_kernels.hf.layer_masks import LayerMasks
 from hawk_kernels.hf.packing import Packing, pack_call, slot_limit
@@ -66,6 +81,12 @@ class CallHooks:
         chooser: chooses the tokens that stay.
         query: the caller's choice of text queries, or None.
         publish: is called with the outcome of each prefill.
+        ended: is called when the hooks are off.
+
+    Attributes:
+        lifetime: puts the hooks on and takes them off.
+        has_chosen: whether tokens of any prompt were chosen.
+        left_images_alone: whether images came over a cache that was not empty.
 
     Raises:
         TypeError: a method that the model's family cannot serve.
@@ -73,7 +94,12 @@ class CallHooks:
     """
 
     def __init__(
-        self, anatomy: Anatomy, chooser: Chooser, query: Query | None, publish: Callable[[Outcome], None]
+        self,
+        anatomy: Anatomy,
+        chooser: Chooser,
+        query: Query | None,
+        publish: Callable[[Outcome], None],
+        ended: Callable[[], None],
     ) -> None:
         self._anatomy = anatomy
         self._chooser = chooser
@@ -84,6 +110,8 @@ class CallHooks:
         self._masks = None if layer is None else LayerMasks(anatomy, layer, chooser.method.name)
         self._records = CacheRecords(CachedPrompt)
         self._thread = _ThreadState()
+        self.lifetime = Lifetime(self._attach, self._watch_generate, ended)
+        self.has_chosen = self.left_images_alone = False
 
     def __reduce__(self) -> str:
         # a copy of the model would be pruned for ever: no block of its own would end that
@@ -91,19 +119,39 @@ class CallHooks:
             "cannot copy or save a model inside prune; leave the block first, and prune the copy in a block of its own"
         )
 
-    def attach(self) -> list[Handle]:
-        """Register the hooks; removing the handles, the last one first, ends the pruning."""
+    def _attach(self) -> list[Handle]:
+        """Register the hooks.
+
+        Raises:
+            ValueError: the model is being pruned already, or runs compiled code that would skip hooks.
+        """
         parts = self._anatomy
+        watched = (parts.head, parts.multimodal, parts.text)
+        hooks = [hook for module in watched for hook in module._forward_pre_hooks.values()]
+        if any(isinstance(getattr(hook, "__self__", None), CallHooks) for hook in hooks):
+            raise ValueError(
+                f"cannot prune a {type(parts.head).__name__} that is being pruned already; leave that block first, and "
+                "join the threads that generate in it"
+            )
+        for module in watched:
+            check_hooks_run(module)
+        method = self._chooser.method.name
+        if self._masks is not None:
+            check_parts_run(parts.text.layers, "the text model", method)
+        self._sources.check_hooks_run(method)
         return [
             parts.head.register_forward_pre_hook(self._before_head, with_kwargs=True),
+            parts.head.register_forward_hook(self._after_head),
             parts.multimodal.register_forward_pre_hook(self._before_multimodal, with_kwargs=True),
             parts.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
-            parts.text.register_forward_hook(self._after_text, with_kwargs=True),
+            parts.text.register_forward_hook(self._after_text, with_kwargs=True, always_call=True),
             parts.multimodal.register_forward_hook(self._after_multimodal, always_call=True),
-            WatchedMethod(parts.head, "generate", self._around_generate),
             *self._sources.attach(),
             *([] if self._masks is None else self._masks.attach()),
         ]
+
+    def _watch_generate(self) -> Handle:
+        return WatchedMethod(self._anatomy.head, "generate", self._around_generate)
 
     def options(self) -> dict[str, object]:
         """Return what the method was made with and, where it reads the vision encoder, from which layers."""
@@ -116,19 +164,31 @@ class CallHooks:
         check_one_prefill(self._anatomy.head, arguments, length)
         earlier, self._thread.prompt_length = self._thread.prompt_length, length
         try:
-            yield lambda output: None
+            with self.lifetime.generating():
+                yield lambda output: None
         finally:
             self._thread.prompt_length = earlier
 
     def _before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.lifetime.acts():
+            return
+        self._thread.is_reached = False
         kwargs = named(module, args, kwargs)
         if call_length(kwargs) > 1:
             logits_to_keep = kwargs.get("logits_to_keep")
             self._thread.logits_to_keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
 
+    def _after_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.lifetime.acts() and not self._thread.is_reached:
+            raise compiled_before()
+
     def _before_multimodal(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self.lifetime.acts():
+            return None
+        self.lifetime.begin_forward()
+        self._thread.is_reached = True
         kwargs = named(module, args, kwargs)
         cache, input_ids, mask = (kwargs.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
         length = call_length(kwargs)
@@ -139,12 +199,16 @@ class CallHooks:
                     "input_ids: expected the token ids of the prompt, got inputs_embeds only, which do not tell which "
                     "tokens are visual; pass input_ids and pixel_values, or leave the prune block"
                 )
+            # taken here, so that a call which was interrupted leaves nothing to the next one
+            wanted, self._thread.logits_to_keep = self._thread.logits_to_keep, 0
             self._thread.is_inside, self._thread.prefill = True, None
             self._sources.start()
             if input_ids is not None:
                 self._thread.prefill = self._read(kwargs, input_ids)
             if self._thread.prefill is not None:
+                self._thread.prefill.logits_to_keep = wanted
                 forget(cache)
+                unguard(cache)
                 return None
         record = self._records.of(cache)
         if record is None:
@@ -173,6 +237,7 @@ class CallHooks:
         prompt, valid = read_prompt(self._anatomy, kwargs, query, guesses)
         if prompt is None:
             if features:
+                self.left_images_alone = True
                 reason = "images came over a cache that is not empty; only prompts in one call are pruned"
                 self._leave_alone(torch.ones_like(input_ids, dtype=torch.bool), None, reason)
             return None
@@ -188,17 +253,20 @@ class CallHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         kwargs = named(module, args, kwargs)
         cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
-        if embeds is None:
+        if embeds is None or not self.lifetime.acts():
             return None
         if embeds.shape[1] > 1:
-            if not self._thread.is_inside:
+            is_inside, prefill = self._thread.is_inside, self._thread.prefill
+            self._thread.is_inside, self._thread.prefill, self._thread.entered = False, None, prefill
+            if not is_inside:
                 raise ValueError(
                     "cannot call the text model by itself inside prune: inputs_embeds do not tell which tokens are "
                     "visual; call the model that was given to prune, not a compiled wrapper of it, or leave the block"
                 )
-            if self._thread.prefill is not None:
-                packed = self._prefill(self._thread.prefill, kwargs)
+            if prefill is not None:
+                packed = self._prefill(prefill, kwargs)
                 return None if packed is None else ((), packed)
+        serve(cache, True)
         if self._masks is not None:
             self._masks.resume(cache)
         record = self._records.of(cache)
@@ -263,6 +331,7 @@ class CallHooks:
         """Choose by what enters the scoring layer, `[B, T, hidden]`, and publish the choice."""
         prompt = prefill.prompt
         choice = self._chooser.choose(states, prompt, projections, context)
+        self.has_chosen = True
         prefill.kept, prefill.counts = choice.kept, choice.counts
         own = slice(None), slice(prompt.length)
         query_mask = upload(prompt.query, states.device)
@@ -277,14 +346,19 @@ class CallHooks:
 
     def _after_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         embeds = kwargs.get("inputs_embeds")
+        if not self.lifetime.acts():
+            return None
+        serve(kwargs.get("past_key_values"), False)
         if embeds is None or embeds.shape[1] == 1:
             return None
-        prefill = self._thread.prefill
-        if prefill is None or prefill.kept is None:
+        prefill, self._thread.entered = self._thread.entered, None
+        if prefill is None or prefill.kept is None or output is None:
             return None
         prompt, packing, cache = prefill.prompt, prefill.packing, output.past_key_values
         if self._masks is not None:
             self._masks.finish(cache)
+        if cache is not None and not prefill.keeps_everything:
+            guard(cache)
         if cache is None and self._thread.uncached is None:
             self._thread.uncached = UncachedPrompt(prompt, prefill.features, prefill.kept, prefill.counts)
         if packing is None or prefill.following is None:
@@ -299,15 +373,21 @@ class CallHooks:
                 slot_limit=slot_limit(self._anatomy),
             )
             self._records.keep(cache, record)
-        wanted = self._thread.logits_to_keep
+        wanted = prefill.logits_to_keep
         if wanted and prompt.ends_in_text(wanted):
             return None
         output["last_hidden_state"] = packing.unpack(output.last_hidden_state)
         return output
 
     def _after_multimodal(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self.lifetime.acts():
+            return
+        prefill = self._thread.prefill
         self._thread.is_inside, self._thread.prefill, self._thread.mask = False, None, None
         self._thread.logits_to_keep = 0
+        self.lifetime.end_forward()
+        if prefill is not None and output is not None:
+            raise compiled_before()
 
 
 class _Sources:
@@ -329,6 +409,11 @@ class _Sources:
     def attach(self) -> list[Handle]:
         watches = (self._recorder, self._encoding)
         return [handle for watch in watches if watch is not None for handle in watch.attach()]
+
+    def check_hooks_run(self, method: str) -> None:
+        """Refuse a vision encoder with compiled layers, where the method watches them."""
+        if self._recorder is not None:
+            check_parts_run(self._recorder.tower, "the vision encoder", method)
 
     def start(self) -> None:
         """Forget what earlier calls of the multimodal model encoded."""
@@ -379,7 +464,8 @@ class _Prefill:
     """A prompt on its way from the multimodal model to the text model and back.
 
     At the text model `encoded` is filled in; then `kept` and `counts`, the tokens that stay and their number in each
-    row; and where some were dropped, how the rest are packed and the position ids of what follows.
+    row; and where some were dropped, how the rest are packed and the position ids of what follows. `logits_to_keep` is
+    how many logits at the end the caller wants, 0 for all.
     """
 
     prompt: Prompt
@@ -391,6 +477,7 @@ class _Prefill:
     counts: list[int] = field(default_factory=list)
     packing: Packing | None = None
     following: torch.Tensor | None = None
+    logits_to_keep: int = 0
 
     @property
     def keeps_everything(self) -> bool:
@@ -399,8 +486,13 @@ class _Prefill:
 
 
 class _ThreadState(threading.local):
+    # whether the multimodal model was reached by the call of the head
+    is_reached: bool = False
+    # whether the text model was not reached yet by the call of the multimodal model, and the prompt of that call
     is_inside: bool = False
     prefill: _Prefill | None = None
+    # the prompt that the text model reads now
+    entered: _Prefill | None = None
     mask: Any = None
     logits_to_keep: int = 0
     # of the prompt that generate was called with

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 from hawk_kernels.head_weights import resolve_head_weights
 from hawk_kernels.hf.anatomy import dissect
 from hawk_kernels.hf.choose_tokens import Chooser
-from hawk_kernels.hf.hooks import Handle, check_hooks_run, forget_compiled_call
+from hawk_kernels.hf.hooks import forget_compiled_call
 from hawk_kernels.hf.prefill import CallHooks, Outcome
 from hawk_kernels.hf.question import ChatQuestion, Query
 from hawk_kernels.hf.stats import PruningStats, sample_stats
@@ -46,7 +47,8 @@ def prune(
     the next step of a generation and keeps the tokens of the first step.
 
     Args:
-        model: a transformers model of a supported family.
+        model: a transformers model of a supported family (docs/families.md), as it is or inside a `PeftModel`, a
+            `DistributedDataParallel` or what `torch.compile(model)` returns.
         keep_ratio: float in (0, 1], the fraction of the visual tokens that is kept, at least one; or an int, how many.
         method: name of a method, or a method object.
         head_weights: None (the shipped registry), "uniform", a `[H]` tensor or sequence, or the path of a weights file.
@@ -94,15 +96,17 @@ class Pruning:
         query = _checked_query(query)
         weights, source = None, None
         if method.uses_head_weights:
-            weights, source = resolve_head_weights(head_weights, model.config, self._anatomy.projections.num_heads)
+            heads = self._anatomy.projections.num_heads
+            weights, source = resolve_head_weights(head_weights, self._anatomy.head.config, heads)
         elif head_weights is not None:
             raise TypeError(f"head_weights: method {method.name!r} uses none; leave the argument out")
         self._method = method
         self._per_image = budget == "per_image"
-        chooser = Chooser(method, keep_ratio, self._per_image, weights)
-        self._hooks = CallHooks(self._anatomy, chooser, query, self._publish)
+        self._chooser = Chooser(method, keep_ratio, self._per_image, weights)
+        self._query = query
+        self._hooks = self._made_hooks()
         self._no_stats = PruningStats(
-            model=type(model).__name__,
+            model=type(self._anatomy.head).__name__,
             family=self._anatomy.family.model_type,
             method=method.name,
             method_options=self._hooks.options(),
@@ -110,7 +114,6 @@ class Pruning:
             keep_ratio=keep_ratio,
             budget=budget,
         )
-        self._handles: list[Handle] = []
         self._was_compiled = False
         self._thread = _ThreadState()
         self._latest: Outcome | None = None
@@ -201,26 +204,39 @@ class Pruning:
         return PrunedPrompt(self._anatomy, prompt, encoded, outcome.keep_mask, outcome.scores, self.stats, self._method)
 
     def __enter__(self) -> Pruning:
-        parts = self._anatomy
-        watched = (parts.head, parts.multimodal, parts.text)
-        hooks = [hook for module in watched for hook in module._forward_pre_hooks.values()]
-        if any(isinstance(getattr(hook, "__self__", None), CallHooks) for hook in hooks):
-            raise ValueError(
-                f"cannot prune a {type(parts.head).__name__} that is being pruned already; leave that block first"
-            )
-        for module in watched:
-            check_hooks_run(module)
-        self._was_compiled = "_compiled_call" in vars(parts.head)
-        self._handles = self._hooks.attach()
+        was_compiled = "_compiled_call" in vars(self._anatomy.head)
+        # an adapter may have replaced projections since the object was made
+        self._anatomy = dissect(self._anatomy.head)
+        hooks = self._made_hooks()
+        hooks.lifetime.open()
+        self._hooks, self._was_compiled = hooks, was_compiled
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # the last one first: of two watches of one method each puts back what it found
-        for handle in reversed(self._handles):
-            handle.remove()
-        self._handles = []
+        ended = self._hooks.lifetime.close()
+        if ended and exception[0] is None:
+            self._warn_if_nothing_was_pruned()
+
+    def _made_hooks(self) -> CallHooks:
+        return CallHooks(self._anatomy, self._chooser, self._query, self._publish, self._ended)
+
+    def _ended(self) -> None:
         if not self._was_compiled:
             forget_compiled_call(self._anatomy.head)
+
+    def _warn_if_nothing_was_pruned(self) -> None:
+        if not self._hooks.lifetime.was_called:
+            warnings.warn(
+                "prune: the model was not called inside the block, so nothing was pruned; put the call inside the "
+                "`with`, and join there the threads that make it",
+                stacklevel=3,
+            )
+        elif self._hooks.left_images_alone and not self._hooks.has_chosen:
+            warnings.warn(
+                "prune: images came inside the block and none was pruned, since they came over a cache that was not "
+                "empty; start with a new cache, or pass all images in the first call",
+                stacklevel=3,
+            )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.stats!r}"

@@ -58,6 +58,7 @@ class VisionRecorder:
 
     Attributes:
         layers: object layer and deep layer, counted from 1.
+        tower: the vision encoder.
 
     Raises:
         ValueError: a layer that the encoder does not have.
@@ -72,6 +73,7 @@ class VisionRecorder:
         self.layers = (object_layer or encoder.default_object_layer, encoder.deep_layer)
         self._source = encoder.object_layer_source if object_layer is None else "the option object_layer"
         self._encoder = encoder
+        self.tower: nn.Module = encoder.tower
         self._thread = _ThreadState()
 
     def attach(self) -> list[Handle]:
