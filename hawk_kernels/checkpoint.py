@@ -31,11 +31,11 @@ class CheckpointError(Exception):
 
 
 def load_processor(name_or_path: str, **kwargs: Any) -> Any:
-    """The processor of a checkpoint: `AutoProcessor`, or one for images only where torchvision is missing.
+    """Load the processor of a checkpoint; where torchvision is missing, one that takes images but no videos.
 
     Many processors insist on a video processor, which needs torchvision, even for someone who only asks about images.
-    Without torchvision this returns the same processor without that part: everything but the call with `videos`, which
-    is an error, is that of the class in transformers.
+    Without torchvision this returns the same processor without that part: it raises an error if it is given `videos`,
+    and does everything else as the class in transformers does.
 
     Args:
         name_or_path: a model id on the Hub, or a folder.
@@ -44,7 +44,10 @@ def load_processor(name_or_path: str, **kwargs: Any) -> Any:
     Raises:
         ImportError: another package is missing, or the processor cannot do without torchvision.
     """
-    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+    from transformers import AutoProcessor, AutoTokenizer
+
+    # transformers up to 5.17 exports a placeholder instead, which asks for torchvision even where pillow is enough
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     whole: Any = AutoProcessor
     try:
