@@ -1,4 +1,4 @@
-"""README and docs hold: their snippets run, their commands and flags exist, their links lead somewhere.
+"""README and docs are true: their snippets run, their commands and flags exist, their links lead somewhere.
 
 A page's ```python blocks run in order in one namespace and an empty folder. A comment before a block changes that:
 
