@@ -43,7 +43,7 @@ class Shape:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a row, padding included."""
+        """Count the tokens of a row, padding included."""
         return _TEXT_BEFORE + self.num_visual + _TEXT_AFTER
 
     def __str__(self) -> str:
@@ -80,12 +80,12 @@ class Prompt:
 
     @property
     def cost(self) -> model.Cost:
-        """The bytes that must be moved."""
+        """Count the bytes that must be moved."""
         size = self.embeds.element_size()
         return model.compaction(1, sum(self.counts), self.embeds.shape[2], _AXES, size)
 
     def check(self, found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-        """Raises AssertionError where a bit differs from the reference."""
+        """Raise an AssertionError if a bit differs from the reference."""
         for name, got, expected in zip(Compacted._fields, found, self.expected, strict=False):
             if not torch.equal(got.cpu(), expected):
                 raise AssertionError(f"{name} differs from the reference")
@@ -125,7 +125,7 @@ def boolean_indexing(
 
 
 def measure(shape: Shape, rounds: int, seconds: float, device: torch.device, bandwidth: float) -> dict[str, Any]:
-    """One row: parity of all, then times, then memory.
+    """Measure one row: parity of all, then times, then memory.
 
     Raises:
         SystemExit: a contender differs from the reference.
@@ -190,7 +190,7 @@ def print_row(row: dict[str, Any], shape: Shape) -> None:
 
 
 def main() -> None:
-    """Measure, print a line a contender, write JSON anew after each shape."""
+    """Measure, print a line for each contender, and rewrite the JSON after each shape."""
     parser = cli.parser(
         "bench.compact",
         __doc__,

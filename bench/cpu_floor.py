@@ -46,7 +46,7 @@ CASES = (
 
 
 def aim(case: Case) -> float:
-    """The speed-up over the plain lines that is asked of the PyTorch path."""
+    """Return the speed-up over the plain lines that is asked of the PyTorch path."""
     if case.dtype != "fp32":
         return 0.8
     return 1.2 if case.num_keys >= _LONG else 1.0
@@ -63,7 +63,7 @@ def plain_lines(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor, r: float, nor
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """One row: microseconds of each contestant, and the ratios of medians and of minima."""
+    """Measure one row: microseconds of each contestant, and the ratios of medians and of minima."""
     inputs = make_inputs(case, torch.device("cpu"))
     assert isinstance(inputs, QueriesAndKeys)
     q, k, w = inputs.q, inputs.k, inputs.w.float()

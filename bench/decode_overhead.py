@@ -134,7 +134,7 @@ def measure(model: Any, case: str, side: int, rounds: int, device: torch.device)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print a line a case, write JSON."""
+    """Measure, print a line for each case, and write JSON."""
     parser = cli.parser(
         "bench.decode_overhead", __doc__, device=cli.default_device(), rounds=200, json="none is written"
     )

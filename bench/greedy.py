@@ -3,18 +3,18 @@
     python -m bench.greedy [--device cuda] [--rounds 5] [--kept 576] [--json FILE]
 
 Two spans are timed: the picks alone, from given cosines of all pairs, and the whole call, from features of `hidden`
-entries a token. Contestants, for greedy max-min (DivPrune):
+entries per token. Contestants, for greedy max-min (DivPrune):
 
-    ours      a running nearest distance, one short run of whole-row steps a pick
+    ours      a running nearest distance, one short run of whole-row steps per pick
     literal   the distances to all tokens picked so far, looked up and reduced again for every pick
 
 and for greedy DPP (CDPruner):
 
-    ours        one row of a Cholesky factor a pick, in units of cosines
+    ours        one row of a Cholesky factor per pick, in units of cosines
     literal     what every token adds to the determinant, by a solve with the picked ones' kernel for every pick
     cholesky    the incremental loop of arXiv 1709.05135 over the whole kernel, as CDPruner's release runs it
 
-The literal loop of the latter takes most of a minute a run at the largest shape and is timed on the picks alone.
+The literal loop of the latter takes most of a minute per run at the largest shape and is timed on the picks alone.
 All contestants read the same cosines. A median is given with the 20th and 80th percentile, in milliseconds; on a GPU
 the host waits for the device around every sample. No time is printed before the picks have been compared with those of
 a literal loop in float64.

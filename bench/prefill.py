@@ -362,7 +362,7 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, print a line a row, write JSON."""
+    """Measure, print a line for each row, and write JSON."""
     parser = cli.parser(
         "bench.prefill",
         __doc__,

@@ -219,7 +219,7 @@ def failures(results: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Measure, print a line a case, write JSON."""
+    """Measure, print a line for each case, and write JSON."""
     parser = cli.parser(
         "bench.score_and_select",
         __doc__,

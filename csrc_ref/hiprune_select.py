@@ -12,7 +12,7 @@ def hiprune_select(object_attention, deep_attention, r, *, grid, alpha=0.1, roun
         object_attention: `[B, M]` or `[M]`, attention that each token receives in the object (middle) layer.
         deep_attention: the same in the last layer.
         r: float in (0, 1] = fraction kept, int >= 1 = budget.
-        grid: `(h, w)`, `(t, h, w)`, or a list with one of these an image.
+        grid: `(h, w)`, `(t, h, w)`, or a list with one of these per image.
         alpha: share of anchors and their neighbours in the budget.
         rounding: "floor" or "ceil".
 

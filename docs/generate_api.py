@@ -52,7 +52,7 @@ _ITEM = re.compile(r"(?P<names>\*{0,2}\w+(?:, \*{0,2}\w+)*): (?P<text>.*)")
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     parts = [_INTRODUCTION]
     grouped = {name for names in GROUPS.values() for name in names} | {"calibrate"}
     rest = tuple(name for name in hawk_kernels.__all__ if name not in grouped)
@@ -72,7 +72,7 @@ def page() -> str:
 
 
 def entry(name: str, value: Any, *, called: str | None = None, members: bool = True) -> str:
-    """Heading, signature and docstring of one public name, and of a class those of its public members."""
+    """Return heading, signature and docstring of one public name, and of a class those of its public members."""
     if not callable(value):
         return f"### `{name}`\n\nA `{type(value).__name__}`."
     parts = [f"### `{name}`"]
@@ -85,7 +85,7 @@ def entry(name: str, value: Any, *, called: str | None = None, members: bool = T
 
 
 def _members(name: str, value: type) -> Iterator[str]:
-    """Public properties and methods that the class itself defines and documents."""
+    """Yield public properties and methods that the class itself defines and documents."""
     for member, found in vars(value).items():
         function = found.__func__ if isinstance(found, (classmethod, staticmethod)) else found
         is_documented = isinstance(function, property) or inspect.isfunction(function)
@@ -99,7 +99,7 @@ def _members(name: str, value: type) -> Iterator[str]:
 
 
 def signature(name: str, value: Any) -> str:
-    """The call as a person writes it: on one line where it fits, else one argument a line."""
+    """Write the call on one line where it fits, else with one argument per line."""
     parameters = [p for p in inspect.signature(value).parameters.values() if p.name not in ("self", "cls")]
     shown: list[str] = []
     is_open = False
@@ -136,7 +136,7 @@ def _arrow(value: Any) -> str:
 
 
 def prose(docstring: str) -> str:
-    """A docstring as Markdown: sections become lists, indented code becomes a block."""
+    """Turn a docstring into Markdown: sections become lists, indented code becomes a block."""
     parts: list[str] = []
     for block in re.split(r"\n\s*?\n", docstring):
         head, _, body = block.partition("\n")
@@ -150,7 +150,7 @@ def prose(docstring: str) -> str:
 
 
 def _items(body: str) -> str:
-    """The entries of a section: a list where each names an argument, else text."""
+    """Return the entries of a section: a list where each names an argument, else text."""
     lines = []
     for line in body.splitlines():
         match = _ITEM.fullmatch(line)
@@ -163,7 +163,7 @@ def _items(body: str) -> str:
 
 
 def _code(text: str) -> str:
-    """A fenced block, as the language that it is."""
+    """Return a fenced block that names its language."""
     try:
         json.loads(text)
         return f"```json\n{text}\n```"

@@ -1,4 +1,4 @@
-"""Loads a vision-language checkpoint for someone who typed its name: every failure says what to do."""
+"""Load a vision-language checkpoint that someone named on a command line; every failure says what to do."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class CheckpointError(Exception):
 
 
 def load_processor(name_or_path: str, **kwargs: Any) -> Any:
-    """The processor of a checkpoint: `AutoProcessor`, or one for images only where torchvision is missing.
+    """Load the processor of a checkpoint; where torchvision is missing, one that takes images but no videos.
 
     Many processors insist on a video processor, which needs torchvision, even for someone who only asks about images.
-    Without torchvision this returns the same processor without that part: everything but the call with `videos`, which
-    is an error, is that of the class in transformers.
+    Without torchvision this returns the same processor without that part: it raises an error if it is given `videos`,
+    and does everything else as the class in transformers does.
 
     Args:
         name_or_path: a model id on the Hub, or a folder.
@@ -44,7 +44,10 @@ def load_processor(name_or_path: str, **kwargs: Any) -> Any:
     Raises:
         ImportError: another package is missing, or the processor cannot do without torchvision.
     """
-    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+    from transformers import AutoProcessor, AutoTokenizer
+
+    # transformers up to 5.17 exports a placeholder instead, which asks for torchvision even where pillow is enough
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     whole: Any = AutoProcessor
     try:
@@ -90,7 +93,7 @@ def _without_videos(family: Any) -> Any:
 
 
 def _processor_class(name_or_path: str, kwargs: dict[str, Any]) -> Any:
-    """The processor's class by the type of the model; None where it has parts besides images, videos and text."""
+    """Find the processor's class by the type of the model; None if it reads more than images, videos and text."""
     from transformers import PROCESSOR_MAPPING, AutoConfig
 
     family: Any = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(name_or_path, **kwargs)), None)
@@ -156,7 +159,7 @@ def _missing_files(folder: Path) -> str | None:
 
 
 def find_device(name: str) -> torch.device:
-    """A device that tensors can be made on and read from.
+    """Return a device that tensors can be made on and read from.
 
     Args:
         name: "cpu", "cuda", "cuda:1", "mps", ...; "auto" is a GPU if there is one.
@@ -182,7 +185,7 @@ def find_device(name: str) -> torch.device:
 
 
 def ask_about(processor: Any, image: Image.Image, question: str) -> Any:
-    """Model inputs for a question about a picture, by the checkpoint's chat template where it has one.
+    """Make model inputs for a question about a picture, by the checkpoint's chat template where it has one.
 
     Args:
         processor: that of the checkpoint.
@@ -203,7 +206,7 @@ def ask_about(processor: Any, image: Image.Image, question: str) -> Any:
 
 
 def _why_no_hub(name: str) -> str | None:
-    """Why this model cannot be fetched, or `None` if it can.
+    """Say why this model cannot be fetched; `None` if it can.
 
     Asked once and first, because every file of an unreachable checkpoint is otherwise tried six times: two minutes of
     silence before the same answer.
@@ -242,6 +245,6 @@ def _hub_offline(offline: bool) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error that says anything."""
+    """Return the first line of an error that says anything."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

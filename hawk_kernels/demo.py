@@ -64,7 +64,7 @@ class Asked:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of the demo."""
+    """Build the command line of the demo."""
     parser = argparse.ArgumentParser(
         prog="hawk-kernels demo",
         description="Answer a question about a picture with all visual tokens and with a part of them, draw what was "
@@ -261,7 +261,7 @@ def _measure_speed(asked: Asked, args: argparse.Namespace) -> Speed:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The report as text for a person."""
+    """Render the report as text."""
     plain, pruned, seconds = report["all_tokens"], report["pruned"], report["seconds"]
     width, height = report["image_size"]
     grid = f", {report['grid'][0]} x {report['grid'][1]} visual tokens" if report["grid"] else ""
@@ -343,7 +343,7 @@ def _answer_dict(answer: Answer) -> dict[str, Any]:
 
 
 def _quieten() -> None:
-    """Loading bars and generation hints would bury the answer, and spoil `--json`."""
+    """Silence loading bars and generation hints, which would bury the answer and spoil `--json`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging as transformers_logging
 
@@ -353,7 +353,7 @@ def _quieten() -> None:
 
 
 def _picture_path(text: str) -> Path:
-    """The path that `--image` names, as far as it can be one."""
+    """Return the path that `--image` names, as far as it can be one."""
     if "://" in text:
         raise DemoError(f"--image takes a file, not the address {text}; download the picture and give its path.")
     path = Path(text)
@@ -461,7 +461,7 @@ def _uses_head_weights(method: str) -> bool:
 
 
 def _watched(name: str, alpha: float) -> tuple[str | Method, Callable[[], Any]]:
-    """The method to run, and a function that tells why each visual token stayed, or `None` where it cannot."""
+    """Return the method to run, and a function that says why each visual token stayed, or `None` if it cannot."""
     if name != "hiprune":
         return name, lambda: None
     from hawk_kernels.methods.hiprune import HiPrune
@@ -544,7 +544,7 @@ def _finish(device: torch.device) -> None:
 
 
 def _token_grid(inputs: Any, config: Any, count: int) -> tuple[int, int] | None:
-    """Rows and columns of the image's visual tokens, or `None` where they cannot be told."""
+    """Return rows and columns of the image's visual tokens, or `None` where they cannot be told."""
     if "image_grid_thw" in inputs:
         merge = config.vision_config.spatial_merge_size
         _, height, width = (int(x) for x in inputs["image_grid_thw"][0])

@@ -63,7 +63,7 @@ class Speed:
     pruned: Run
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the fields as JSON holds them."""
         return asdict(self)
 
     @property
@@ -180,7 +180,7 @@ def measure(
 
 
 def describe(speed: Speed) -> str:
-    """The report as text for a person."""
+    """Render the report as text."""
     before, after = speed.unpruned, speed.pruned
     lines = [
         f"{'':<22}{'all tokens':>12}{'pruned':>12}",
@@ -212,7 +212,7 @@ def _megabytes(count: float) -> str:
 
 
 def _run(model: Any, inputs: Mapping[str, Any], block: Callable[[], AbstractContextManager[Any]]) -> Run:
-    """One generation of exactly `_NEW_TOKENS` tokens."""
+    """Time one generation of exactly `_NEW_TOKENS` tokens."""
     import torch
 
     device = inputs["input_ids"].device
@@ -248,7 +248,7 @@ def _run(model: Any, inputs: Mapping[str, Any], block: Callable[[], AbstractCont
 
 
 def _bytes_of(cache: Any) -> int:
-    """Bytes of the keys and values of all layers; layers of another kind of state do not count."""
+    """Count the bytes of the keys and values of all layers; layers of another kind of state do not count."""
     tensors = (getattr(layer, part, None) for layer in getattr(cache, "layers", ()) for part in ("keys", "values"))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
@@ -278,7 +278,7 @@ class _PeakMemory:
             self._start = _resident("VmRSS") if device.type == "cpu" and _reset_resident_peak() else None
 
     def above_start(self) -> int | None:
-        """Bytes."""
+        """Return the peak in bytes above the start."""
         import torch
 
         if self._start is None:

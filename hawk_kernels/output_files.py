@@ -49,7 +49,7 @@ class Kind:
 
 
 def picture_kind(path: str | Path) -> Kind:
-    """The kind of picture that the end of a file's name stands for."""
+    """Return the kind of picture that the end of a file's name stands for."""
     suffix = Path(path).suffix.lower()
     headers = _PICTURE_HEADERS.get(suffix, ())
 

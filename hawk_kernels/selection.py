@@ -36,7 +36,7 @@ Fields = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def as_selection(fields: Fields, batched: bool) -> Selection:
-    """What an operator returned, without the batch axis where the caller gave none."""
+    """Make a `Selection` of what an operator returned, without the batch axis if the caller gave none."""
     mask, indices, scores = fields
     return Selection(mask, indices, scores) if batched else Selection(mask[0], indices[0], scores[0])
 
@@ -60,7 +60,7 @@ def keep_fraction(keep_ratio: float, rounding: str) -> tuple[int, int]:
 
 
 def _neighbour(exact: Fraction, rounding: str) -> Fraction:
-    """The nearest fraction not above (`floor`) or not below (`ceil`) `exact`, its denominator below 2**31."""
+    """Return the nearest fraction not above (`floor`) or not below (`ceil`) `exact`, its denominator below 2**31."""
     nearest = exact.limit_denominator(_MAX_DENOMINATOR)
     step = 1 if rounding == "ceil" else -1
     if nearest == exact or (nearest > exact) == (step == 1):

@@ -208,7 +208,7 @@ def _resolved(kernel: str, config: dict[str, int], device: torch.device) -> Any:
 
 
 def microseconds(run: Callable[[], object], flush: Callable[[], object]) -> dict[str, float]:
-    """Median, 20th and 80th percentile of what a call takes on the GPU after `flush`, less what `flush` takes."""
+    """Measure what a call takes on the GPU after `flush`, without `flush`: median, 20th and 80th percentile."""
     from triton.testing import do_bench_cudagraph
 
     def flush_and_run() -> None:
@@ -342,7 +342,7 @@ def _empty_table(device: torch.device, quick: bool) -> dict[str, Any]:
 
 
 def _measured_before(path: Path, table: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """The entries of a partial table, by kernel and shape; none where it is of another machine, version or code."""
+    """Read the entries of a partial table, by kernel and shape; none if the machine, version or code is another."""
     before = json.loads(path.read_text()) if path.exists() else {}
     if any(before.get(name) != value for name, value in table.items() if name not in ("date", *_KERNELS)):
         return {}

@@ -26,7 +26,7 @@ _HEAT = ((13, 8, 60), (84, 15, 110), (160, 44, 96), (219, 80, 59), (247, 144, 30
 
 
 def cell_boxes(size: tuple[int, int], grid: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
-    """Pixel boxes `(left, top, right, bottom)` of the cells of `grid = (rows, columns)` on a picture, row by row.
+    """Return the pixel boxes `(left, top, right, bottom)` of the cells of `grid = (rows, columns)`, row by row.
 
     The boxes cover the picture without gap or overlap, also where `size = (width, height)` is no multiple of the grid.
     """
@@ -43,7 +43,7 @@ def cell_boxes(size: tuple[int, int], grid: tuple[int, int]) -> Iterator[tuple[i
 
 
 def fit(image: Image.Image, smallest: int = 512, largest: int = 1024) -> Image.Image:
-    """The image in RGB, its long side scaled into `smallest .. largest` pixels; by a whole factor where it grows."""
+    """Scale the image, in RGB, so that its long side lies in `smallest .. largest`; it grows by a whole factor."""
     from PIL import Image
 
     image = image.convert("RGB")
@@ -58,7 +58,7 @@ def fit(image: Image.Image, smallest: int = 512, largest: int = 1024) -> Image.I
 
 
 def dim_dropped(image: Image.Image, keep_mask: TokenValues, grid: tuple[int, int]) -> Image.Image:
-    """A copy of the image where the cells of dropped tokens are veiled; those of kept tokens stay as they are.
+    """Copy the image with a veil over the cells of dropped tokens; those of kept tokens stay as they are.
 
     Args:
         image: any mode; the result is RGB of the same size.
@@ -82,7 +82,7 @@ def dim_dropped(image: Image.Image, keep_mask: TokenValues, grid: tuple[int, int
 
 
 def draw_heat(image: Image.Image, scores: TokenValues, grid: tuple[int, int]) -> Image.Image:
-    """The image in grey under its tokens' scores as heat, from the lowest (dark violet) to the highest (pale yellow).
+    """Draw the image in grey under its scores as heat, from the lowest (dark violet) to the highest (pale yellow).
 
     Args:
         image: any mode; the result is RGB of the same size.
@@ -110,7 +110,7 @@ def draw_heat(image: Image.Image, scores: TokenValues, grid: tuple[int, int]) ->
 
 
 def heat_colour(value: float) -> tuple[int, int, int]:
-    """The colour of a value in 0..1 on the heat scale."""
+    """Return the colour of a value in 0..1 on the heat scale."""
     position = min(max(float(value), 0.0), 1.0) * (len(_HEAT) - 1)
     index = min(int(position), len(_HEAT) - 2)
     part = position - index
@@ -128,7 +128,7 @@ def draw_overlay(
     title: str | None = None,
     subtitle: str | None = None,
 ) -> Image.Image:
-    """One picture of a pruned prompt: the image, the scores as heat, and the image with the dropped tokens dimmed.
+    """Draw one picture of a pruned prompt: the image, the scores as heat, and the image with dropped tokens dimmed.
 
     Small images are enlarged until a person sees something, and large ones reduced. Panels stand side by side, or
     one below the other when the image is much wider than high.
@@ -265,7 +265,7 @@ def _font(size: int) -> Any:
 
 
 def _fitting_font(draw: Any, text: str, size: int, width: int) -> Any:
-    """The default font, smaller than `size` if the text would not fit in `width` pixels."""
+    """Return the default font, smaller than `size` if the text would not fit in `width` pixels."""
     font = _font(size)
     length = draw.textlength(text, font=font)
     return font if length <= width else _font(max(8, int(size * width / length)))

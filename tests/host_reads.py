@@ -1,4 +1,4 @@
-"""Counting, on a CPU, what would make the host wait for a GPU."""
+"""Count, on a CPU, what would make the host wait for a GPU."""
 
 from __future__ import annotations
 

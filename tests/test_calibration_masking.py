@@ -68,7 +68,7 @@ class Literal:
 
 
 def steps(model, inputs, tokens, literal=None):
-    """Logits of the prompt's last token and of each of `tokens` `[B, steps]` behind it."""
+    """Logits of the prompt's last token and of each of `tokens` `[B, steps]` after it."""
     output = model(**inputs, use_cache=True)
     found = [output.logits[:, -1]]
     for step in range(tokens.shape[1]):
@@ -191,7 +191,7 @@ def test_a_prompt_that_begins_with_its_picture():
 @pytest.mark.parametrize("name", ["aya_vision", "gemma3", "mistral3"])
 @torch.no_grad()
 def test_windows_shorter_than_the_prompt(name, attention):
-    """Behind a window the columns of a mask are the last keys, not all."""
+    """With a sliding window, the columns of a mask are the last keys, not all."""
     model = tiny_model(name, attention=attention, text_changes={"sliding_window": 7})
     inputs = prompt_of(name, 2)
     heads, tokens = [3, None], torch.tensor([words(4)] * 2)

@@ -248,7 +248,7 @@ def test_a_closed_pipe_is_silent(environment, tmp_path, words):
 
 
 @pytest.mark.parametrize("words", [["--version"], ["weights", "list"]], ids=" ".join)
-def test_a_full_device_behind_the_output_is_one_line(shell, words):
+def test_a_full_output_device_is_one_line(shell, words):
     with open("/dev/full", "w") as full:
         done = shell(*words, stdout=full)
     assert (done.returncode, done.stderr) == (1, "error: cannot write the output: No space left on device\n")

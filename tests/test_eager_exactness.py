@@ -25,7 +25,7 @@ def threads(request):
 
 @pytest.fixture(params=["as sized", "every key through tiles", "nothing through tiles"])
 def way(request, monkeypatch):
-    """Tiny tiles cut short rows into many pieces; without a limit long float32 rows are one product."""
+    """Cut short rows into many pieces by tiny tiles; without a limit, long float32 rows are one product."""
     if request.param == "every key through tiles":
         monkeypatch.setattr(eager, "_TILE", 1 << 12)
         monkeypatch.setattr(eager, "_SMALL", 0)
@@ -70,7 +70,7 @@ def test_equal_keys_score_equally_wherever_they_stand(threads, way, normalize, d
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_equal_hidden_states_score_equally_wherever_they_stand(threads, data):
-    """Rows of several tiles, candidates that are one span of tokens and such that are not."""
+    """Rows of several tiles, with candidates that are one span of tokens and others that are not."""
     num_tokens, num_heads = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 30))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     kinds = torch.randint(4, (num_tokens,), generator=generator)

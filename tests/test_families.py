@@ -43,6 +43,6 @@ def test_every_family_is_tested_in_every_mode_that_is_listed():
     assert all(family.video == bool(BY_NAME[family.model_type].video) for family in FAMILIES)
 
 
-def test_the_support_table_of_the_readme_is_the_one_of_the_families():
+def test_the_support_table_in_the_docs_is_that_of_the_families():
     assert support_table.main(["--check"]) == 0
     assert all(f"| `{name}` |" in support_table.table() for name in BY_NAME)

@@ -214,7 +214,7 @@ def test_a_cache_that_is_filled_anew_forgets(three_layers):
 
 
 @torch.no_grad()
-def test_an_error_inside_leaves_nothing_behind(three_layers):
+def test_an_error_inside_leaves_no_trace(three_layers):
     inputs = qwen_batch(RAGGED[0])
     whole = three_layers(**inputs).logits
     hook = three_layers.model.language_model.layers[1].self_attn.register_forward_pre_hook(fail)

@@ -1,4 +1,4 @@
-"""What `prune` promises besides the right logits: results, cost, errors, and that nothing is left behind."""
+"""What `prune` promises besides the right logits: results, cost, errors, and that leaving the block leaves no trace."""
 
 import copy
 import json
@@ -255,7 +255,7 @@ def snapshot(model):
     }
 
 
-def test_leaving_the_block_leaves_nothing_behind(model):
+def test_leaving_the_block_leaves_no_trace(model):
     inputs = qwen_batch(*RAGGED)
     plain = model.generate(**inputs, **GREEDY)
     before = snapshot(model)
@@ -746,7 +746,7 @@ def test_a_tokenizer_shows_where_the_question_stands(model):
     assert asked == [words(5, 3), words(3, 1)]
 
 
-def test_compiled_code_of_the_block_is_not_left_behind(model):
+def test_compiled_code_of_the_block_does_not_outlive_it(model):
     with prune(model, 0.5, head_weights="uniform"):
         model._compiled_call = model.__call__
     assert "_compiled_call" not in vars(model)

@@ -12,7 +12,7 @@ from hawk_kernels.calibration.task import ImageSource, Sample, Task, VideoSource
 
 
 def open_image(source: ImageSource) -> Any:
-    """The picture of a source, RGB, upright as its camera noted (EXIF orientation).
+    """Open the picture of a source in RGB, upright as its camera noted (EXIF orientation).
 
     Raises:
         OSError: no such file, or no picture in it.
@@ -27,7 +27,7 @@ def open_image(source: ImageSource) -> Any:
 
 
 def open_video(source: VideoSource) -> Any:
-    """What a processor takes for a video: a path, or a list of frames."""
+    """Return what a processor takes for a video: a path, or a list of frames."""
     if isinstance(source, (str, Path)):
         return str(source)
     frames = source() if callable(source) else source
@@ -35,7 +35,7 @@ def open_video(source: VideoSource) -> Any:
 
 
 def encode(task: Task, sample: Sample, processor: Any, model: Any) -> dict[str, Any]:
-    """The model's inputs of one sample, batch size 1, on its device and with pixels in its dtype."""
+    """Make the model's inputs of one sample, batch size 1, on its device and with pixels in its dtype."""
     own = getattr(task, "encode", None)
     inputs = _chat_inputs(task, sample, processor) if own is None else own(sample, processor)
     device, dtype = model.get_input_embeddings().weight.device, model.dtype
@@ -66,6 +66,6 @@ def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def decode(processor: Any, tokens: list[int]) -> str:
-    """The text of an answer, without special tokens and spaces around it."""
+    """Decode the text of an answer, without special tokens and surrounding spaces."""
     tokenizer = getattr(processor, "tokenizer", processor)
     return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()

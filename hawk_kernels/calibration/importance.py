@@ -14,7 +14,7 @@ RESAMPLES = 1000
 
 
 def head_importance(deltas: torch.Tensor) -> torch.Tensor:
-    """Importance of each head, `w[i]`, from the drop in score of each benchmark when the head sees no visual tokens.
+    """Compute head importance `w[i]` from the drop in score of each benchmark when head `i` sees no visual tokens.
 
         S'[i,j] = dS[i,j] - min_i dS[i,j]
         w[i] = 1/N_d * sum_j S'[i,j] / sum_i S'[i,j]
@@ -41,7 +41,7 @@ def head_importance(deltas: torch.Tensor) -> torch.Tensor:
 
 
 def flat_benchmarks(deltas: torch.Tensor) -> list[int]:
-    """Benchmarks, as columns of `deltas` `[H, N_d]`, on which no head moves the score more than another."""
+    """Return benchmarks, as columns of `deltas` `[H, N_d]`, on which no head moves the score more than another."""
     spread = deltas.amax(dim=0) - deltas.amin(dim=0)
     return torch.nonzero(spread <= FLAT).flatten().tolist()
 
@@ -49,7 +49,7 @@ def flat_benchmarks(deltas: torch.Tensor) -> list[int]:
 def importance_standard_errors(
     sample_deltas: Sequence[np.ndarray], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> np.ndarray:
-    """Standard error of each weight by the bootstrap: samples are drawn anew, with replacement, from each benchmark.
+    """Estimate the standard error of each weight by the bootstrap, which redraws the samples of each benchmark.
 
     A sample keeps its drops for all heads together, so what heads share does not count as noise between them. The same
     seed gives the same bits.
@@ -74,7 +74,7 @@ def importance_standard_errors(
 
 
 def _normalized(drops: np.ndarray) -> np.ndarray:
-    """Shifted by the minimum over heads and divided by the sum over heads, `[..., H]`; uniform where all are equal."""
+    """Shift by the minimum over heads and divide by the sum over heads, `[..., H]`; uniform where all are equal."""
     shifted = drops - drops.min(axis=-1, keepdims=True)
     total = shifted.sum(axis=-1, keepdims=True)
     is_flat = shifted.max(axis=-1, keepdims=True) <= FLAT

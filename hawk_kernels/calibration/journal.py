@@ -36,7 +36,7 @@ class Journal:
         self._file: IO[bytes] | None = None
 
     def read(self) -> dict[Key, dict[str, Any]]:
-        """All finished samples of all processes."""
+        """Read all finished samples of all processes."""
         found: dict[Key, dict[str, Any]] = {}
         for path in sorted(self._folder.glob("process-*.jsonl")):
             lines = path.read_bytes().split(b"\n")[:-1]

@@ -1,4 +1,4 @@
-"""A benchmark in a JSONL file: one question about pictures a line."""
+"""A benchmark in a JSONL file, with one question about pictures per line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HEAD_BYTES = 4096
 
 
 class JsonlTask:
-    """A benchmark whose questions stand in a JSONL file, one object a line:
+    """A benchmark whose questions stand in a JSONL file, one object per line:
 
         {"image": "charts/1.png", "question": "How many bars?", "answer": "7"}
 
@@ -93,7 +93,7 @@ class JsonlTask:
         return self._read[0]
 
     def problems(self) -> list[str]:
-        """What is wrong with which line."""
+        """Say what is wrong with which line."""
         return self._read[1]
 
     @property
@@ -104,7 +104,7 @@ class JsonlTask:
         return "choice" if self.samples and self.samples[0].details.get("choices") else "exact"
 
     def prompt(self, sample: Sample) -> str:
-        """The question, the choices, and how to answer; or the line's own prompt."""
+        """Return the question, the choices and how to answer, or the line's own prompt."""
         if "prompt" in sample.details:
             return str(sample.details["prompt"])
         choices = sample.details.get("choices")
@@ -114,7 +114,7 @@ class JsonlTask:
         return f"{sample.question}\n{listed}\n{LETTER}"
 
     def score(self, sample: Sample, answer: str) -> float:
-        """By the metric."""
+        """Score an answer by the file's metric."""
         if self.metric == "choice":
             return multiple_choice(answer, sample.answers, sample.details["choices"])
         return METRICS[self.metric](answer, sample.answers)

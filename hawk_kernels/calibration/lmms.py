@@ -15,7 +15,7 @@ _LONGEST = 128
 
 
 def lmms_tasks(name: str) -> list[LmmsTask]:
-    """The tasks that lmms-eval knows by a name; a group is all of its tasks.
+    """Return the tasks that lmms-eval knows by a name; a group is all of its tasks.
 
     Raises:
         ImportError: lmms-eval is not installed; the message has the command.
@@ -75,11 +75,11 @@ class LmmsTask:
         return _Documents(self.name, self._documents, self._task)
 
     def prompt(self, sample: Sample) -> str:
-        """As the task writes it."""
+        """Return the prompt as the task writes it."""
         return sample.question
 
     def score(self, sample: Sample, answer: str) -> float:
-        """By the task, for this document alone."""
+        """Score an answer as the task does, for this document alone."""
         for stop in self._until:
             answer = answer.split(stop)[0]
         results = self._task.process_results(self._documents[int(sample.key)], [answer])

@@ -23,7 +23,7 @@ _ATTENTIONS = ("sdpa", "eager")
 
 
 def attention_modules(anatomy: Anatomy, layers: str) -> list[nn.Module]:
-    """The attention of the first decoder layer that has one ("first"), or of all that do ("all")."""
+    """Return the attention of the first decoder layer that has one ("first"), or of all that do ("all")."""
     if layers not in LAYERS:
         raise ValueError(f"layers: expected 'first' (the scoring layer) or 'all', got {layers!r}")
     text: Any = anatomy.text
@@ -141,7 +141,7 @@ class MaskedVisualTokens:
         return (), {**kwargs, "attention_mask": self._latest[2].to(hidden_states.device)}
 
     def _keys_of(self, module: Any, cache: Any, length: int) -> int:
-        """Keys of an attention layer in a call of `length` tokens; a sliding window holds fewer than were read."""
+        """Count the keys of a layer in a call of `length` tokens; a sliding window holds fewer than were read."""
         if cache is None:
             return length
         text: Any = self._anatomy.text
@@ -168,7 +168,7 @@ class MaskedVisualTokens:
         return per_head
 
     def _visual_keys(self, keys: int) -> torch.Tensor:
-        """Which of the last `keys` tokens that the model has read are visual, bool `[B or 1, keys]`.
+        """Tell which of the last `keys` tokens that the model has read are visual, bool `[B or 1, keys]`.
 
         A sliding window keeps the last keys, so columns are counted from the end.
         """
@@ -179,6 +179,6 @@ class MaskedVisualTokens:
 
 
 def _default_mask(length: int, keys: int, is_causal: bool, device: torch.device) -> torch.Tensor:
-    """What attention does without a mask, as bool `[1, 1, length, keys]`."""
+    """Return the mask that attention uses when given none, bool `[1, 1, length, keys]`."""
     mask = torch.ones(1, 1, length, keys, dtype=torch.bool, device=device)
     return mask.tril(keys - length) if is_causal else mask

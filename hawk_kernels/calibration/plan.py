@@ -78,7 +78,7 @@ class Chosen:
 
 
 def choose_samples(tasks: Sequence[Task], limit: int | None, seed: int) -> list[Chosen]:
-    """The samples of each task, `limit` of them drawn at random where there are more.
+    """Choose the samples of each task, `limit` of them drawn at random where there are more.
 
     A task's draw depends on the seed and the number of its samples alone, so other tasks in the run do not change it.
 

@@ -42,13 +42,13 @@ class Processes:
         self._group, self._is_own = None, False
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.count > 1:
             torch.distributed.barrier(group=self._group)
 
 
 def local_rank() -> int:
-    """Number of this process on its machine, which is that of its device."""
+    """Return the number of this process on its machine, which is that of its device."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 

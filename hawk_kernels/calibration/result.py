@@ -62,7 +62,7 @@ class TaskScore:
 
     @classmethod
     def from_dict(cls, fields: _Fields) -> TaskScore:
-        """One entry of `tasks` in a weights file; `total` and `digest` may be missing."""
+        """Read one entry of `tasks` in a weights file; `total` and `digest` may be missing."""
         samples = int(fields.number("samples"))
         return cls(
             name=fields.text("name", required=True),
@@ -93,7 +93,7 @@ class LayerResult:
     flat_tasks: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the fields as JSON holds them."""
         return {
             "weights": self.weights.tolist(),
             "standard_errors": _as_list(self.standard_errors),
@@ -104,7 +104,7 @@ class LayerResult:
 
     @classmethod
     def from_dict(cls, fields: _Fields, heads: int, tasks: int) -> LayerResult:
-        """One result of a weights file of `heads` heads and `tasks` benchmarks; all but `weights` may be missing."""
+        """Read one result of a weights file of `heads` heads and `tasks` benchmarks; only `weights` must be there."""
         weights = fields.vector("weights", heads)
         if weights is None:
             raise fields.unexpected("weights", f"a list of {heads} finite numbers")
@@ -158,7 +158,7 @@ class Calibration:
         return self.results[self.layers].standard_errors
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a weights file: the result that counts, and that of the other layers where it was measured."""
+        """Return the content of a weights file: the result that counts, and that of other layers if measured."""
         chosen, *others = self.results
         return {
             "model": self.model,
@@ -177,7 +177,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], origin: str) -> Calibration:
-        """The calibration that a weights file holds.
+        """Read the calibration that a weights file holds.
 
         Args:
             content: of the file, a JSON object; all but `weights` may be missing.
@@ -350,14 +350,14 @@ def check_same_model(path: str | Path, fingerprint: Mapping[str, Any], parameter
 
 
 def task_score(name: str, total: int, digest: str, base: np.ndarray) -> TaskScore:
-    """A benchmark from the scores `[n]` of its samples with nothing masked."""
+    """Compute a benchmark's score from the scores `[n]` of its samples with nothing masked."""
     return TaskScore(name, len(base), total, digest, _mean(base), _standard_error(base))
 
 
 def layer_result(
     names: Sequence[str], base: Sequence[np.ndarray], masked: Sequence[np.ndarray], seed: int
 ) -> LayerResult:
-    """Head importance from the scores of single samples.
+    """Compute head importance from the scores of single samples.
 
     Args:
         names: of the benchmarks.
@@ -383,7 +383,7 @@ def _on_one_line(numbers: re.Match[str]) -> str:
 
 
 def now() -> str:
-    """The present second, ISO 8601."""
+    """Return the present second, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 

@@ -99,7 +99,7 @@ def calibrate_chosen(
     batch_size: int,
     progress: bool,
 ) -> Calibration:
-    """`calibrate` for samples that were chosen and checked before, say before the model was loaded."""
+    """Calibrate on samples that were chosen and checked before, for example before the model was loaded."""
     if layers not in (*LAYERS, BOTH):
         raise ValueError(f"layers: expected 'first', 'all' or 'both', got {layers!r}")
     if batch_size < 1:
@@ -147,7 +147,7 @@ def _measure(
     processes: Processes,
     shows: bool,
 ) -> dict[Key, dict[str, Any]]:
-    """The scores of every sample, from the journal or from the model."""
+    """Return the scores of every sample, from the journal or from the model."""
     from tqdm import tqdm
 
     questions = [question for part in chosen for question in part.questions]
@@ -212,7 +212,7 @@ def _scores(
 
 @contextmanager
 def _naming(place: str, trouble: str) -> Iterator[None]:
-    """An error that one sample causes, after hours perhaps, says which one."""
+    """Name the sample in an error that it causes, perhaps after hours."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -282,7 +282,7 @@ def _check_base(part: Chosen, scores: np.ndarray, measured: Mapping[Key, Mapping
 
 
 def _plan(model: Any, modes: Sequence[str]) -> dict[str, Any]:
-    """What must be equal for a score of one run to be that of another."""
+    """Return what must be equal for scores of one run to be those of another."""
     import transformers
 
     import hawk_kernels
@@ -305,7 +305,7 @@ def _plan(model: Any, modes: Sequence[str]) -> dict[str, Any]:
 
 
 def _digest(model: nn.Module) -> str:
-    """Of some numbers of each parameter: a model that was trained further is another one, whatever its config says."""
+    """Hash some numbers of each parameter: a model that was trained further is another, whatever its config says."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         found.update(name.encode())

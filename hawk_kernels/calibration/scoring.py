@@ -25,7 +25,7 @@ _AFTER = "".join(sorted({*_PUNCTUATION} - {*"+#"})) + " "
 
 
 def exact_match(answer: str, answers: Sequence[str]) -> float:
-    """1 where the answer is one of `answers`, regardless of case, spaces and punctuation around it.
+    """Return 1 if the answer is one of `answers`, regardless of case, spaces and punctuation around it.
 
     The sign and the point of a number are no punctuation.
     """
@@ -33,7 +33,7 @@ def exact_match(answer: str, answers: Sequence[str]) -> float:
 
 
 def relaxed_match(answer: str, answers: Sequence[str]) -> float:
-    """ChartQA's relaxed accuracy: a number may be off by 5 % of the right one, text must match exactly.
+    """Score by ChartQA's relaxed accuracy: a number may be off by 5 % of the right one, text must match exactly.
 
     Percent and currency signs and thousands separators do not count. Where the right number is zero only zero is right.
     """
@@ -49,7 +49,7 @@ def relaxed_match(answer: str, answers: Sequence[str]) -> float:
 
 
 def anls(answer: str, answers: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity (DocVQA): one minus edits per character, 0 from half the characters on.
+    """Compute DocVQA's normalised Levenshtein similarity: one minus edits per character, 0 from half the characters on.
 
     The best of `answers` counts.
     """
@@ -65,7 +65,7 @@ def anls(answer: str, answers: Sequence[str]) -> float:
 
 
 def multiple_choice(answer: str, answers: Sequence[str], choices: Sequence[str]) -> float:
-    """1 where the answer names a right choice, by its letter ("B", "(b)", "B. blue", "The answer is B.") or its text.
+    """Return 1 if the answer names a right choice, by letter ("B", "(b)", "B. blue", "The answer is B.") or text.
 
     Args:
         answer: what the model said.
@@ -77,7 +77,7 @@ def multiple_choice(answer: str, answers: Sequence[str], choices: Sequence[str])
 
 
 def choice_index(answer: str, choices: Sequence[str]) -> int | None:
-    """Which of `choices` an answer names, or None."""
+    """Find which of `choices` an answer names, or None."""
     letters = string.ascii_uppercase[: len(choices)]
     any_case = letters + letters.lower()
     answer = answer.strip(f"{_QUOTES}* \t\n")
@@ -104,7 +104,7 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
 
 
 def _composed(text: str) -> str:
-    """One code point for a letter and its accent, however they were typed; the minus sign as a keyboard has it."""
+    """Write a letter and its accent as one code point, however they were typed, and every minus as a keyboard does."""
     return unicodedata.normalize("NFC", text).replace("\N{MINUS SIGN}", "-")
 
 
@@ -115,7 +115,7 @@ def _plain(text: str) -> str:
 
 
 def _number(text: str) -> Decimal | None:
-    """A number as it is written: of 1, 1.05 is 5 % off and not a little more."""
+    """Read a number as it is written: 1.05 is 5 % off 1, and not a little more."""
     cleaned = _composed(text).strip().rstrip(".").removesuffix("%").strip(f"{_CURRENCY} ")
     if cleaned[:1] in {*"+-"}:
         cleaned = cleaned[0] + cleaned[1:].lstrip(f"{_CURRENCY} ")
@@ -123,7 +123,7 @@ def _number(text: str) -> Decimal | None:
 
 
 def _edit_distance(first: str, second: str) -> int:
-    """Insertions, deletions and substitutions that make one string of the other."""
+    """Count the insertions, deletions and substitutions that make one string of the other."""
     row = list(range(len(second) + 1))
     for i, a in enumerate(first, 1):
         diagonal, row[0] = row[0], i

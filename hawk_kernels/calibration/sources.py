@@ -15,7 +15,7 @@ _TINYVQA = "bench.tinyvqa.tasks:calibration_tasks"
 _WHERE = "with --traceback the command shows where"
 
 FORMS = f"""\
-FILE.jsonl           questions, one JSON object a line, scored by exact match, or as multiple choice where the lines
+FILE.jsonl           questions, one JSON object per line, scored by exact match, or as multiple choice where the lines
                      have choices
 FILE.jsonl:METRIC    the same, scored by exact, relaxed (numbers off by 5 %), anls or choice
 lmms:TASK            a task or group of lmms-eval, say lmms:chartqa
@@ -38,7 +38,7 @@ A line of FILE.jsonl, with paths as seen from the file's folder:
 
 
 def load_tasks(names: Sequence[str]) -> list[Task]:
-    """The tasks that `names` stand for; see `FORMS`.
+    """Load the tasks that `names` stand for; see `FORMS`.
 
     Raises:
         ValueError: a name of no known form, no such file or function, or something that is no task.

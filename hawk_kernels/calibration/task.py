@@ -82,7 +82,7 @@ class Task(Protocol):
         """All samples, in an order that never changes. Pictures may be made lazily."""
 
     def prompt(self, sample: Sample) -> str:
-        """The text that follows the pictures in the user's turn."""
+        """Return the text that follows the pictures in the user's turn."""
 
     def score(self, sample: Sample, answer: str) -> float:
-        """What `answer`, the decoded text without special tokens, is worth: 0 (wrong) to 1 (right)."""
+        """Say what `answer`, the decoded text without special tokens, is worth: 0 (wrong) to 1 (right)."""

@@ -39,7 +39,7 @@ model. Several GPUs share the samples:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the command line."""
     parser = argparse.ArgumentParser(
         prog="hawk-kernels calibrate",
         description="Measure how much each attention head matters for looking (HAWK, arXiv 2604.07812): the score of "

@@ -1,6 +1,6 @@
 """Runs a command so that it ends in one line and an exit status, never in a traceback.
 
-A user may press Ctrl-C at any moment, the reader of a pipe may leave, and the disk behind a redirected output may be
+A user may press Ctrl-C at any moment, the reader of a pipe may leave, and the disk of a redirected output may be
 full. Each of these has an exit status: 130 for an interruption and 141 for a closed pipe, as shells report the two
 signals, and 1 for everything that the user can put right.
 """
@@ -100,7 +100,7 @@ def stopping_note(note: Callable[[], str]) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line for a person: its message, with the kind of error where the message alone says little."""
+    """Write an error as one line: its message, with the kind of error where the message alone says little."""
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
         # an error without a file comes from a stream
         return f"{error.filename or 'cannot write the output'}: {error.strerror}"

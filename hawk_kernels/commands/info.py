@@ -23,7 +23,7 @@ _VARIABLES = ("HAWK_KERNELS_CONFIGS", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the command line."""
     parser = argparse.ArgumentParser(
         prog="hawk-kernels info",
         description="Show the versions of hawk_kernels and of what it uses, the devices, the backend that a call on "
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that `info` shows, JSON-ready; a part that failed is `{"error": why}`."""
+    """Collect everything that `info` shows, JSON-ready; a part that failed is `{"error": why}`."""
     packages = {name: _package(name) for name in _PACKAGES}
     return {
         "hawk_kernels": __version__,
@@ -60,7 +60,7 @@ def collect() -> dict[str, Any]:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The report as text for a person."""
+    """Render the report as text."""
     lines = [
         f"hawk_kernels  {report['hawk_kernels']}",
         f"python        {report['python']} on {report['platform']}",

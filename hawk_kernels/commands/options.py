@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def keep_ratio(text: str) -> float | int:
-    """A share written with a point, or a whole number of tokens; as in `prune(model, keep_ratio=...)`."""
+    """Parse a share written with a point, or a whole number of tokens; as in `prune(model, keep_ratio=...)`."""
     try:
         value: float | int = int(text) if text.strip().lstrip("+-").isdigit() else float(text)
     except ValueError:
@@ -37,7 +37,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 def words(text: str) -> str:
-    """Text that says something."""
+    """Parse text that is not blank."""
     if not text.strip():
         raise argparse.ArgumentTypeError("expected some text, got nothing; leave the option out for the default")
     return text

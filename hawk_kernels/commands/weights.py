@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the command line."""
     parser = argparse.ArgumentParser(
         prog="hawk-kernels weights",
         description="List the weights files of the package, show one as text and as a picture, or check files.",
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def weights_table(calibration: Calibration) -> list[str]:
-    """A calibration as lines of text: its tasks, then its heads from the heaviest on."""
+    """Render a calibration as lines of text: its tasks, then its heads from the heaviest on."""
     layers = calibration.layers or "unknown"
     lines = [f"{calibration.model or 'unknown model'}, visual tokens masked in layers: {layers}"]
     result = calibration.results[calibration.layers]
@@ -112,7 +112,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _checked(name: str, config: Any) -> dict[str, Any]:
-    """What is wrong with a file, or what it holds."""
+    """Return what is wrong with a file, or what it holds."""
     from hawk_kernels.calibration.result import Calibration
     from hawk_kernels.head_weights import load_head_weights
 

@@ -47,13 +47,13 @@ class HeadWeights(NamedTuple):
 
 
 def fingerprint(config: Any) -> dict[str, Any]:
-    """The fields of a model's config that tell checkpoints apart, whatever path they were loaded from."""
+    """Return the fields of a model's config that tell checkpoints apart, whatever path they were loaded from."""
     text = _text_config(config)
     return {"model_type": config.model_type, **{field: getattr(text, field, None) for field in _TEXT_FIELDS}}
 
 
 def resolve_head_weights(head_weights: Any, config: Any, num_heads: int) -> HeadWeights:
-    """The head weights for a model.
+    """Find the head weights for a model.
 
     Args:
         head_weights: None looks the model up in the shipped registry; "uniform"; the name of a shipped file, as
@@ -97,7 +97,7 @@ def resolve_head_weights(head_weights: Any, config: Any, num_heads: int) -> Head
 
 
 def load_head_weights(path: str | Path, num_heads: int, config: Any = None) -> HeadWeights:
-    """Head weights from a JSON file with a `weights` list, as `hawk-kernels calibrate` writes it.
+    """Load head weights from a JSON file with a `weights` list, as `hawk-kernels calibrate` writes it.
 
     Args:
         path: the file.
@@ -136,12 +136,12 @@ def _warn_of_another_model(path: Path, content: Mapping[str, Any], marks: Mappin
 
 
 def shipped_weights() -> dict[str, Path]:
-    """The weights files that come with the package, by name."""
+    """Return the weights files that come with the package, by name."""
     return {path.stem: path for path in sorted(_FOLDER.glob("*.json"))}
 
 
 def find_weights_file(name: str | Path) -> Path:
-    """The path of a weights file that is named as the package names its own ("tinyvqa"), or by its path."""
+    """Find a weights file by the package's name for it ("tinyvqa"), or by its path."""
     return shipped_weights().get(str(name), Path(name))
 
 
@@ -163,7 +163,7 @@ def _from_registry(config: Any, num_heads: int) -> HeadWeights:
 
 
 def read_weights_file(path: str | Path) -> dict[str, Any]:
-    """The content of a weights file, a JSON object with a list `weights`.
+    """Read a weights file, a JSON object with a list `weights`.
 
     Raises:
         ValueError: the file holds something else.

@@ -81,5 +81,5 @@ def _shares(sizes: list[int], count: int) -> list[int]:
 
 
 def _centres(length: int, count: int) -> list[int]:
-    """Return the middles of `count` equal parts of a line."""
+    """Return the midpoints of `count` equal parts of a line."""
     return [(2 * part + 1) * length // (2 * count) for part in range(count)]

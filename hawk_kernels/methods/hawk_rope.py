@@ -23,7 +23,7 @@ class HawkRope(Hawk):
     paper = "2604.07812"
     signal = "queries of the text and keys of the image in the first layer, after RoPE"
     uses_positions = True
-    # the fused kernel behind Hawk.select knows no positions, so the scores of this class are ranked instead
+    # the fused kernel that Hawk.select calls knows no positions, so the scores of this class are ranked instead
     select = Method.select
 
     def score(self, view: PrefillView) -> torch.Tensor:

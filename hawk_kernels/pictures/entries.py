@@ -34,12 +34,12 @@ class Entry:
     arguments: dict[str, Any]
 
     def pieces(self) -> list[np.ndarray]:
-        """Its placeholders, divided where text stands between them."""
+        """Return its placeholders, divided where text stands between them."""
         return np.split(self.positions, np.flatnonzero(np.diff(self.positions) != 1) + 1)
 
 
 def entries_of_row(prompt: Prompt, encoded: dict[str, Encoded], kinds: dict[int, str], row: int) -> list[Entry]:
-    """The entries of a row in the order of the prompt.
+    """Return the entries of a row in the order of the prompt.
 
     Where the encoder did not tell their lengths, or where these do not fit the placeholders, each run of placeholders
     is an entry.
@@ -107,7 +107,7 @@ def _neighbour(ids: np.ndarray, place: int) -> int:
 
 
 def split_at_text(entries: Sequence[Entry], ids: np.ndarray) -> list[Entry]:
-    """Entries of which none has text inside: some encoders return all tiles of a sample as one entry."""
+    """Split entries so that none has text inside: some encoders return all tiles of a sample as one entry."""
     return [
         Entry(e.kind, e.index, piece, _neighbour(ids, piece[0] - 1), _neighbour(ids, piece[-1] + 1), e.arguments)
         for e in entries

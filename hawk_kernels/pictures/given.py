@@ -35,7 +35,7 @@ class Given:
 
 
 def pictures_of(image: Any) -> list[Given]:
-    """What a caller passed as `image`, one entry a picture or video.
+    """List what a caller passed as `image`, one entry for each picture or video.
 
     Raises:
         TypeError, ValueError: it is none of what `overlay` takes.

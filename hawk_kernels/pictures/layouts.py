@@ -60,7 +60,7 @@ class Pictured:
         return self.entries[0]
 
     def known_size(self) -> Size:
-        """The size, where a layout cannot do without it."""
+        """Return the size, or raise if a layout cannot do without it."""
         if self.size is None:
             raise UnknownGeometryError("how the picture was cut depends on its shape; pass image=")
         return self.size
@@ -70,7 +70,7 @@ Layout = Callable[[Pictured], list[Sheet]]
 
 
 def told_row(entry: Entry, name: str) -> list[int]:
-    """The entry's row of a table that the encoder was told, such as `image_grid_thw`.
+    """Return the entry's row of a table that the encoder was told, such as `image_grid_thw`.
 
     Raises:
         UnknownGeometryError: it was told none.
@@ -82,7 +82,7 @@ def told_row(entry: Entry, name: str) -> list[int]:
 
 
 def pixel_shape(entry: Entry) -> tuple[int, ...]:
-    """Shape of the pixels that the entry came from; empty where it is not known."""
+    """Return the shape of the pixels that the entry came from; empty where it is not known."""
     for name in (f"pixel_values_{entry.kind}s", "pixel_values"):
         shape = entry.arguments.get(name)
         if isinstance(shape, torch.Size):
@@ -102,7 +102,7 @@ def _checked(size: Size | None, rows: int, columns: int) -> None:
 
 
 def told_grid(image: Pictured) -> list[Sheet]:
-    """Patches `(t, h, w)`, merged in squares and, in some families, in time."""
+    """Return the grid of patches `(t, h, w)`, merged in squares and, in some families, in time."""
     entry = image.first
     rows, columns, positions = _told_cells(entry)
     _checked(image.size, rows, columns)
@@ -110,7 +110,7 @@ def told_grid(image: Pictured) -> list[Sheet]:
 
 
 def padded_grid(image: Pictured) -> list[Sheet]:
-    """Kimi: a picture that is no multiple of a token keeps its scale and is padded on the right and at the bottom."""
+    """Lay out Kimi's tokens: a picture that is no multiple of a token keeps its scale and is padded right and below."""
     sheets = told_grid(image)
     if image.size is None:
         return sheets
@@ -128,7 +128,7 @@ def padded_grid(image: Pictured) -> list[Sheet]:
 
 
 def bordered_grid(image: Pictured) -> list[Sheet]:
-    """HunYuan-VL: a newline after each row of tokens, and one token before and one after the image."""
+    """Lay out HunYuan-VL's tokens: a newline after each row, and one token before and one after the image."""
     entry = image.first
     _, height, width = told_row(entry, "image_grid_thw")
     count = len(entry.positions)
@@ -143,7 +143,7 @@ def bordered_grid(image: Pictured) -> list[Sheet]:
 
 
 def _told_cells(entry: Entry) -> tuple[int, int, np.ndarray]:
-    """Rows and columns of tokens of a frame, and the tokens."""
+    """Return the rows and columns of tokens of a frame, and the tokens."""
     frames, height, width = told_row(entry, f"{entry.kind}_grid_thw")
     count = len(entry.positions)
     merged = frames * height * width // max(1, count)
@@ -157,7 +157,7 @@ def _told_cells(entry: Entry) -> tuple[int, int, np.ndarray]:
 
 
 def frame_sheets(tokens: np.ndarray, box: Box) -> list[Sheet]:
-    """A sheet for each frame of `[frames, rows, columns]` tokens."""
+    """Make a sheet for each frame of `[frames, rows, columns]` tokens."""
     count = len(tokens)
     names = ["picture"] if count == 1 else [f"frame {number + 1} of {count}" for number in range(count)]
     return [Sheet(name, grid, box, frame, count) for frame, (name, grid) in enumerate(zip(names, tokens, strict=True))]
@@ -167,7 +167,7 @@ def frame_sheets(tokens: np.ndarray, box: Box) -> list[Sheet]:
 
 
 def processor_fit(processor: Any) -> Fit | None:
-    """How a processor makes a square, or None where it does not say."""
+    """Find how a processor makes a square; None if it does not say."""
     processor = getattr(processor, "image_processor", processor)
     if processor is None or not hasattr(processor, "do_resize"):
         return None
@@ -206,7 +206,7 @@ class OneSquare:
 
 
 def told_pixels(image: Pictured) -> list[Sheet]:
-    """Pixtral: the height and width in pixels are told, and a token is a square of them."""
+    """Lay out Pixtral's tokens: the height and width in pixels are told, and a token is a square of them."""
     entry = image.first
     height, width = told_row(entry, "image_sizes")
     count = len(entry.positions)
@@ -218,7 +218,7 @@ def told_pixels(image: Pictured) -> list[Sheet]:
 
 
 def told_positions(image: Pictured) -> list[Sheet]:
-    """Gemma 4: the column and row of each patch are told, and tokens are squares of patches."""
+    """Lay out Gemma 4's tokens: the column and row of each patch are told, and tokens are squares of patches."""
     entry = image.first
     name = f"{entry.kind}_position_ids"
     table = entry.arguments.get(name)
@@ -272,7 +272,7 @@ EntryGrid = Callable[[Entry], np.ndarray]
 
 
 def square_entry(entry: Entry) -> np.ndarray:
-    """A tile of one square."""
+    """Lay out the tokens of a tile that is one square."""
     return square_grid(entry.positions)
 
 
@@ -355,7 +355,7 @@ class Tiled:
 
 
 def split_tiles(layout: Tiled) -> Layout:
-    """`layout`, of entries that hold several tiles with text between them."""
+    """Apply `layout` to entries that hold several tiles with text between them."""
 
     def split(image: Pictured) -> list[Sheet]:
         return layout(replace(image, entries=split_at_text(image.entries, image.ids)))
@@ -367,7 +367,7 @@ def split_tiles(layout: Tiled) -> Layout:
 
 
 def any_resolution(image: Pictured) -> list[Sheet]:
-    """LLaVA-NeXT: the whole picture first, then its tiles as one grid without padding, a newline after each row."""
+    """Lay out LLaVA-NeXT's tokens: the whole picture, then its tiles as one grid without padding, with newlines."""
     from transformers.image_processing_utils import select_best_resolution
 
     entry, config = image.first, image.multimodal.config
@@ -391,7 +391,7 @@ def any_resolution(image: Pictured) -> list[Sheet]:
 
 
 def _unpadded(image: Pictured, side: int, tiles: Arrangement, size: tuple[int, int], length: int) -> tuple[int, int]:
-    """Rows and columns of tokens of the tiles together, as the model lays out features of one number each."""
+    """Return rows and columns of tokens of all tiles together, as the model lays out features of one number each."""
     count = tiles[0] * tiles[1] + 1
     blank = torch.zeros(count, side * side, 1, dtype=torch.float32, device="cpu")
     accepted = inspect.signature(image.multimodal.pack_image_features).parameters
@@ -410,7 +410,7 @@ def _unpadded(image: Pictured, side: int, tiles: Arrangement, size: tuple[int, i
 
 
 def _unpadded_box(size: Size, tiles: Arrangement, tile: int, side: int) -> Box:
-    """The rectangle of the picture that stays when rows or columns of padding are dropped, which are whole tokens."""
+    """Return the rectangle of the picture that stays when whole tokens of padding are dropped."""
     width, height = size
     high, wide = tiles[0] * tile, tiles[1] * tile
     across, down = wide / width, high / height
@@ -439,5 +439,5 @@ def _same_ratio(one: Size, other: Size) -> bool:
 
 
 def resampled(image: Pictured) -> list[Sheet]:
-    """Tokens that are learned queries over the whole picture."""
+    """Refuse: the tokens are learned queries over the whole picture."""
     raise UnknownGeometryError("each token is a learned query over the whole picture, not a part of it")

@@ -44,12 +44,12 @@ class RowValues:
     scores: np.ndarray
 
     def kept_on(self, sheet: Sheet) -> np.ndarray:
-        """bool `[rows, columns]`, the cells whose tokens stayed."""
+        """Return bool `[rows, columns]`, the cells whose tokens stayed."""
         kept: np.ndarray = self.kept[sheet.tokens] & (sheet.tokens >= 0)
         return kept
 
     def heat_on(self, sheet: Sheet) -> np.ndarray:
-        """float64 `[rows, columns]`, scores from 0 (the lowest of the row) to 1; NaN where there is none.
+        """Return float64 `[rows, columns]`, scores from 0 (the lowest of the row) to 1; NaN where there is none.
 
         All sheets of a row share one scale, since their tokens competed.
         """
@@ -64,7 +64,7 @@ class RowValues:
 
 
 def sheet_picture(frame: Image.Image | None, sheet: Sheet, smallest: int, largest: int) -> Image.Image:
-    """The part of a picture under a sheet, in RGB, its long side scaled into `smallest .. largest` pixels.
+    """Cut out the part of a picture under a sheet, in RGB, its long side scaled into `smallest .. largest` pixels.
 
     Args:
         frame: the picture, or None for a blank one.
@@ -102,7 +102,7 @@ def _cells_of(size: tuple[int, int], grid: tuple[int, int]) -> tuple[np.ndarray,
 
 
 def heat_panel(picture: Image.Image, heat: np.ndarray) -> Image.Image:
-    """The picture in grey under its tokens' heat; cells without a score stay grey.
+    """Draw the picture in grey under its tokens' heat; cells without a score stay grey.
 
     Args:
         picture: in RGB.
@@ -122,7 +122,7 @@ def heat_panel(picture: Image.Image, heat: np.ndarray) -> Image.Image:
 
 
 def kept_panel(picture: Image.Image, sheet: Sheet, kept: np.ndarray) -> Image.Image:
-    """The picture with the cells of dropped tokens dimmed, and those of kept ones outlined.
+    """Draw the picture with the cells of dropped tokens dimmed, and those of kept ones outlined.
 
     Args:
         picture: in RGB.
@@ -142,7 +142,7 @@ def kept_panel(picture: Image.Image, sheet: Sheet, kept: np.ndarray) -> Image.Im
 
 
 def draw_row(regions: Sequence[Regions], values: RowValues, *, title: str | None = None) -> Image.Image:
-    """One page for a row: each image as it is, with scores as heat, and with the dropped tokens dimmed.
+    """Draw one page for a row: each image as it is, with scores as heat, and with the dropped tokens dimmed.
 
     Args:
         regions: its images and videos.
@@ -173,7 +173,7 @@ def _summary(image: Regions, values: RowValues) -> str:
 
 
 def _draw_image(page: _Page, image: Regions, values: RowValues) -> None:
-    """The panels of an image side by side, of a wide one below each other; of a video line by line."""
+    """Draw the panels of an image side by side, of a wide one below each other; of a video line by line."""
     is_strip = len({sheet.frame for sheet in image.sheets}) > 1
     for start in range(0, len(image.sheets), _FRAMES_IN_A_LINE if is_strip else 1):
         sheets = image.sheets[start : start + (_FRAMES_IN_A_LINE if is_strip else 1)]
@@ -220,7 +220,7 @@ class _Page:
         self._blocks.append(panels)
 
     def drawn(self, with_heat: bool) -> Image.Image:
-        """The page, with the legend below."""
+        """Draw the page, with the legend below."""
         from PIL import Image, ImageDraw
 
         unit = self._unit

@@ -45,7 +45,7 @@ class PrunedPrompt:
     method: Method
 
     def checked_row(self, row: int) -> int:
-        """A row of the batch.
+        """Return a row of the batch, or raise if there is none.
 
         Raises:
             TypeError, ValueError: there is no such row.
@@ -61,7 +61,7 @@ class PrunedPrompt:
         return int(row)
 
     def values(self, row: int) -> RowValues:
-        """What happened to the tokens of a row, on the host."""
+        """Return what happened to the tokens of a row, on the host."""
         length = self.prompt.ids.shape[1]
         kept = self.keep_mask[row].cpu().numpy()
         scores = self.scores[row].float().cpu().numpy()
@@ -72,7 +72,7 @@ class PrunedPrompt:
         return RowValues(kept, scores)
 
     def regions(self, image: Any, row: int, processor: Any) -> list[Regions]:
-        """Where the visual tokens of a row stand on the caller's pictures, or on none where `image` is None."""
+        """Find where a row's visual tokens stand on the caller's pictures, or on none where `image` is None."""
         given = None if image is None else pictures_of(image)
         return regions_of_row(self.anatomy, self.prompt, self.encoded, row, given, processor)
 
@@ -80,7 +80,7 @@ class PrunedPrompt:
 def overlay(
     pruned: PrunedPrompt | None, image: Any, *, row: int = 0, processor: Any = None, title: str | None = None
 ) -> Image.Image:
-    """The pictures of a row: as they are, with the scores as heat, and with the dropped tokens dimmed.
+    """Draw the pictures of a row: as they are, with the scores as heat, and with the dropped tokens dimmed.
 
     Args:
         pruned: the last prefill.
@@ -100,7 +100,7 @@ def overlay(
 
 
 def read(pruned: PrunedPrompt | None) -> PrunedPrompt:
-    """The last prefill.
+    """Return the last prefill.
 
     Raises:
         ValueError: there was none, or none with visual tokens.

@@ -57,7 +57,7 @@ def selections(
     keep_ratio: float | int,
     per_image: bool,
 ) -> Selections:
-    """The selections of a row at the ratio that ran and at others.
+    """Make the selections of a row at the ratio that ran and at others.
 
     Args:
         prompt: the batch on the host.

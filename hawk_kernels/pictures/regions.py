@@ -40,12 +40,12 @@ class Regions:
     note: str | None = None
 
     def others(self) -> np.ndarray:
-        """Places of the tokens that stand for no part of the picture, such as newlines."""
+        """Return the places of the tokens that stand for no part of the picture, such as newlines."""
         on_sheets = [sheet.tokens.ravel() for sheet in self.sheets]
         return np.setdiff1d(self.positions, np.concatenate(on_sheets))
 
     def frame_of(self, sheet: Sheet) -> Any:
-        """The caller's picture, or the frame of the caller's video, that a sheet lies on; None where there is none."""
+        """Return the picture, or the frame of the video, of the caller that a sheet lies on, or None."""
         if self.given is None:
             return None
         return self.given.frames[frame_index(sheet, len(self.given.frames))]
@@ -66,7 +66,7 @@ def regions_of_row(
     given: list[Given] | None,
     processor: Any = None,
 ) -> list[Regions]:
-    """The images and videos of a row, in the order of the prompt.
+    """List the images and videos of a row, in the order of the prompt.
 
     Args:
         anatomy: the model's parts.
@@ -95,7 +95,7 @@ def regions_of_row(
 
 
 def _groups(anatomy: Anatomy, ids: np.ndarray, entries: list[Entry], pictures: int | None) -> list[_Group]:
-    """The entries that make up each picture, in the order of the prompt."""
+    """Return the entries that make up each picture, in the order of the prompt."""
     table = GEOMETRIES.get(anatomy.family.model_type, {})
     groups = []
     for is_video in (False, True):
@@ -132,7 +132,7 @@ def _divided(entries: list[Entry], rule: str, pictures: int | None) -> list[list
 
 
 def _matched(groups: list[_Group], given: list[Given] | None, row: int) -> list[tuple[list[_Group], Given | None]]:
-    """The groups of each of the caller's pictures; a video may be encoded frame by frame, each a group."""
+    """Return the groups of each of the caller's pictures; a video may be encoded frame by frame, each a group."""
     if given is None:
         return [([group], None) for group in groups]
     if len(groups) == 1 and groups[0].is_video and len(given) > 1 and not any(item.is_video for item in given):

@@ -218,7 +218,7 @@ def _image_html(number: int, image: Regions) -> str:
 
 
 def _data_uri(picture: Image.Image) -> str:
-    """The picture in the page; PNG where that is not much larger than JPEG, as it is for drawings."""
+    """Encode the picture for the page, as PNG where that is not much larger than JPEG, as for drawings."""
     coded = {}
     for kind, options in (("jpeg", {"quality": 88}), ("png", {"optimize": True})):
         buffer = io.BytesIO()
@@ -312,7 +312,7 @@ def _question(known: PrunedPrompt, row: int, processor: Any) -> str | None:
 
 
 def kv_bytes(text: Any) -> int | None:
-    """Bytes that one token takes in the key-value cache, or None for attention that caches something else.
+    """Count the bytes that one token takes in the key-value cache; None for attention that caches something else.
 
     Args:
         text: the decoder, with `layers`.
@@ -330,7 +330,7 @@ def kv_bytes(text: Any) -> int | None:
 
 
 def readable(count: int) -> str:
-    """Bytes in binary units."""
+    """Write a number of bytes in binary units."""
     size = float(count)
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024 or unit == "GiB":
@@ -340,7 +340,7 @@ def readable(count: int) -> str:
 
 
 def versions(known: PrunedPrompt) -> dict[str, str]:
-    """What ran: this package and those below it, and the device."""
+    """List what ran: this package and those below it, and the device."""
     import torch
     import transformers
 

@@ -43,7 +43,7 @@ class Sheet:
 
 
 def in_order(positions: np.ndarray, name: str) -> Sheet:
-    """The tokens in their order, row by row, for an image whose geometry is not known."""
+    """Lay out the tokens in their order, row by row, for an image whose geometry is not known."""
     columns = max(1, math.ceil(math.sqrt(len(positions) * 1.5)))
     rows = max(1, math.ceil(len(positions) / columns))
     tokens = np.full(rows * columns, -1, dtype=np.int64)
@@ -52,7 +52,7 @@ def in_order(positions: np.ndarray, name: str) -> Sheet:
 
 
 def square_grid(positions: np.ndarray) -> np.ndarray:
-    """Tokens of a square, row by row, int64 `[side, side]`; a token in front, such as CLS, is left out.
+    """Lay out tokens of a square, row by row, int64 `[side, side]`, leaving out a token in front, such as CLS.
 
     Raises:
         UnknownGeometryError: their number is no square.
@@ -69,12 +69,12 @@ def square_grid(positions: np.ndarray) -> np.ndarray:
 
 
 def stretched(size: Size) -> Box:
-    """The picture is resized to a square, whatever its shape."""
+    """Return the rectangle under a square to which the whole picture is resized, whatever its shape."""
     return WHOLE
 
 
 def centre_square(size: Size, share: float = 1.0) -> Box:
-    """The shorter side is resized, and a square in the middle is cut out, whose side is a share of it."""
+    """Return the square in the middle that is cut out, whose side is a share of the shorter side."""
     width, height = size
     side = min(size) * share
     left, top = (width - side) / 2 / width, (height - side) / 2 / height
@@ -82,7 +82,7 @@ def centre_square(size: Size, share: float = 1.0) -> Box:
 
 
 def letterboxed(size: Size) -> Box:
-    """The picture is padded to a square on both sides."""
+    """Return the square to which the picture is padded on both sides."""
     width, height = size
     side = max(size)
     left, top = -((side - width) // 2) / width, -((side - height) // 2) / height
@@ -99,12 +99,12 @@ Arrange = Callable[[Size, int, int], Arrangement]
 
 
 def _arrangements(count: int) -> list[Arrangement]:
-    """All arrangements of a number of tiles, those with few columns first."""
+    """List all arrangements of a number of tiles, those with few columns first."""
     return [(count // columns, columns) for columns in range(1, count + 1) if count % columns == 0]
 
 
 def closest_ratio(size: Size, count: int, tile: int) -> Arrangement:
-    """The closest difference between the ratios of sides, as InternVL, Aya Vision and LFM2-VL have it.
+    """Choose the closest ratio of sides, as InternVL, Aya Vision and LFM2-VL do.
 
     Of two equally close ones the later counts where the picture has more than half the pixels of the tiles.
 
@@ -129,7 +129,7 @@ def closest_ratio(size: Size, count: int, tile: int) -> Arrangement:
 
 
 def least_upscaling(size: Size, count: int, tile: int) -> Arrangement:
-    """The least enlargement without cropping, else the least reduction, as Llama 4 and Command A Vision have it."""
+    """Choose the least enlargement without cropping, else the least reduction, as Llama 4 and Command A Vision do."""
     width, height = size
     scales = {(r, c): min(c * tile / width, r * tile / height) for r, c in _arrangements(count)}
     enlarging = {grid: scale for grid, scale in scales.items() if scale >= 1}
@@ -139,7 +139,7 @@ def least_upscaling(size: Size, count: int, tile: int) -> Arrangement:
 
 
 def largest_fit(size: Size, count: int, tile: int) -> Arrangement:
-    """The largest picture that fits without being reduced, else the ratio just below, as Perception LM has it."""
+    """Choose the largest picture that fits without being reduced, else the ratio just below, as Perception LM does."""
     width, height = size
     grids = _arrangements(count)
     fitting = [(r, c) for r, c in grids if c * tile >= width and r * tile >= height]
@@ -153,18 +153,18 @@ def largest_fit(size: Size, count: int, tile: int) -> Arrangement:
 
 
 def nearest_shape(size: Size, count: int, tile: int) -> Arrangement:
-    """The shape nearest to the picture's, by the logarithm of the ratio of sides."""
+    """Choose the shape nearest to the picture's, by the logarithm of the ratio of sides."""
     width, height = size
     return min(_arrangements(count), key=lambda grid: abs(math.log(width / height * grid[0] / grid[1])))
 
 
 def one_line(size: Size, count: int, tile: int) -> Arrangement:
-    """Crops along the longer side, as Gemma 3 pans and scans."""
+    """Put the tiles in one line along the longer side, as Gemma 3 pans and scans."""
     return (1, count) if size[0] >= size[1] else (count, 1)
 
 
 def covering(size: Size, count: int, tile: int) -> Arrangement:
-    """Ovis 2: tiles that show the largest part of the picture without reducing it.
+    """Choose Ovis 2's tiles, which show the largest part of the picture without reducing it.
 
     Its processor in transformers takes the rows of the arrangement that it has found for columns, and the columns for
     rows; so does this.
@@ -190,7 +190,7 @@ def covering(size: Size, count: int, tile: int) -> Arrangement:
 
 
 def arrangement_by_marks(between: Sequence[tuple[int, ...]]) -> Arrangement | None:
-    """Rows and columns of tiles by the text between them, or None where that does not tell.
+    """Read rows and columns of tiles off the text between them; None where that does not tell.
 
     Processors set something else between rows than within one: one token more, or another one.
 
@@ -217,19 +217,19 @@ Canvas = Callable[[Size, Arrangement, int], Box]
 
 
 def stretched_canvas(size: Size, grid: Arrangement, tile: int) -> Box:
-    """The picture is resized to the size of all tiles."""
+    """Return the whole picture, which is resized to the size of all tiles."""
     return WHOLE
 
 
 def crops_canvas(size: Size, grid: Arrangement, tile: int) -> Box:
-    """Gemma 3: equal crops, a pixel or two beyond the picture where its side is no multiple."""
+    """Return what Gemma 3's equal crops cover: a pixel or two beyond the picture where its side is no multiple."""
     width, height = size
     rows, columns = grid
     return 0.0, 0.0, math.ceil(width / columns) * columns / width, math.ceil(height / rows) * rows / height
 
 
 def cornered_canvas(size: Size, grid: Arrangement, tile: int) -> Box:
-    """Llama 4: the picture keeps its shape in the upper left corner; it is enlarged to the side of a tile at most."""
+    """Return what Llama 4's tiles cover: the picture is in the upper left corner, enlarged to one tile at most."""
     width, height = size
     target_height, target_width = grid[0] * tile, grid[1] * tile
     room_height, room_width = min(max(height, tile), target_height), min(max(width, tile), target_width)
@@ -242,7 +242,7 @@ def cornered_canvas(size: Size, grid: Arrangement, tile: int) -> Box:
 
 
 def may_have_shape(size: Size, rows: float, columns: float) -> bool:
-    """Whether a picture may have become `rows` x `columns` equal cells, each side rounded by less than a cell."""
+    """Tell whether a picture may have become `rows` x `columns` equal cells, each side rounded by less than a cell."""
     width, height = size
     low = (columns - 1) / (rows + 1)
     high = (columns + 1) / (rows - 1) if rows > 1 else math.inf
