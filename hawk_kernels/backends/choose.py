@@ -101,8 +101,8 @@ def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
 def plain_signature(*tensors: torch.Tensor | None) -> Signature | None:
     """Return the signature of a call that needs no dispatcher, or None where an operator must go through it.
 
-    The dispatcher costs the host more than the launch of a small kernel. It does nothing for a call of plain tensors,
-    so that what the operator runs can be called directly, unless something is to see the operator or to handle it:
+    The dispatcher takes microseconds of every call. It does nothing for a call of plain tensors, so that what the
+    operator runs can be called directly, unless something is to see the operator or to handle it:
     `torch.compile`, `export`, `make_fx` and `jit.trace`, modes, `vmap`, `grad` and the other transforms, forward-mode
     gradients, a profiler, a tensor of another type, or one that is not simply values in memory (fake, meta, sparse,
     negated by a bit). Each of them shows in what is read here.
@@ -127,5 +127,5 @@ def plain_signature(*tensors: torch.Tensor | None) -> Signature | None:
 
 
 def without_grad(tensor: torch.Tensor, signature: Signature | None) -> torch.Tensor:
-    """Detach a tensor, where it is not detached already; only a plain one can be asked."""
+    """Return the tensor without grad; only one of a plain signature can say that it has none."""
     return tensor if signature is not None and not tensor.requires_grad else tensor.detach()
