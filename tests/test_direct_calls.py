@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hawk_kernels import Layer, score_and_select, score_hidden, score_hidden_and_select, score_tokens, select_topk
+from hawk_kernels.backends import choose
 from hawk_kernels.backends.choose import plain_signature
 from hawk_kernels.ops import score_and_select as of_queries
 from hawk_kernels.ops import score_hidden as of_hidden
@@ -284,3 +285,11 @@ def test_many_threads_ask_and_add():
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
+
+
+def test_without_the_private_names_every_call_goes_through_the_dispatcher(monkeypatch):
+    direct = score_and_select(Q, K, W, 2)
+    monkeypatch.setattr(choose, "_CAN_SKIP_DISPATCH", False)
+    assert plain_signature(Q, K, W) is None
+    dispatched = score_and_select(Q, K, W, 2)
+    assert all(map(torch.equal, dispatched, direct))

@@ -11,9 +11,16 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
-from torch._C import _dispatch_keys, _dispatch_tls_local_include_set, _len_torch_function_stack
-from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
+
+try:
+    from torch._C import _dispatch_keys, _dispatch_tls_local_include_set, _len_torch_function_stack
+    from torch._C._autograd import _profiler_enabled
+except ImportError:
+    # These names are private: a torch without them sends every call through its dispatcher.
+    _CAN_SKIP_DISPATCH = False
+else:
+    _CAN_SKIP_DISPATCH = True
 
 Signature = tuple[Hashable, ...]
 """What the checks of a call depend on: shape, dtype and device of each tensor, None for one that is not given."""
@@ -108,7 +115,8 @@ def plain_signature(*tensors: torch.Tensor | None) -> Signature | None:
     negated by a bit). Each of them shows in what is read here.
     """
     if (
-        torch.compiler.is_compiling()
+        not _CAN_SKIP_DISPATCH
+        or torch.compiler.is_compiling()
         or _len_torch_function_stack()
         or _dispatch_tls_local_include_set().raw_repr() not in _PLAIN_THREADS
         or _profiler_enabled()
