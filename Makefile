@@ -22,7 +22,8 @@ TORCH_FLOOR ?=
 # Triton 3.6 spills registers in two kernels for sm_100, which costs time there and changes no result.
 FLOOR_ONLY := -k "not test_compiles_without_a_device"
 FLOOR_TESTS := tests/test_families.py tests/test_family_edges.py tests/test_hf_parts.py tests/test_prune.py \
-	tests/test_prune_contract.py tests/test_compact.py tests/test_triton_launch.py
+	tests/test_prune_contract.py tests/test_compact.py tests/test_triton_launch.py tests/test_methods.py \
+	$(wildcard tests/test_method_*.py) tests/test_cache_rows.py tests/test_packed_sequences.py tests/test_hybrids.py
 
 floor: $(VENV)-$(FLOOR)/.installed
 	$(VENV)-$(FLOOR)/bin/python -m pytest $(FLOOR_TESTS) $(FLOOR_ONLY) $(ARGS)

@@ -30,7 +30,7 @@ def without_tokens(model, layer, kept):
             if isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape == (1, len(kept)):
                 kwargs[name] = value[:, kept]
         if kwargs.get("position_embeddings") is not None:
-            kwargs["position_embeddings"] = tuple(angle[:, kept] for angle in kwargs["position_embeddings"])
+            kwargs["position_embeddings"] = tuple(angle[..., kept, :] for angle in kwargs["position_embeddings"])
         if kwargs.get("position_ids") is not None and kwargs["position_ids"].dim() == 3:
             kwargs["position_ids"] = kwargs["position_ids"][..., kept]
         if kwargs.get("attention_mask") is not None:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from hawk_kernels.hf.anatomy import Anatomy
@@ -23,6 +24,8 @@ from hawk_kernels.hf.pruned_cache import CacheRecords
 from hawk_kernels.hf.rotary import rotary_of_layer
 
 _IMPLEMENTATIONS = ("sdpa", "eager")
+# from this version of transformers on, the hooks of a layer run outside what is computed again
+_HOOKS_OUTSIDE_CHECKPOINTS = (5, 18)
 # from what enters the ranking layer to the tokens that later layers do not see, bool [B, T]
 Choose = Callable[[torch.Tensor, LayerProjections, Context], torch.Tensor | None]
 
@@ -77,13 +80,20 @@ class LayerMasks:
             valid: bool `[B, T]`, its own tokens, False at padding and at guesses after its end.
 
         Raises:
-            ValueError: an implementation of attention that takes no mask over pairs.
+            ValueError: an implementation of attention that takes no mask over pairs, or gradient checkpointing that
+                would compute the layers again without these masks.
         """
         implementation = self._text.config._attn_implementation
         if implementation not in _IMPLEMENTATIONS:
             raise ValueError(
                 f"attn_implementation: expected 'sdpa' or 'eager', whose masks can hide tokens from single layers, got "
                 f"{implementation!r}; call model.set_attn_implementation('sdpa')"
+            )
+        recomputes = any(getattr(each, "gradient_checkpointing", False) and each.training for each in self._layers)
+        if recomputes and torch.is_grad_enabled() and _version() < _HOOKS_OUTSIDE_CHECKPOINTS:
+            raise ValueError(
+                "cannot hide tokens from single layers with gradient checkpointing before transformers 5.18, which "
+                "computes the layers again without the masks; upgrade, or call model.gradient_checkpointing_disable()"
             )
         self._thread.begin(valid, is_prompt=True)
 
@@ -176,6 +186,10 @@ class LayerMasks:
             itself = torch.eye(length, mask.shape[-1], dtype=torch.bool, device=device)
             columns = columns & ~itself
         return mask & ~columns if mask.dtype == torch.bool else mask.masked_fill(columns, torch.finfo(mask.dtype).min)
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(map(int, transformers.__version__.split(".")[:2]))
 
 
 def _is_causal(layer: Any) -> bool:

@@ -225,17 +225,19 @@ def _width(cache: Any, length: int, layer: int) -> int:
 
 
 def _packed_pairs(mask: torch.Tensor | None, packing: Packing, width: int) -> torch.Tensor:
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 4):
+        # flex_attention has block masks, which are no tensors
+        came = f"shape {list(mask.shape)}" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"attention_mask: expected masks of 4 dimensions from the model, got {came}; call "
+            "model.set_attn_implementation('sdpa') or load the model with attn_implementation='sdpa' or 'eager'"
+        )
     device = packing.mask.device if mask is None else mask.device
     source, is_token = packing.source.to(device), packing.mask.to(device, torch.bool)
     batch, length = source.shape
     if mask is None:
         pairs = torch.ones(batch, 1, length, length, dtype=torch.bool, device=device).tril()
     else:
-        if mask.dim() != 4:
-            raise ValueError(
-                f"attention_mask: expected masks of 4 dimensions from the model, got shape {list(mask.shape)}; load "
-                "the model with attn_implementation='sdpa' or 'eager'"
-            )
         rows = source[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
         pairs = mask.expand(batch, -1, -1, -1).gather(2, rows)
         pairs = pairs.gather(3, source[:, None, None, :].expand(*pairs.shape[:3], -1))

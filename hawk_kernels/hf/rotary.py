@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class Rotary:
 
     Attributes:
         rotate: the function beside the layer's attention module, or None for a layer that rotates nothing.
-        cos: `[1 or B, T, D']`.
+        cos: `[1 or B, T, D']`, or `[axes, 1 or B, T, D']` where `rotate` chooses an axis for each part of a head.
         sin: the same shape.
     """
 
@@ -35,10 +36,9 @@ class Rotary:
         if self.rotate is None:
             return heads
         positions = positions.to(self.cos.device)
+        shape = (*self.cos.shape[:-3], *positions.shape, self.cos.shape[-1])
         cos, sin = (
-            angle.expand(positions.shape[0], -1, -1)
-            .gather(1, positions.unsqueeze(-1).expand(-1, -1, angle.shape[-1]))
-            .to(heads.device)
+            angle.expand(*shape[:-2], -1, -1).gather(-2, positions.unsqueeze(-1).expand(shape)).to(heads.device)
             for angle in (self.cos, self.sin)
         )
         return self.rotate(heads, heads, cos, sin)[0].to(heads.dtype)
@@ -75,12 +75,14 @@ def rotary_of_first_layer(anatomy: Anatomy, inputs_embeds: torch.Tensor, positio
     if position_ids.dim() == 3 and position_ids.shape[0] == axes + 1:
         position_ids = position_ids[1:]
     module = text.rotary_emb
-    if position_ids.dim() == 2 and getattr(module, "mrope_section", None) is not None:
+    rotate = _rotate_of(layer.self_attn)
+    has_axes = getattr(module, "mrope_section", None) is not None or isinstance(rotate, partial)
+    if position_ids.dim() == 2 and has_axes:
         position_ids = position_ids.unsqueeze(0).expand(axes, -1, -1)
     by_layer = "layer_type" in inspect.signature(module.forward).parameters
     arguments = {"layer_type": text.config.layer_types[index]} if by_layer else {}
     cos, sin = module(inputs_embeds, position_ids, **arguments)
-    return Rotary(_rotate_of(layer.self_attn), cos, sin)
+    return Rotary(rotate, cos, sin)
 
 
 def rotary_of_layer(layer: Any, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None, like: Any) -> Rotary:
@@ -96,5 +98,10 @@ def _rotate_of(attention: Any) -> Rotate | None:
         return None
     if not getattr(attention, "use_rope", True):
         return None
-    rotate: Rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    module = sys.modules[type(attention).__module__]
+    of_axes = getattr(module, "apply_multimodal_rotary_pos_emb", None)
+    if of_axes is not None:
+        # in older versions of transformers some text models hand over the angles of each axis
+        return partial(of_axes, mrope_section=attention.config.rope_parameters["mrope_section"])
+    rotate: Rotate = module.apply_rotary_pos_emb
     return rotate
