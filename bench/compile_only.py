@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that are not at hand, and report its registers, spills and shared memory.
+"""Compile every kernel for GPUs that are not at hand; report registers, spills, shared memory and widths of loads.
 
     python -m bench.compile_only [--target sm_90 ...] [--json FILE] [--quick]
 
@@ -85,7 +85,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a variant costs on a target; on AMD these are the vector registers."""
+    """What a variant costs on a target; on AMD these are the vector registers.
+
+    `loads` says how many instructions load how many bytes a thread from global memory, by the bytes, widest first.
+    """
 
     variant: str
     target: str
@@ -93,6 +96,7 @@ class Compiled:
     registers: int
     spills: int
     shared_bytes: int
+    loads: dict[int, int]
     barrier_before_arrival: bool | None
 
 
@@ -291,13 +295,34 @@ def compile_variant(variant: Variant, target_name: str) -> Compiled:
     target, compiled = TARGETS[target_name], build(variant, target_name)
     if target.backend == "cuda":
         registers, spills = _ptxas_report(compiled.asm["ptx"], target.arch)
+        loads = loads_of_ptx(compiled.asm["ptx"])
         barrier = _barrier_before_arrival(compiled.asm["ttgir"], compiled.asm["ptx"])
     else:
         assembly = compiled.asm["amdgcn"]
         registers = _last_number(r"\.vgpr_count:\s+(\d+)", assembly)
         spills = _last_number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+        loads = loads_of_amdgcn(assembly)
         barrier = None
-    return Compiled(variant.name, target_name, variant.num_warps, registers, spills, compiled.metadata.shared, barrier)
+    shared = compiled.metadata.shared
+    return Compiled(variant.name, target_name, variant.num_warps, registers, spills, shared, loads, barrier)
+
+
+def loads_of_ptx(ptx: str) -> dict[int, int]:
+    """Count the loads from global memory by their bytes, those that go to shared memory at once among them."""
+    direct = re.findall(r"ld\.global[.\w:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
+    to_shared = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\],\s*\[[^\]]*\],\s*(0x[0-9a-f]+|\d+)", ptx)
+    return _counted([int(count or 1) * int(bits) // 8 for count, bits in direct] + [int(size, 0) for size in to_shared])
+
+
+def loads_of_amdgcn(assembly: str) -> dict[int, int]:
+    """Count the loads from global memory by their bytes."""
+    sizes = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "sbyte": 1}
+    found = re.findall(r"\b(?:global|buffer)_load_(dword(?:x[234])?|[us]?short|[us]byte)", assembly)
+    return _counted([sizes[name] for name in found])
+
+
+def _counted(sizes: list[int]) -> dict[int, int]:
+    return {size: sizes.count(size) for size in sorted(set(sizes), reverse=True)}
 
 
 def _type_of(name: str, pointers: dict[str, str]) -> str:
@@ -370,15 +395,17 @@ def main() -> None:
     arguments = parser.parse_args()
 
     rows = []
-    print(f"{'kernel':<46} {'target':<7} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>7}  barrier")
+    heads = f"{'warps':>5} {'regs':>5} {'spills':>6} {'shared':>7}  {'barrier':<7}"
+    print(f"{'kernel':<46} {'target':<7} {heads}  bytes a thread x loads")
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
         for compiled in pool.map(partial(compile_target, arguments.quick), arguments.target or TARGETS):
             for row in compiled:
                 rows.append(asdict(row))
+                loads = ", ".join(f"{size} x {count}" for size, count in row.loads.items())
                 barrier = {None: "-", True: "yes", False: "MISSING"}[row.barrier_before_arrival]
                 print(
                     f"{row.variant:<46} {row.target:<7} {row.num_warps:>5} {row.registers:>5} {row.spills:>6} "
-                    f"{row.shared_bytes:>7}  {barrier}",
+                    f"{row.shared_bytes:>7}  {barrier:<7}  {loads}",
                     flush=True,
                 )
     if arguments.json:

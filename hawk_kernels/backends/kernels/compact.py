@@ -107,8 +107,6 @@ def _compact_kernel(
     first_column = tl.program_id(1) * columns_per_program
     end_column = tl.minimum(first_column + columns_per_program, hidden_size)
 
-    # It is an allocation of its own. AMD's backend would compile another kernel where it is larger than 2 GiB.
-    packed_ptr = tl.multiple_of(packed_ptr, 16)
     if KEEP_IS_ALIGNED:
         keep_ptr = tl.multiple_of(keep_ptr + row * tl.multiple_of(keep_stride_b, 16), 16)
         keep_step: tl.constexpr = 1
@@ -125,7 +123,8 @@ def _compact_kernel(
     tl.debug_barrier()
 
     embeds_ptr += row * embeds_stride_b
-    packed_ptr += row * length * packed_stride_t
+    # An allocation of its own, so it is aligned. AMD's backend would compile it anew where it is larger than 2 GiB.
+    packed_ptr = tl.multiple_of(packed_ptr + row * length * packed_stride_t, 16)
     for start in range(first, end, BLOCK_SLOTS):
         slots = start + tl.arange(0, BLOCK_SLOTS)
         inside = slots < end

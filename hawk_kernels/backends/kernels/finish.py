@@ -31,8 +31,8 @@ MAX_ROW_IN_REGISTERS = 2048
 # A block of columns in the phases of a longer row, and of a row that is not longer than it; a histogram wants at least
 # as many elements as bins. A block for each power of two would be a kernel for each, compiled in the middle of a chat.
 SELECT_BLOCK = 1024
-# The blocks before its own that a program of a longer row looks at; rows of more than a million columns have more.
-_FEWEST_BLOCKS = 1024
+# Blocks that a program of a longer row looks for before its own; only rows of more than 262144 columns have more.
+_FEWEST_BLOCKS = 256
 # Heads, or tiles of their statistics, that a program holds at once beside a block of columns.
 HEAD_BLOCK = 16
 TILE_BLOCK = 32

@@ -18,7 +18,7 @@ from hawk_kernels.backends.kernels.launch import on_device
 from hawk_kernels.selection import Selection
 
 # Columns that a program holds: the least that a row fits in. A block for each power of two would be a kernel for each.
-_BLOCKS = (1024, 4096, 16384)
+_BLOCKS = (1024, 4096, 8192, 16384)
 # AMD's backend would also compile a kernel for matrices of more than 2 GiB and one for smaller ones.
 _VARYING = ("cosines_ptr", "budget_ptr", "num_tokens", "width")
 # A program reads at most so many elements of the Cholesky factor at once, rows times columns.
@@ -64,9 +64,7 @@ def _dpp_kernel(
     columns = tl.arange(0, BLOCK)
     inside = columns < num_tokens
     cosines_ptr += row * num_tokens * num_tokens
-    # Rows of the factor begin at multiples of 16 entries, whatever the length.
-    factor_stride = tl.cdiv(num_tokens, 16) * 16
-    factor_ptr = tl.multiple_of(factor_ptr, 16) + row * width * factor_stride
+    factor_ptr += row * width * num_tokens
     entry_ptr = factor_ptr
     order_ptr += row * width
     at_pick_ptr += row * width
@@ -86,14 +84,14 @@ def _dpp_kernel(
         left = tl.load(cosines_ptr + picked.to(tl.int64) * num_tokens + columns, mask=inside, other=0.0)
         for start in range(0, place, ROWS):
             earlier = start + tl.arange(0, ROWS)
-            ptrs = factor_ptr + earlier.to(tl.int64) * factor_stride
+            ptrs = factor_ptr + earlier.to(tl.int64) * num_tokens
             taken = tl.load(ptrs + picked, mask=earlier < place, other=0.0)
             among = (earlier < place)[:, None] & inside[None, :]
             left -= tl.sum(taken[:, None] * tl.load(ptrs[:, None] + columns[None, :], mask=among, other=0.0), 0)
         # Nothing of a spanned token is left to take away from others.
         entry = tl.where(remains > _SPANNED, left / tl.sqrt(tl.maximum(remains, _SPANNED)), 0.0)
         tl.store(entry_ptr + columns, entry, mask=inside)
-        entry_ptr += factor_stride
+        entry_ptr += num_tokens
         # Other threads read it as what the next picks have taken.
         tl.debug_barrier()
         outside -= entry * entry
@@ -145,7 +143,7 @@ def dpp_picks(
     batch, num_tokens = weight.shape
     at_pick, gain = weight.new_zeros(batch, width), torch.empty_like(weight)
     order = torch.full((batch, width), num_tokens - 1, device=weight.device)
-    factor = weight.new_empty(batch, width, triton.cdiv(num_tokens, 16) * 16)
+    factor = weight.new_empty(batch, width, num_tokens)
     config = launch_config(num_tokens)
     if batch:
         with on_device(weight.device):
