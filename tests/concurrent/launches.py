@@ -110,7 +110,9 @@ def make_launches(kernels: Kernels) -> list[Launch]:
     for seed, mode in enumerate((None, "l2", "softmax", "minmax")):
         launches += [
             Launch(f"score_and_select {mode} short", _score_and_select(kernels, mode, 2, True, seed)),
-            Launch(f"score_and_select {mode} split long", _score_and_select(kernels, mode, 7, seed % 2 > 0, seed), True),
+            Launch(
+                f"score_and_select {mode} split long", _score_and_select(kernels, mode, 7, seed % 2 > 0, seed), True
+            ),
             Launch(f"score_hidden {mode} long", _score_hidden(kernels, mode, True, seed), True),
         ]
     launches += [
