@@ -20,11 +20,11 @@ from pathlib import Path
 # Triton asks for it when it is imported.
 os.environ["TRITON_INTERPRET"] = "1"
 
-import torch  # noqa: E402
+import torch
 
-from tests.concurrent.explore import ExpectedOutputs, Explorer  # noqa: E402
-from tests.concurrent.launches import Kernels, make_launches  # noqa: E402
-from tests.concurrent.mutants import QUICK, SLOW, try_mutant  # noqa: E402
+from tests.concurrent.explore import ExpectedOutputs, Explorer
+from tests.concurrent.launches import Kernels, make_launches
+from tests.concurrent.mutants import QUICK, SLOW, try_mutant
 
 
 def main() -> int:
