@@ -6,13 +6,28 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
-from tests.concurrent.launches import Device, Kernels, Launch
+from tests.concurrent.launches import Device, Kernels, Launch, make_launches
 from tests.concurrent.scheduler import Schedule, interleaved, language_patched
 from tests.concurrent.weak_memory import Races
+
+
+class ExpectedOutputs:
+    """What launches return by Triton's own interpreter, which runs one program after the other."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+        self.launches = {launch.name: launch for launch in make_launches(kernels)}
+        self.outputs: dict[str, list[torch.Tensor]] = {}
+
+    def __getitem__(self, name: str) -> list[torch.Tensor]:
+        if name not in self.outputs:
+            launch = self.launches[name]
+            with language_patched(), self.kernels.on(Device(), launch):
+                self.outputs[name] = [output.clone() for output in launch.call()]
+        return self.outputs[name]
 
 
 class Explorer:
@@ -25,7 +40,7 @@ class Explorer:
         reached: the jitted functions that have run.
     """
 
-    def __init__(self, kernels: Kernels, launches: list[Launch], expected: dict[str, Any], seed: int) -> None:
+    def __init__(self, kernels: Kernels, launches: list[Launch], expected: ExpectedOutputs, seed: int) -> None:
         self.kernels, self.launches, self.expected, self.seed = kernels, launches, expected, seed
         self.races, self.wrong = Races(), []
         self.schedules: Counter[str] = Counter()
@@ -71,17 +86,5 @@ class Explorer:
         return races + [f"WRONG {problem}" for problem in self.wrong]
 
 
-def expected_outputs(kernels: Kernels, launches: list[Launch]) -> dict[str, Any]:
-    """Return the outputs by Triton's own interpreter, which runs one program after the other."""
-    outputs = {}
-    for launch in launches:
-        device = Device()
-        with language_patched(), kernels.on(device, launch):
-            outputs[launch.name] = [output.clone() for output in launch.call()]
-    return outputs
-
-
 def _are_equal(output: torch.Tensor, expected: torch.Tensor) -> bool:
     return output.shape == expected.shape and output.numpy().tobytes() == expected.numpy().tobytes()
-
-

@@ -110,13 +110,15 @@ def make_launches(kernels: Kernels) -> list[Launch]:
     for seed, mode in enumerate((None, "l2", "softmax", "minmax")):
         launches += [
             Launch(f"score_and_select {mode} short", _score_and_select(kernels, mode, 2, True, seed)),
-            Launch(f"score_and_select {mode} split long", _score_and_select(kernels, mode, 7, seed % 2 > 0, seed), True),
-            Launch(f"score_hidden {mode} long", _score_hidden(kernels, mode, True, seed), True),
+            Launch(
+                f"score_and_select {mode} split long", _score_and_select(kernels, mode, 5, seed % 2 > 0, seed), True
+            ),
+            Launch(f"score_hidden {mode} long", _score_hidden(kernels, mode, seed), True),
         ]
     launches += [
         Launch("score_and_select scores only", _score_and_select(kernels, "l2", 2, False, 1, selects=False)),
-        Launch("score_hidden scores only", _score_hidden(kernels, "l2", False, 0, selects=False)),
-        Launch("score_hidden short", _score_hidden(kernels, "softmax", False, 3)),
+        Launch("score_hidden scores only", _score_hidden(kernels, "l2", 1, selects=False)),
+        Launch("score_hidden short", _score_hidden(kernels, "softmax", 3)),
         Launch("compact 16 columns", _compact(kernels, with_positions=True)),
         Launch("compact source", _compact(kernels, with_positions=False)),
         Launch("greedy max-min", _max_min(kernels, masked=False)),
@@ -148,7 +150,7 @@ def _select(kernels: Kernels, masked: bool) -> Callable[[], Any]:
 def _score_and_select(
     kernels: Kernels, mode: str | None, num_queries: int, masked: bool, seed: int, selects: bool = True
 ) -> Callable[[], Any]:
-    batch, num_keys = 2, 33 + 3 * seed
+    batch, num_keys = 2, 33 + 2 * seed
     q, k = _numbers(batch, 3, num_queries, 16, seed=seed), _numbers(batch, 1, num_keys, 16, seed=seed + 1)
     w = torch.tensor([0.5, 0.25, 1.0])
     masks = (_flags(batch, num_queries), _flags(batch, num_keys, seed=seed)) if masked else (None, None)
@@ -159,18 +161,17 @@ def _score_and_select(
     return lambda: (module.score_tokens(q, k, w, *masks, mode, 0.25),)
 
 
-def _score_hidden(
-    kernels: Kernels, mode: str | None, is_long: bool, seed: int, selects: bool = True
-) -> Callable[[], Any]:
+def _score_hidden(kernels: Kernels, mode: str | None, seed: int, selects: bool = True) -> Callable[[], Any]:
     dtype = (torch.float32, torch.bfloat16, torch.float16, torch.float32)[seed]
-    batch, num_tokens, size, heads, head_dim = 3, 21 + 4 * is_long, 24, 3, 8
+    # Three rows are two groups of rows that are projected together, two rows are one.
+    batch, num_tokens, size, heads, head_dim = 3 - seed % 2, 19, 24, 3, 8
     x = _numbers(batch, num_tokens, size, seed=seed).to(dtype)
     wq, wk = (_numbers(rows * head_dim, size, seed=rows).to(dtype) for rows in (heads, 1))
     bq, bk, norm_weight = (_numbers(n, seed=n).to(dtype) for n in (heads * head_dim, head_dim, size))
     layer = Layer(norm_weight, 1e-6, wq, bq, wk, bk, 1)
     w = torch.tensor([0.5, 0.25, 1.0])
     text, vision = _flags(batch, num_tokens, seed=seed), _flags(batch, num_tokens, seed=seed + 9)
-    text[1] = False
+    text[-1] = False
     module = kernels.score_hidden
     if selects:
         return lambda: module.score_hidden_and_select(x, layer, w, 0.3, text, vision, mode, 0.3, "floor")

@@ -206,7 +206,9 @@ class Memory:
         kept: list[Waiting] = []
         stores, self.waiting[program] = self.waiting[program], kept
         for index, store in enumerate(stores):
-            is_before = any(is_due(later) and overlap(later, store.region, store.cells) for later in stores[index + 1 :])
+            is_before = any(
+                is_due(later) and overlap(later, store.region, store.cells) for later in stores[index + 1 :]
+            )
             if is_due(store) or is_before:
                 store.region.reach_memory(store.cells, store.values, program, store.clock)
             else:
