@@ -27,6 +27,7 @@ from unittest import mock
 import pytest
 import torch
 
+from hawk_kernels.hf.families import FAMILIES
 from hawk_kernels.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -279,6 +280,10 @@ def test_the_reference_is_that_of_the_docstrings():
     written = generate_api.PAGE.read_text(encoding="utf-8")
     assert all(f"### `{name}`\n" in written for name in public)
     assert all(f'### `method="{name}"`\n' in written for name in METHODS)
+
+
+def test_the_readme_counts_the_families():
+    assert f"[{len(FAMILIES)} model families]" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_text_and_tables_of_the_readme_fit_two_screens():

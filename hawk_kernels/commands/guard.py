@@ -1,4 +1,4 @@
-"""Runs a command so that it ends in one line and an exit status, never in a traceback.
+"""Run a command so that it ends in one line and an exit status, never in a traceback.
 
 A user may press Ctrl-C at any moment, the reader of a pipe may leave, and the disk of a redirected output may be
 full. Each of these has an exit status: 130 for an interruption and 141 for a closed pipe, as shells report the two
