@@ -236,11 +236,11 @@ def serve(cache: Any, is_served: bool) -> None:
 
 
 @functools.cache
-def _guarded_class(plain: type) -> type:
+def _guarded_class(plain: Any) -> Any:
     return type(plain.__name__, (_Guarded, plain), {"__module__": plain.__module__})
 
 
-def _new_guarded(plain: type) -> Any:
+def _new_guarded(plain: Any) -> Any:
     cls = _guarded_class(plain)
     return cls.__new__(cls)
 
@@ -297,8 +297,8 @@ def check_hooks_run(model: Any) -> None:
     if hasattr(vars(model).get("forward"), _COMPILED) and not hasattr(model, _COMPILED):
         raise ValueError(
             f"cannot prune a model whose {type(model).__name__}.forward was replaced by torch.compile(...): compiled "
-            "code does not know how many tokens of a prompt stay; restore it by `del model.forward` and compile decoding "
-            "alone, which generate does for cache_implementation='static'"
+            "code does not know how many tokens of a prompt stay; restore it by `del model.forward` and compile "
+            "decoding alone, which generate does for cache_implementation='static'"
         )
     if "_compiled_call" not in vars(model):
         return
