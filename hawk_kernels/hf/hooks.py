@@ -219,7 +219,8 @@ def guard(cache: Any) -> None:
     """Let `cache`, which holds a pruned prompt, refuse new tokens wherever the hooks do not serve it."""
     setattr(cache, _IS_SERVED, False)
     if not isinstance(cache, _Guarded):
-        cache.__class__ = _guarded_class(type(cache))
+        plain: Any = type(cache)
+        cache.__class__ = _guarded_class(plain)
 
 
 def unguard(cache: Any) -> None:
@@ -262,6 +263,23 @@ def call_length(kwargs: dict[str, Any]) -> int:
     tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     return 0 if tokens is None else int(tokens.shape[1])
+
+
+def is_paged(kwargs: dict[str, Any]) -> bool:
+    """Tell whether a call is one of continuous batching: rows of several requests in one, over a cache of pages."""
+    return kwargs.get("cache") is not None and "write_index" in kwargs
+
+
+def check_not_empty(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
+    """Refuse a call without any token.
+
+    Raises:
+        ValueError: `input_ids` are empty, and no embeddings came instead.
+    """
+    if input_ids is not None and inputs_embeds is None and 0 in input_ids.shape:
+        raise ValueError(
+            f"input_ids: expected at least one row and one token, got shape {list(input_ids.shape)}; pass the prompt"
+        )
 
 
 def visual_features(kwargs: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -30,9 +31,11 @@ from hawk_kernels.hf.hooks import (
     WatchedMethod,
     call_length,
     check_hooks_run,
+    check_not_empty,
     check_parts_run,
     compiled_before,
     guard,
+    is_paged,
     named,
     outside_graphs,
     serve,
@@ -88,6 +91,8 @@ class CallHooks:
         lifetime: puts the hooks on and takes them off.
         has_chosen: whether tokens of any prompt were chosen.
         left_images_alone: whether images came over a cache that was not empty.
+        tiny_budget: how many visual tokens the largest unit had of which a budget kept less than 1 %, or 0.
+        all_nan: on the device, whether the method scored all visual tokens of some row NaN; None where it is known.
 
     Raises:
         TypeError: a method that the model's family cannot serve.
@@ -112,6 +117,8 @@ class CallHooks:
         self._thread = _ThreadState()
         self.lifetime = Lifetime(self._attach, self._watch_generate, ended)
         self.has_chosen = self.left_images_alone = False
+        self.tiny_budget = 0
+        self.all_nan: torch.Tensor | None = None
 
     def __reduce__(self) -> str:
         # a copy of the model would be pruned for ever: no block of its own would end that
@@ -147,12 +154,32 @@ class CallHooks:
             parts.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
             parts.text.register_forward_hook(self._after_text, with_kwargs=True, always_call=True),
             parts.multimodal.register_forward_hook(self._after_multimodal, always_call=True),
+            *(
+                [WatchedMethod(parts.head, "generate_batch", self._around_generate_batch)]
+                if hasattr(parts.head, "generate_batch")
+                else []
+            ),
             *self._sources.attach(),
             *([] if self._masks is None else self._masks.attach()),
         ]
 
     def _watch_generate(self) -> Handle:
         return WatchedMethod(self._anatomy.head, "generate", self._around_generate)
+
+    @contextmanager
+    def _around_generate_batch(self, arguments: dict[str, Any]) -> Iterator[Callable[[Any], None]]:
+        """Let continuous batching of text through.
+
+        Raises:
+            ValueError: a request holds visual tokens.
+        """
+        for number, ids in enumerate(arguments.get("inputs") or ()):
+            if np.isin(np.asarray(ids), self._anatomy.visual_token_ids).any():
+                raise ValueError(
+                    f"inputs: expected requests of text alone, got visual tokens in request {number}; generate_batch "
+                    "cannot be pruned, so call generate for prompts with images"
+                )
+        yield lambda output: None
 
     def options(self) -> dict[str, object]:
         """Return what the method was made with and, where it reads the vision encoder, from which layers."""
@@ -163,6 +190,7 @@ class CallHooks:
         """Note the prompt, since assisted decoding reads its first guesses together with the prompt."""
         with self.lifetime.generating():
             ids = given_ids(arguments)
+            check_not_empty(ids, arguments.get("inputs_embeds"))
             check_one_prefill(self._anatomy.head, arguments, None if ids is None else ids.shape[1])
             thread = self._thread
             earlier = thread.generation, thread.uncached
@@ -194,7 +222,10 @@ class CallHooks:
         self._thread.is_reached = True
         kwargs = named(module, args, kwargs)
         cache, input_ids, mask = (kwargs.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
+        if is_paged(kwargs):
+            return None
         length = call_length(kwargs)
+        check_not_empty(input_ids, kwargs.get("inputs_embeds"))
         self._thread.mask = mask
         if length > 1:
             if input_ids is None and (cache is None or int(cache.get_seq_length()) == 0):
@@ -262,7 +293,7 @@ class CallHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         kwargs = named(module, args, kwargs)
         cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
-        if embeds is None or not self.lifetime.acts():
+        if embeds is None or is_paged(kwargs) or not self.lifetime.acts():
             return None
         if embeds.shape[1] > 1:
             is_inside, prefill = self._thread.is_inside, self._thread.prefill
@@ -342,6 +373,8 @@ class CallHooks:
         prompt = prefill.prompt
         choice = self._chooser.choose(states, prompt, projections, context)
         self.has_chosen = True
+        self._note_nan(choice.scores, prompt)
+        self._note_budget(prompt)
         prefill.kept, prefill.counts = choice.kept, choice.counts
         if prefill.is_own:
             own = slice(None), slice(prompt.length)
@@ -349,6 +382,37 @@ class CallHooks:
             masks = choice.kept[own], choice.scores[own], query_mask[own]
             self._publish(Outcome(*masks, prompt, prefill.encoded, choice.budgets, reason=None))
         return choice
+
+    def _note_nan(self, scores: torch.Tensor, prompt: Prompt) -> None:
+        """Refuse scores that rank nothing; those on a device are judged on leaving, to make no call wait for it.
+
+        Raises:
+            ValueError: all visual tokens of some row are NaN.
+        """
+        if scores.device.type == "cpu":
+            unranked = np.isnan(scores.detach().numpy()) | ~prompt.visual
+            if (unranked.all(axis=1) & prompt.visual.any(axis=1)).any():
+                raise self.nan_error()
+            return
+        visual = upload(prompt.visual, scores.device)
+        found = ((scores.isnan() | ~visual).all(dim=1) & visual.any(dim=1)).any()
+        self.all_nan = found if self.all_nan is None else self.all_nan.to(found.device) | found
+
+    def nan_error(self) -> ValueError:
+        """Make the error for scores that rank nothing."""
+        return ValueError(
+            f"method {self._chooser.method.name!r}: expected finite scores, got NaN for every visual token of a row; "
+            "look for NaN in the weights of the model, or in what the method computes"
+        )
+
+    def _note_budget(self, prompt: Prompt) -> None:
+        budget = self._chooser.keep_ratio
+        if isinstance(budget, float):
+            return
+        rows = prompt.image_lengths() if self._chooser.per_image else prompt.visual.sum(axis=1, keepdims=True).tolist()
+        longest = max((length for row in rows for length in row), default=0)
+        if budget * 100 < longest:
+            self.tiny_budget = max(self.tiny_budget, longest)
 
     def _leave_alone(self, keep_mask: torch.Tensor, prompt: Prompt | None, reason: str) -> None:
         keep_mask = keep_mask if prompt is None else keep_mask[:, : prompt.length]
