@@ -58,11 +58,16 @@ def in_thread(call, **kwargs):
     return thread, results
 
 
+def forgetful_generate(model, inputs):
+    with prune(model, **PRUNED) as pruning:
+        pass
+    model.generate(**inputs, **GREEDY)
+    return pruning
+
+
 def test_a_block_that_saw_no_call_says_so_on_leaving(model, inputs):
-    with pytest.warns(UserWarning, match="was not called inside the block, so nothing was pruned; put the call") as said:
-        with prune(model, **PRUNED) as pruning:
-            pass
-        model.generate(**inputs, **GREEDY)
+    with pytest.warns(UserWarning, match="was not called inside the block, so nothing was pruned; put") as said:
+        pruning = forgetful_generate(model, inputs)
     assert len(said) == 1
     assert said[0].filename == __file__
     assert pruning.keep_mask is None
@@ -95,9 +100,9 @@ def test_images_that_all_came_over_a_filled_cache_are_reported_on_leaving(model,
     later["position_ids"] = (500 + torch.arange(later["input_ids"].shape[1])).expand(3, 1, -1)
     with torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
-        with pytest.warns(UserWarning, match="none was pruned, since they came over a cache that was not empty"):
-            with prune(model, **PRUNED):
-                model(**later, past_key_values=cache)
+        said = pytest.warns(UserWarning, match="none was pruned, since they came over a cache that was not empty")
+        with said, prune(model, **PRUNED):
+            model(**later, past_key_values=cache)
 
 
 def test_a_generation_that_outlives_its_block_is_pruned_to_its_end(model, inputs):
@@ -114,7 +119,7 @@ def test_a_generation_that_outlives_its_block_is_pruned_to_its_end(model, inputs
             assert gate.is_reached.wait(60)
     # meanwhile other threads see the whole model, and no other block can begin
     assert torch.equal(model.generate(**inputs, **GREEDY), plain)
-    with pytest.raises(ValueError, match="being pruned already; .* join the threads that generate in it"):
+    with pytest.raises(ValueError, match=r"being pruned already; .* join the threads that generate in it"):
         prune(model, **PRUNED).__enter__()
     gate.may_go_on.set()
     thread.join()
@@ -191,7 +196,7 @@ def test_leaving_cleans_up_whatever_happened_to_generate(model, inputs, change):
     if change == "replace":
         assert model.generate() == "mine"
     elif change == "wrap":
-        with pytest.raises(ValueError, match="after `del model.generate` if you have set it yourself"):
+        with pytest.raises(ValueError, match=r"after `del model\.generate` if you have set it yourself"):
             model.generate(**inputs, **GREEDY)
     vars(model).pop("generate", None)
     assert snapshot(model) == before
@@ -212,7 +217,7 @@ def test_an_adapter_that_was_added_before_the_block_ranks(model, inputs):
 
 @pytest.mark.parametrize("method", [{}, {"method": "fastv", "layer": 1}], ids=["hawk", "fastv"])
 def test_a_pruned_cache_goes_on_inside_a_block_only(model, inputs, method):
-    options = {"keep_ratio": 0.25, **(PRUNED if not method else method)}
+    options = {"keep_ratio": 0.25, **(method or PRUNED)}
     token = torch.tensor([[20]])
     with torch.no_grad():
         with prune(model, **options):
@@ -223,9 +228,7 @@ def test_a_pruned_cache_goes_on_inside_a_block_only(model, inputs, method):
             with pytest.raises(ValueError, match="cannot continue a pruned cache outside prune"):
                 model(input_ids=token, past_key_values=each)
             with pytest.raises(ValueError, match="cannot continue a pruned cache outside prune"):
-                model.generate(
-                    input_ids=torch.cat([inputs["input_ids"], token], dim=1), past_key_values=each, **GREEDY
-                )
+                model.generate(input_ids=torch.cat([inputs["input_ids"], token], dim=1), past_key_values=each, **GREEDY)
             # reading goes on, and so does the same cache in a later block
             assert each.get_seq_length() > 0
             with prune(model, **options):

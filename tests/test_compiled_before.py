@@ -34,7 +34,7 @@ def test_a_compiled_forward_is_refused_on_entering():
     model = qwen_vl(layers=1)
     for part in (model, model.model, model.model.language_model):
         part.forward = compiled(part.forward)
-        with pytest.raises(ValueError, match=rf"{type(part).__name__}.forward was replaced by torch.compile.*del model"):
+        with pytest.raises(ValueError, match=rf"{type(part).__name__}.forward was replaced by torch.compile"):
             prune(model, **PRUNED).__enter__()
         del part.forward
     with prune(model, **PRUNED) as pruning:
@@ -48,7 +48,7 @@ def test_a_compiled_model_that_ran_before_the_block_is_refused_in_the_call():
     wrapper(**inputs)
     before = snapshot(model)
     with prune(model, **PRUNED):
-        with pytest.raises(ValueError, match="cannot run code inside prune that torch.compile made before the block"):
+        with pytest.raises(ValueError, match=r"cannot run code inside prune that torch.compile made before the block"):
             wrapper(**inputs)
         kept = model(**inputs).logits
         torch.compiler.reset()
@@ -63,7 +63,7 @@ def test_a_compiled_part_that_ran_before_the_block_is_refused_in_the_call():
     model(**inputs)
     with (
         prune(model, **PRUNED),
-        pytest.raises(ValueError, match="cannot run code inside prune that torch.compile made before the block"),
+        pytest.raises(ValueError, match=r"cannot run code inside prune that torch.compile made before the block"),
     ):
         model(**inputs)
 

@@ -74,8 +74,8 @@ def unwrapped(model: Any) -> Any:
         names = {cls.__name__ for cls in type(model).__mro__}
         if "DataParallel" in names and len(getattr(model, "device_ids", ())) > 1:
             raise TypeError(
-                f"model: expected one that is not copied in every call, got a DataParallel over {len(model.device_ids)} "
-                "devices; pass model.module and call that one, or use DistributedDataParallel"
+                f"model: expected one that no call copies, got a DataParallel over {len(model.device_ids)} devices; "
+                "pass model.module and call that one, or use DistributedDataParallel"
             )
         if "PeftModel" in names:
             model = model.get_base_model()

@@ -20,6 +20,7 @@ from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, padded_positions
 from hawk_kernels.hf.rotary import Rotary
 from hawk_kernels.methods import Method
+from hawk_kernels.methods.base import checked_selection
 from hawk_kernels.methods.prefill_view import EncoderAttention, HiddenStates, LastQuery, PrefillView, Segments
 
 
@@ -292,7 +293,7 @@ class Chooser:
         budgets = [[self.method.kept_count(self.keep_ratio, length) for length in row] for row in lengths]
         segments = budgets if self.per_image else None
         view = LayerView(states.detach(), prompt, projections, self.head_weights, segments, context)
-        selection = self.method.select(view, self.keep_ratio)
+        selection = checked_selection(self.method.name, self.method.select(view, self.keep_ratio), view.candidates)
 
         device, length = states.device, states.shape[1]
         positions, filled = padded_positions(prompt.visual)

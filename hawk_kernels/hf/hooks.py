@@ -219,7 +219,8 @@ def guard(cache: Any) -> None:
     """Let `cache`, which holds a pruned prompt, refuse new tokens wherever the hooks do not serve it."""
     setattr(cache, _IS_SERVED, False)
     if not isinstance(cache, _Guarded):
-        cache.__class__ = _guarded_class(type(cache))
+        plain: Any = type(cache)
+        cache.__class__ = _guarded_class(plain)
 
 
 def unguard(cache: Any) -> None:
@@ -236,11 +237,11 @@ def serve(cache: Any, is_served: bool) -> None:
 
 
 @functools.cache
-def _guarded_class(plain: type) -> type:
+def _guarded_class(plain: Any) -> Any:
     return type(plain.__name__, (_Guarded, plain), {"__module__": plain.__module__})
 
 
-def _new_guarded(plain: type) -> Any:
+def _new_guarded(plain: Any) -> Any:
     cls = _guarded_class(plain)
     return cls.__new__(cls)
 
@@ -262,6 +263,23 @@ def call_length(kwargs: dict[str, Any]) -> int:
     tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     return 0 if tokens is None else int(tokens.shape[1])
+
+
+def is_paged(kwargs: dict[str, Any]) -> bool:
+    """Tell whether a call is one of continuous batching: rows of several requests in one, over a cache of pages."""
+    return kwargs.get("cache") is not None and "write_index" in kwargs
+
+
+def check_not_empty(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
+    """Refuse a call without any token.
+
+    Raises:
+        ValueError: `input_ids` are empty, and no embeddings came instead.
+    """
+    if input_ids is not None and inputs_embeds is None and 0 in input_ids.shape:
+        raise ValueError(
+            f"input_ids: expected at least one row and one token, got shape {list(input_ids.shape)}; pass the prompt"
+        )
 
 
 def visual_features(kwargs: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, ...]:
@@ -297,8 +315,8 @@ def check_hooks_run(model: Any) -> None:
     if hasattr(vars(model).get("forward"), _COMPILED) and not hasattr(model, _COMPILED):
         raise ValueError(
             f"cannot prune a model whose {type(model).__name__}.forward was replaced by torch.compile(...): compiled "
-            "code does not know how many tokens of a prompt stay; restore it by `del model.forward` and compile decoding "
-            "alone, which generate does for cache_implementation='static'"
+            "code does not know how many tokens of a prompt stay; restore it by `del model.forward` and compile "
+            "decoding alone, which generate does for cache_implementation='static'"
         )
     if "_compiled_call" not in vars(model):
         return

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,9 +31,11 @@ from hawk_kernels.hf.hooks import (
     WatchedMethod,
     call_length,
     check_hooks_run,
+    check_not_empty,
     check_parts_run,
     compiled_before,
     guard,
+    is_paged,
     named,
     outside_graphs,
     serve,
@@ -43,7 +47,7 @@ from hawk_kernels.hf.images import Encoded, EncodingWatch, frames_of_prompt
 from hawk_kernels.hf.layer_masks import LayerMasks
 from hawk_kernels.hf.packing import Packing, pack_call, slot_limit
 from hawk_kernels.hf.projections import LayerProjections
-from hawk_kernels.hf.prompt import Prompt, check_one_prefill, given_prompt_length, read_prompt
+from hawk_kernels.hf.prompt import Prompt, check_one_prefill, given_ids, read_prompt
 from hawk_kernels.hf.pruned_cache import CachedPrompt, CacheRecords, UncachedPrompt, constant_mask, forget
 from hawk_kernels.hf.question import Query
 from hawk_kernels.hf.rotary import check_rotates, rotary_of_first_layer
@@ -87,6 +91,8 @@ class CallHooks:
         lifetime: puts the hooks on and takes them off.
         has_chosen: whether tokens of any prompt were chosen.
         left_images_alone: whether images came over a cache that was not empty.
+        tiny_budget: how many visual tokens the largest unit had of which a budget kept less than 1 %, or 0.
+        all_nan: on the device, whether the method scored all visual tokens of some row NaN; None where it is known.
 
     Raises:
         TypeError: a method that the model's family cannot serve.
@@ -112,6 +118,8 @@ class CallHooks:
         self._thread = _ThreadState()
         self.lifetime = Lifetime(self._attach, self._watch_generate, ended)
         self.has_chosen = self.left_images_alone = False
+        self.tiny_budget = 0
+        self.all_nan: torch.Tensor | None = None
 
     def __reduce__(self) -> str:
         # a copy of the model would be pruned for ever: no block of its own would end that
@@ -137,7 +145,8 @@ class CallHooks:
             check_hooks_run(module)
         method = self._chooser.method.name
         if self._masks is not None:
-            check_parts_run(parts.text.layers, "the text model", method)
+            text: Any = parts.text
+            check_parts_run(text.layers, "the text model", method)
         self._sources.check_hooks_run(method)
         return [
             parts.head.register_forward_pre_hook(self._before_head, with_kwargs=True),
@@ -146,6 +155,11 @@ class CallHooks:
             parts.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
             parts.text.register_forward_hook(self._after_text, with_kwargs=True, always_call=True),
             parts.multimodal.register_forward_hook(self._after_multimodal, always_call=True),
+            *(
+                [WatchedMethod(parts.head, "generate_batch", self._around_generate_batch)]
+                if hasattr(parts.head, "generate_batch")
+                else []
+            ),
             *self._sources.attach(),
             *([] if self._masks is None else self._masks.attach()),
         ]
@@ -153,21 +167,39 @@ class CallHooks:
     def _watch_generate(self) -> Handle:
         return WatchedMethod(self._anatomy.head, "generate", self._around_generate)
 
+    @contextmanager
+    def _around_generate_batch(self, arguments: dict[str, Any]) -> Iterator[Callable[[Any], None]]:
+        """Let continuous batching of text through.
+
+        Raises:
+            ValueError: a request holds visual tokens.
+        """
+        for number, ids in enumerate(arguments.get("inputs") or ()):
+            if np.isin(np.asarray(ids), self._anatomy.visual_token_ids).any():
+                raise ValueError(
+                    f"inputs: expected requests of text alone, got visual tokens in request {number}; generate_batch "
+                    "cannot be pruned, so call generate for prompts with images"
+                )
+        yield lambda output: None
+
     def options(self) -> dict[str, object]:
         """Return what the method was made with and, where it reads the vision encoder, from which layers."""
         return {**self._chooser.method.options(), **self._sources.options()}
 
     @contextmanager
     def _around_generate(self, arguments: dict[str, Any]) -> Iterator[Callable[[Any], None]]:
-        """Note the length of the prompt, since assisted decoding reads its first guesses together with the prompt."""
-        length = given_prompt_length(arguments)
-        check_one_prefill(self._anatomy.head, arguments, length)
-        earlier, self._thread.prompt_length = self._thread.prompt_length, length
-        try:
-            with self.lifetime.generating():
+        """Note the prompt, since assisted decoding reads its first guesses together with the prompt."""
+        with self.lifetime.generating():
+            ids = given_ids(arguments)
+            check_not_empty(ids, arguments.get("inputs_embeds"))
+            check_one_prefill(self._anatomy.head, arguments, None if ids is None else ids.shape[1])
+            thread = self._thread
+            earlier = thread.generation, thread.uncached
+            thread.generation, thread.uncached = _Generation(ids), _no_uncached_prompts()
+            try:
                 yield lambda output: None
-        finally:
-            self._thread.prompt_length = earlier
+            finally:
+                thread.generation, thread.uncached = earlier
 
     def _before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.lifetime.acts():
@@ -191,7 +223,10 @@ class CallHooks:
         self._thread.is_reached = True
         kwargs = named(module, args, kwargs)
         cache, input_ids, mask = (kwargs.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
+        if is_paged(kwargs):
+            return None
         length = call_length(kwargs)
+        check_not_empty(input_ids, kwargs.get("inputs_embeds"))
         self._thread.mask = mask
         if length > 1:
             if input_ids is None and (cache is None or int(cache.get_seq_length()) == 0):
@@ -228,32 +263,36 @@ class CallHooks:
         """Read the prompt of a call; None over a cache that is not empty."""
         cache = kwargs.get("past_key_values")
         features = visual_features(kwargs, self._anatomy.family.features)
-        earlier = self._thread.uncached if cache is None else None
-        if earlier is not None and not earlier.may_grow_into(input_ids, features):
-            earlier = None
-        query = self._query if earlier is None else None
-        own_length = self._thread.prompt_length if cache is not None else None
-        guesses = 0 if own_length is None else max(0, input_ids.shape[1] - own_length)
+        generation = self._thread.generation
+        # later calls inside generate are steps, or prompts that a processor of logits compares with
+        is_own = generation is None or not generation.has_begun
+        guesses = 0
+        if generation is not None:
+            guesses = generation.count_guesses(input_ids) if is_own and cache is not None else 0
+            generation.has_begun = True
+        waiting = self._thread.uncached if cache is None else ()
+        candidates = [earlier for earlier in waiting if earlier.may_grow_into(input_ids, features)]
+        query = None if candidates else self._query
         prompt, valid = read_prompt(self._anatomy, kwargs, query, guesses)
         if prompt is None:
             if features:
                 self.left_images_alone = True
                 reason = "images came over a cache that is not empty; only prompts in one call are pruned"
-                self._leave_alone(torch.ones_like(input_ids, dtype=torch.bool), None, reason)
+                if is_own:
+                    self._leave_alone(torch.ones_like(input_ids, dtype=torch.bool), None, reason)
             return None
-        if earlier is not None and not earlier.grows_into(prompt):
-            self._thread.uncached = None
-            again: _Prefill | None = self._read(kwargs, input_ids)
-            return again
-        self._thread.uncached = earlier
-        return _Prefill(prompt, valid, features, kwargs)
+        grown = next((earlier for earlier in candidates if earlier.grows_into(prompt)), None)
+        if candidates and grown is None and self._query is not None:
+            prompt, valid = read_prompt(self._anatomy, kwargs, self._query, guesses)
+            assert prompt is not None
+        return _Prefill(prompt, valid, features, kwargs, is_own, grown)
 
     def _before_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         kwargs = named(module, args, kwargs)
         cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
-        if embeds is None or not self.lifetime.acts():
+        if embeds is None or is_paged(kwargs) or not self.lifetime.acts():
             return None
         if embeds.shape[1] > 1:
             is_inside, prefill = self._thread.is_inside, self._thread.prefill
@@ -288,7 +327,7 @@ class CallHooks:
                 f"inputs_embeds: expected one embedding for each of the {list(prompt.ids.shape)} input_ids, got shape "
                 f"{list(embeds.shape)}; prune does not support a model that inserts tokens between the two"
             )
-        device, masks, earlier = embeds.device, self._masks, self._thread.uncached
+        device, masks, earlier = embeds.device, self._masks, prefill.earlier
         valid = upload(prompt.valid, device) if prefill.valid is None else prefill.valid.to(device)
         if masks is not None:
             masks.start(nn.functional.pad(valid[:, : prompt.length], (0, valid.shape[1] - prompt.length)))
@@ -296,7 +335,8 @@ class CallHooks:
             prefill.kept, prefill.counts = earlier.extended(valid, prompt.valid)
         elif not prompt.visual.any():
             prefill.kept, prefill.counts = valid, prompt.valid.sum(axis=1).tolist()
-            self._leave_alone(valid, prompt, "no visual tokens")
+            if prefill.is_own:
+                self._leave_alone(valid, prompt, "no visual tokens")
         elif masks is not None:
             masks.choose_inside(partial(self._choose_inside, prefill, valid))
             return None
@@ -332,12 +372,46 @@ class CallHooks:
         prompt = prefill.prompt
         choice = self._chooser.choose(states, prompt, projections, context)
         self.has_chosen = True
+        self._note_nan(choice.scores, prompt)
+        self._note_budget(prompt)
         prefill.kept, prefill.counts = choice.kept, choice.counts
-        own = slice(None), slice(prompt.length)
-        query_mask = upload(prompt.query, states.device)
-        masks = choice.kept[own], choice.scores[own], query_mask[own]
-        self._publish(Outcome(*masks, prompt, prefill.encoded, choice.budgets, reason=None))
+        if prefill.is_own:
+            own = slice(None), slice(prompt.length)
+            query_mask = upload(prompt.query, states.device)
+            masks = choice.kept[own], choice.scores[own], query_mask[own]
+            self._publish(Outcome(*masks, prompt, prefill.encoded, choice.budgets, reason=None))
         return choice
+
+    def _note_nan(self, scores: torch.Tensor, prompt: Prompt) -> None:
+        """Refuse scores that rank nothing; those on a device are judged on leaving, to make no call wait for it.
+
+        Raises:
+            ValueError: all visual tokens of some row are NaN.
+        """
+        if scores.device.type == "cpu":
+            unranked = np.isnan(scores.detach().numpy()) | ~prompt.visual
+            if (unranked.all(axis=1) & prompt.visual.any(axis=1)).any():
+                raise self.nan_error()
+            return
+        visual = upload(prompt.visual, scores.device)
+        found = ((scores.isnan() | ~visual).all(dim=1) & visual.any(dim=1)).any()
+        self.all_nan = found if self.all_nan is None else self.all_nan.to(found.device) | found
+
+    def nan_error(self) -> ValueError:
+        """Make the error for scores that rank nothing."""
+        return ValueError(
+            f"method {self._chooser.method.name!r}: expected finite scores, got NaN for every visual token of a row; "
+            "look for NaN in the weights of the model, or in what the method computes"
+        )
+
+    def _note_budget(self, prompt: Prompt) -> None:
+        budget = self._chooser.keep_ratio
+        if isinstance(budget, float):
+            return
+        rows = prompt.image_lengths() if self._chooser.per_image else prompt.visual.sum(axis=1, keepdims=True).tolist()
+        longest = max((length for row in rows for length in row), default=0)
+        if budget * 100 < longest:
+            self.tiny_budget = max(self.tiny_budget, longest)
 
     def _leave_alone(self, keep_mask: torch.Tensor, prompt: Prompt | None, reason: str) -> None:
         keep_mask = keep_mask if prompt is None else keep_mask[:, : prompt.length]
@@ -359,8 +433,8 @@ class CallHooks:
             self._masks.finish(cache)
         if cache is not None and not prefill.keeps_everything:
             guard(cache)
-        if cache is None and self._thread.uncached is None:
-            self._thread.uncached = UncachedPrompt(prompt, prefill.features, prefill.kept, prefill.counts)
+        if cache is None and prefill.earlier is None:
+            self._thread.uncached.append(UncachedPrompt(prompt, prefill.features, prefill.kept, prefill.counts))
         if packing is None or prefill.following is None:
             return None
         if cache is not None:
@@ -463,15 +537,18 @@ class _Sources:
 class _Prefill:
     """A prompt on its way from the multimodal model to the text model and back.
 
-    At the text model `encoded` is filled in; then `kept` and `counts`, the tokens that stay and their number in each
-    row; and where some were dropped, how the rest are packed and the position ids of what follows. `logits_to_keep` is
-    how many logits at the end the caller wants, 0 for all.
+    `is_own` is false for a prompt that is not the one which `generate` was called with. `earlier` is the prompt of
+    which this one is a later step, where there is no cache. At the text model `encoded` is filled in; then `kept` and
+    `counts`, the tokens that stay and their number in each row; and where some were dropped, how the rest are packed
+    and the position ids of what follows. `logits_to_keep` is how many logits at the end the caller wants, 0 for all.
     """
 
     prompt: Prompt
     valid: torch.Tensor | None
     features: tuple[Any, ...]
     arguments: dict[str, Any]
+    is_own: bool
+    earlier: UncachedPrompt | None
     encoded: dict[str, Encoded] = field(default_factory=dict)
     kept: torch.Tensor | None = None
     counts: list[int] = field(default_factory=list)
@@ -485,6 +562,31 @@ class _Prefill:
         return self.counts == counts
 
 
+@dataclass
+class _Generation:
+    """A call of `generate`.
+
+    Attributes:
+        ids: the prompt that it was called with, `[B, T]`, or None.
+        has_begun: whether it has read a prompt.
+    """
+
+    ids: torch.Tensor | None
+    has_begun: bool = False
+
+    def count_guesses(self, input_ids: torch.Tensor) -> int:
+        """Count the tokens that assisted decoding reads together with the prompt, after it."""
+        if self.ids is None or input_ids.shape[0] != self.ids.shape[0] or input_ids.shape[1] <= self.ids.shape[1]:
+            return 0
+        length = self.ids.shape[1]
+        return int(input_ids.shape[1]) - length if torch.equal(input_ids[:, :length], self.ids.to(input_ids)) else 0
+
+
+def _no_uncached_prompts() -> deque[UncachedPrompt]:
+    # several generations without a cache may take turns, such as a question and what it is contrasted with
+    return deque(maxlen=16)
+
+
 class _ThreadState(threading.local):
     # whether the multimodal model was reached by the call of the head
     is_reached: bool = False
@@ -495,6 +597,7 @@ class _ThreadState(threading.local):
     entered: _Prefill | None = None
     mask: Any = None
     logits_to_keep: int = 0
-    # of the prompt that generate was called with
-    prompt_length: int | None = None
-    uncached: UncachedPrompt | None = None
+    generation: _Generation | None = None
+
+    def __init__(self) -> None:
+        self.uncached = _no_uncached_prompts()

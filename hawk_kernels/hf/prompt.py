@@ -172,11 +172,10 @@ def read_prompt(
     return Prompt(host_ids, host_valid, visual, found, sources, prompt_length, placeholders), valid
 
 
-def given_prompt_length(arguments: dict[str, Any]) -> int | None:
-    """Count the tokens of the prompt that `generate` is called with, `T`; None where it gets no ids."""
+def given_ids(arguments: dict[str, Any]) -> torch.Tensor | None:
+    """Return the ids of the prompt that `generate` is called with, `[B, T]`; None where it gets none."""
     given = (arguments.get(name) for name in ("inputs", "input_ids"))
-    ids = next((ids for ids in given if isinstance(ids, torch.Tensor) and ids.dim() == 2), None)
-    return None if ids is None else ids.shape[1]
+    return next((ids for ids in given if isinstance(ids, torch.Tensor) and ids.dim() == 2), None)
 
 
 def check_one_prefill(model: Any, arguments: dict[str, Any], length: int | None) -> None:

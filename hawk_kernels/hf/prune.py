@@ -44,12 +44,21 @@ def prune(
     come from a hidden state of zeros, so that `labels` and slicing stay right. `hidden_states` and `attentions` of the
     output are those of the tokens that stayed. A cache that was filled inside the block must be continued inside a
     block. Without a cache, a call whose prompt is the previous one and one more token, about the same images, counts as
-    the next step of a generation and keeps the tokens of the first step.
+    the next step of a generation and keeps the tokens of the first step; several such generations may take turns.
+
+    Nothing is pruned before the block is entered: `prune(...)` alone only checks its arguments. A block in which the
+    model was not called says so by a warning on leaving. A generation that another thread began inside the block, or
+    was given `model.generate` for, is pruned to its end; the hooks stay for that thread alone until then. A cache that
+    was pruned refuses new tokens outside a block, and so do its copies.
+
+    Inside the block `save_pretrained` and `state_dict` save the model as outside; `copy.deepcopy`, `pickle` and
+    `torch.save(model)` raise a TypeError, since a copy would carry the hooks and no block of its own would end them.
 
     Args:
         model: a transformers model of a supported family (docs/families.md), as it is or inside a `PeftModel`, a
             `DistributedDataParallel` or what `torch.compile(model)` returns.
         keep_ratio: float in (0, 1], the fraction of the visual tokens that is kept, at least one; or an int, how many.
+            A row with fewer tokens than that keeps them all, as in `score_and_select` with a mask.
         method: name of a method, or a method object.
         head_weights: None (the shipped registry), "uniform", a `[H]` tensor or sequence, or the path of a weights file.
         budget: "shared" by all images of a row, or "per_image": `keep_ratio` applies to each image or video.
@@ -65,14 +74,18 @@ def prune(
         TypeError: a model that is not supported, an unknown option, or an argument of another type.
         ValueError: a value out of range, or a model whose head weights are not known.
     """
-    return Pruning(model, keep_ratio, method, head_weights, budget, query, options)
+    pruning = Pruning(model, keep_ratio, method, head_weights, budget, query, options)
+    if keep_ratio == 1 and not isinstance(keep_ratio, float):
+        warnings.warn("keep_ratio: the int 1 keeps a single visual token; the float 1.0 keeps all", stacklevel=2)
+    return pruning
 
 
 class Pruning:
     """The `with` block that `prune` returns, which also shows what happened to the last prompt inside it.
 
-    The results are those of the last prefill in the calling thread, or of any thread where this one has had none. They
-    are None before the first prefill, and stay after the block. Their rows are those that the model saw: `generate`
+    The results are those of the last prefill in the calling thread, or of any thread where this one has had none.
+    Inside `generate` only the prompt that it was called with counts. The results are None before the first prefill, and
+    stay after the block. Their rows are those that the model saw: `generate`
     repeats a sample for its beams and return sequences. The object can be entered again.
     """
 
@@ -213,9 +226,30 @@ class Pruning:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        ended = self._hooks.lifetime.close()
-        if ended and exception[0] is None:
-            self._warn_if_nothing_was_pruned()
+        hooks = self._hooks
+        ended = hooks.lifetime.close()
+        if exception[0] is not None:
+            return
+        if hooks.all_nan is not None and bool(hooks.all_nan):
+            raise hooks.nan_error()
+        if ended and not hooks.lifetime.was_called:
+            warnings.warn(
+                "prune: the model was not called inside the block, so nothing was pruned; put the call inside the "
+                "`with`, and join there the threads that make it",
+                stacklevel=2,
+            )
+        if hooks.left_images_alone and not hooks.has_chosen:
+            warnings.warn(
+                "prune: images came inside the block and none was pruned, since they came over a cache that was not "
+                "empty; start with a new cache, or pass all images in the first call",
+                stacklevel=2,
+            )
+        if hooks.tiny_budget and self._chooser.keep_ratio != 1:
+            warnings.warn(
+                f"keep_ratio: a budget of {self._chooser.keep_ratio} kept less than 1 % of {hooks.tiny_budget} visual "
+                "tokens; a float in (0, 1] is the fraction kept",
+                stacklevel=2,
+            )
 
     def _made_hooks(self) -> CallHooks:
         return CallHooks(self._anatomy, self._chooser, self._query, self._publish, self._ended)
@@ -223,20 +257,6 @@ class Pruning:
     def _ended(self) -> None:
         if not self._was_compiled:
             forget_compiled_call(self._anatomy.head)
-
-    def _warn_if_nothing_was_pruned(self) -> None:
-        if not self._hooks.lifetime.was_called:
-            warnings.warn(
-                "prune: the model was not called inside the block, so nothing was pruned; put the call inside the "
-                "`with`, and join there the threads that make it",
-                stacklevel=3,
-            )
-        elif self._hooks.left_images_alone and not self._hooks.has_chosen:
-            warnings.warn(
-                "prune: images came inside the block and none was pruned, since they came over a cache that was not "
-                "empty; start with a new cache, or pass all images in the first call",
-                stacklevel=3,
-            )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.stats!r}"

@@ -56,7 +56,7 @@ class Method(ABC):
 
     def select(self, view: PrefillView, r: float | int) -> Selection:
         """Choose the tokens that stay: those with the highest scores of each row, or of each of its images."""
-        scores = self.score(view)
+        scores = checked_scores(self.name, self.score(view), view.candidates)
         if view.segments is not None:
             return select_in_segments(scores, r, view.segments, self.rounding)
         return select_topk(scores, r, mask=view.candidates, rounding=self.rounding)
@@ -190,6 +190,42 @@ def merged_segments(kept: torch.Tensor, scores: torch.Tensor, segments: Segments
     slot = torch.where(mask, mask.cumsum(1) - 1, segments.kept_per_row)
     indices = slot.new_full((batch, segments.kept_per_row + 1), -1).scatter_(1, slot, order)
     return Selection(mask, indices[:, :-1], scores)
+
+
+def checked_scores(method: str, scores: object, candidates: torch.Tensor) -> torch.Tensor:
+    """Return what a method gave for the visual tokens, or raise an error that names the method.
+
+    Raises:
+        TypeError: not a float32 tensor.
+        ValueError: another shape than that of `candidates`, `[B, M]`.
+    """
+    expected = f"method {method!r}: expected float32 scores of shape {list(candidates.shape)}"
+    if not isinstance(scores, torch.Tensor):
+        raise TypeError(f"{expected}, got {type(scores).__name__}; return a tensor")
+    if scores.shape != candidates.shape:
+        raise ValueError(f"{expected}, got shape {list(scores.shape)}; score each visual token of each row")
+    if scores.dtype != torch.float32:
+        raise TypeError(f"{expected}, got {scores.dtype}; return scores.float()")
+    return scores
+
+
+def checked_selection(method: str, selection: object, candidates: torch.Tensor) -> Selection:
+    """Return what a method selected of the visual tokens, or raise an error that names the method.
+
+    Raises:
+        TypeError: not a `Selection`, or tensors of other dtypes.
+        ValueError: another shape than that of `candidates`, `[B, M]`.
+    """
+    if not isinstance(selection, Selection):
+        raise TypeError(f"method {method!r}: expected a Selection, got {type(selection).__name__}; return one")
+    mask = selection.mask
+    if mask.dtype != torch.bool or mask.shape != candidates.shape:
+        raise ValueError(
+            f"method {method!r}: expected a bool mask of shape {list(candidates.shape)}, got {mask.dtype} of shape "
+            f"{list(mask.shape)}; mark each visual token that stays"
+        )
+    checked_scores(method, selection.scores, candidates)
+    return selection
 
 
 def checked_int(value: object, least: int, expected: str, remedy: str) -> int:
