@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from hawk_kernels import prune
 from hawk_kernels.methods import Method
@@ -130,6 +131,21 @@ def test_continuous_batching_reads_text_and_refuses_images(model):
     with prune(model, **PRUNED), refused:
         model.generate_batch(inputs=[request, INPUTS["input_ids"][0].tolist()])
     assert snapshot(model) == before
+    continuous = pytest.importorskip("transformers.generation.configuration_utils").ContinuousBatchingConfig
+    options = {
+        "inputs": [request],
+        "generation_config": GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        "continuous_batching_config": continuous(num_blocks=8, max_batch_tokens=64),
+        "warmup": False,
+    }
+
+    def said():
+        return [answer.generated_tokens for answer in model.generate_batch(**options).values()]
+
+    with prune(model, **PRUNED):
+        pruned = said()
+    assert pruned == said()
+    assert len(pruned[0]) == 3
 
 
 @torch.no_grad()
