@@ -250,7 +250,8 @@ class CallHooks:
             return None
         positions = kwargs.get("position_ids")
         if positions is None:
-            return (), {**kwargs, "position_ids": record.positions_for(cache, length, len(kwargs["input_ids"]))}
+            batch = None if input_ids is None else len(input_ids)
+            return (), {**kwargs, "position_ids": record.positions_for(cache, length, batch)}
         if length > 1:
             if isinstance(mask, torch.Tensor) and mask.dim() == 2:
                 record.check_length(cache, mask, length)

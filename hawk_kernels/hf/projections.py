@@ -59,6 +59,7 @@ class SeparateProjections(LayerProjections):
         self, layer: Any, norm: str | None = "input_layernorm", head_norms: tuple[str, str] = ("q_norm", "k_norm")
     ) -> None:
         attention = layer.self_attn
+        self._layer: nn.Module = layer
         self._norm: nn.Module = nn.Identity() if norm is None else getattr(layer, norm)
         self._query_projection: nn.Module = attention.q_proj
         self._key_projection: nn.Module = attention.k_proj
@@ -67,12 +68,14 @@ class SeparateProjections(LayerProjections):
         self._head_dim: int = attention.head_dim
         self.num_heads = attention.config.num_attention_heads
         self.affine_queries = self._query_norm is None
-        self._rms_norm = recognised_rms_norm(self._norm) if self.affine_queries and self._key_norm is None else None
+        is_plain = self.affine_queries and self._key_norm is None and not self._is_sharded()
+        self._rms_norm = recognised_rms_norm(self._norm) if is_plain else None
 
     def device(self, default: torch.device) -> torch.device:
         return _device_of(default, self._norm, self._query_projection)
 
     def plain(self) -> Layer | None:
+        _check_whole(self._is_sharded())
         query: Any = self._query_projection
         key: Any = self._key_projection
         if self._rms_norm is None or runs_hooks(self._norm) or not (is_plain_linear(query) and is_plain_linear(key)):
@@ -84,7 +87,11 @@ class SeparateProjections(LayerProjections):
         return Layer(factor, epsilon, query.weight, query.bias, key.weight, key.bias)
 
     def normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        _check_whole(self._is_sharded())
         return _normed(self._norm, hidden_states)
+
+    def _is_sharded(self) -> bool:
+        return _is_sharded(self._layer, self._norm, self._query_projection, self._key_projection)
 
     def queries(self, normalized: torch.Tensor) -> torch.Tensor:
         # gated attention projects the gate of a head after its query
@@ -101,6 +108,7 @@ class LatentProjections(LayerProjections):
     """Projects as multi-head latent attention does: from a compressed state, with rotary keys that heads share."""
 
     def __init__(self, layer: Any) -> None:
+        self._layer: nn.Module = layer
         self._norm: nn.Module = layer.input_layernorm
         self._attention = layer.self_attn
         self.num_heads = self._attention.num_heads
@@ -110,6 +118,7 @@ class LatentProjections(LayerProjections):
         return _device_of(default, self._norm)
 
     def normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        _check_whole(_is_sharded(self._layer, self._norm, *self._attention.children()))
         return _normed(self._norm, hidden_states)
 
     def queries(self, normalized: torch.Tensor) -> torch.Tensor:
@@ -129,6 +138,25 @@ class LatentProjections(LayerProjections):
         keys = attention.kv_b_proj(attention.kv_a_layernorm(latent)).unflatten(-1, (self.num_heads, -1))
         keys = keys[..., : attention.qk_nope_head_dim]
         return torch.cat([keys, rotary.unsqueeze(-2).expand(*keys.shape[:-1], -1)], dim=-1)
+
+
+def _is_sharded(layer: nn.Module, *modules: nn.Module) -> bool:
+    """Tell whether this process holds only a part of what a layer ranks tokens by."""
+    if any(kind.__name__ in ("FullyShardedDataParallel", "FSDPModule") for kind in type(layer).__mro__):
+        return True
+    if any(hasattr(weight, "placements") for module in modules for weight in module.parameters()):
+        return True
+    linear = [module for module in modules if type(module) is nn.Linear]
+    return any(tuple(module.weight.shape) != (module.out_features, module.in_features) for module in linear)
+
+
+def _check_whole(is_sharded: bool) -> None:
+    if is_sharded:
+        raise ValueError(
+            "cannot rank visual tokens by the sharded weights of tensor parallelism or FSDP, since each rank would "
+            "keep other tokens; load the model whole on each rank, as DistributedDataParallel does, or spread its "
+            "layers with device_map, or use a method that reads no layer, such as 'divprune'"
+        )
 
 
 def _normed(norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
