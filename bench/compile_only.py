@@ -43,6 +43,7 @@ from hawk_kernels.backends.kernels import (
 from hawk_kernels.backends.kernels.configs import Shape, config_for
 from hawk_kernels.backends.kernels.head_norms import MODES
 from hawk_kernels.backends.kernels.plan import Plan
+from hawk_kernels.backends.kernels.views import stride_unit
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -167,6 +168,7 @@ def _columns(dtype: str, head_dim: int, num_queries: int, num_keys: int, kind: s
         "SEGMENTED": "segments" in kind,
         "HAS_Q_ROWS": "rows" in kind,
         "UPCAST": False,
+        "STRIDE_UNIT": stride_unit(head_dim),
         "q_stride_d": 1,
         "k_stride_d": 1,
         **config["blocks"],
@@ -195,7 +197,8 @@ def _fused(
 ) -> Variant:
     config = config_for(target, "score_and_select", Shape("fp32" if dtype == "fp32" else "half", head_dim, 4, num_keys))
     plan = score_and_select.make_plan(1, 28, 4, num_queries, num_keys, head_dim, mode, selects, config)
-    options = dict.fromkeys(("HAS_Q_MASK", "HAS_K_MASK"), masked) | {"CEIL": False, "INTERPRETED": False}
+    options: dict[str, Any] = dict.fromkeys(("HAS_Q_MASK", "HAS_K_MASK"), masked)
+    options |= {"CEIL": False, "INTERPRETED": False, "STRIDE_UNIT": stride_unit(head_dim)}
     pointer = DTYPES[dtype]
     groups = {
         "tensors": score_and_select.Tensors(q=pointer, k=pointer, w="*fp32"),
@@ -236,7 +239,7 @@ def _hidden(
     return _planned(name, score_hidden._score_hidden_kernel, groups, options, plan)
 
 
-def _planned(name: str, kernel: Any, groups: dict[str, Any], options: dict[str, bool], plan: Plan) -> Variant:
+def _planned(name: str, kernel: Any, groups: dict[str, Any], options: dict[str, Any], plan: Plan) -> Variant:
     constants = {**options, "STATIC": plan.static}
     return Variant(name, kernel, _MASKS, constants, plan.options["num_warps"], plan.options.get("maxnreg"), groups)
 

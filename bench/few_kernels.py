@@ -1,6 +1,6 @@
-"""Count how many times Triton would compile each kernel over random streams of prompts for one model.
+"""Count how many times Triton would compile each kernel over a random stream of prompts for one model.
 
-    python -m bench.few_kernels [--target sm_90 ...] [--seed 0 ...] [--prompts 1000] [--json FILE]
+    python -m bench.few_kernels [--target sm_90 ...] [--model NAME ...] [--seed 0 ...] [--prompts 1000] [--json FILE]
 
 Every launch is caught on its way to Triton and keyed exactly as Triton keys its cache of compiled kernels: by what it
 specialises the arguments for, by the constants and by the compiler's options. No kernel runs and no memory is read, so
@@ -16,6 +16,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -51,7 +52,10 @@ MOST_BATCH = 64
 
 
 class Model(NamedTuple):
-    """The shapes of a language model's layers, and of its vision encoder's attention."""
+    """The shapes of a language model's layers, and of its vision encoder's attention.
+
+    Its queries are contiguous `[B, H, N, D]`, or as a projection leaves them.
+    """
 
     hidden_size: int = 3584
     num_heads: int = 28
@@ -60,9 +64,14 @@ class Model(NamedTuple):
     encoder_heads: int = 16
     encoder_head_dim: int = 80
     dtype: torch.dtype = torch.bfloat16
+    is_contiguous: bool = False
 
 
-QWEN_7B = Model()
+MODELS = {
+    "qwen2.5-vl-7b": Model(),
+    "heads of 72": Model(1152, 16, 16, 72, 16, 72, is_contiguous=True),
+    "fp32": Model(2560, 8, 4, 256, 16, 80, torch.float32),
+}
 
 
 class Prompt(NamedTuple):
@@ -112,9 +121,9 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _heads_of(model: Model, draw: random.Random, batch: int, heads: int, length: int, head_dim: int) -> torch.Tensor:
+def _heads_of(model: Model, batch: int, heads: int, length: int, head_dim: int) -> torch.Tensor:
     """Return `[B, H, N, D]`, contiguous or as a projection leaves it."""
-    if draw.random() < 0.5:
+    if model.is_contiguous:
         return _empty(batch, heads, length, head_dim, dtype=model.dtype)
     return _empty(batch, length, heads, head_dim, dtype=model.dtype).transpose(1, 2)
 
@@ -141,9 +150,9 @@ def calls(model: Model, prompt: Prompt, draw: random.Random) -> dict[str, Callab
     length = draw.randint(1, num_tokens)
     positions = _empty(3, batch, num_tokens + 1, dtype=torch.int64)[:, :, draw.randrange(2) :][:, :, :num_tokens]
     encoder_q, encoder_k = (
-        _heads_of(model, draw, 1, model.encoder_heads, num_visual, model.encoder_head_dim) for _ in range(2)
+        _heads_of(model, 1, model.encoder_heads, num_visual, model.encoder_head_dim) for _ in range(2)
     )
-    text_q = _heads_of(model, draw, batch, heads, num_text, head_dim)
+    text_q = _heads_of(model, batch, heads, num_text, head_dim)
     # for longer rows the cosines of all pairs do not fit in memory, and PyTorch picks
     few = min(num_visual, 16384)
     cosines: Any = SimpleNamespace(matrix=_empty(batch, few, few), nearest=lambda: _empty(batch, few))
@@ -196,7 +205,7 @@ def launching_on(architecture: str) -> Iterator[list[tuple[str, str]]]:
             function.cache_clear()
 
 
-def count(architecture: str, seed: int, num_prompts: int, model: Model = QWEN_7B) -> dict[str, int]:
+def count(architecture: str, seed: int, num_prompts: int, model: Model) -> dict[str, int]:
     """Return how many variants of each kernel a stream of prompts needs, by what is called."""
     draw = random.Random(seed)
     found: dict[str, set[str]] = {}
@@ -214,18 +223,20 @@ def main() -> None:
     """Print the variants of each kernel for every target and seed, and write them as JSON if asked."""
     parser = argparse.ArgumentParser(prog="python -m bench.few_kernels", description=__doc__.split("\n")[0])
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all of them")
+    parser.add_argument("--model", choices=MODELS, action="append", help="default: all of them")
     parser.add_argument("--seed", type=int, action="append", help="of a stream; default: 0")
     parser.add_argument("--prompts", type=int, default=1000, help="in a stream; default: %(default)s")
     parser.add_argument("--json", type=Path, help="also write the counts to this file")
     arguments = parser.parse_args()
     rows = []
     for target in arguments.target or TARGETS:
-        for seed in arguments.seed or [0]:
-            counts = count(target, seed, arguments.prompts)
-            rows.append({"target": target, "seed": seed, "prompts": arguments.prompts, "variants": counts})
-            print(f"{target}, seed {seed}:")
-            for name, number in counts.items():
-                print(f"  {number:>3}  {name}", flush=True)
+        for name, seed in product(arguments.model or MODELS, arguments.seed or [0]):
+            counts = count(target, seed, arguments.prompts, MODELS[name])
+            stream = {"target": target, "model": name, "seed": seed, "prompts": arguments.prompts}
+            rows.append({**stream, "variants": counts})
+            print(f"{target}, {name}, seed {seed}:")
+            for use, number in counts.items():
+                print(f"  {number:>3}  {use}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from hawk_kernels.backends.kernels.launch import on_device
+from hawk_kernels.backends.kernels.views import stride_unit
 from hawk_kernels.backends.visibility import seeing_rows, segment_bounds
 
 # About two waves on A100 to B200.
@@ -24,6 +25,7 @@ _LOG2_E = 1.4426950408889634
 # Maxima and sums share an allocation, so the alignment of the sums varies with their number.
 _VARYING = (
     "q_rows_ptr", "starts_ptr", "ends_ptr", "peaks_ptr", "sums_ptr", "q_rows_stride_b", "q_rows_stride_n",
+    "q_stride_b", "q_stride_h", "k_stride_b", "k_stride_h",
     "num_queries", "num_keys", "keys_per_split", "num_splits",
 )  # fmt: skip
 _VARYING_IN_COLUMN_PASS = (*_VARYING[:-2], "columns_ptr", "rows_per_split", "num_row_splits", "num_splits")
@@ -88,7 +90,7 @@ def _row_pass(
     q_rows_stride_b: tl.int64, q_rows_stride_n: tl.int64,
     num_heads, group_size, num_queries, num_keys, keys_per_split, num_splits, scale,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTED: tl.constexpr, HAS_Q_ROWS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, STRIDE_UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
     """Write maximum and sum of exponentials of some rows over one range of keys, `[B, H, splits, N]`.
@@ -104,8 +106,8 @@ def _row_pass(
     used = _rows_that_count(q_rows_ptr + batch * q_rows_stride_b, rows, num_queries, q_rows_stride_n, HAS_Q_ROWS)
     first, stop = _visible_keys(rows, used, starts_ptr, ends_ptr, num_queries, num_keys, CAUSAL, SEGMENTED)
 
-    q_ptr += batch * q_stride_b + head.to(tl.int64) * q_stride_h
-    k_ptr += batch * k_stride_b + (head // group_size).to(tl.int64) * k_stride_h
+    q_ptr += (batch * q_stride_b + head.to(tl.int64) * q_stride_h) * STRIDE_UNIT
+    k_ptr += (batch * k_stride_b + (head // group_size).to(tl.int64) * k_stride_h) * STRIDE_UNIT
     q = _load_rows(q_ptr, rows, used, q_stride_n, q_stride_d, HEAD_DIM, 0, BLOCK_D, UPCAST)
     q_tail = q
     if BLOCK_TAIL > 0:
@@ -166,7 +168,7 @@ def _column_pass(
     q_rows_stride_b: tl.int64, q_rows_stride_n: tl.int64,
     num_heads, group_size, num_queries, num_keys, rows_per_split, num_row_splits, num_splits, scale,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTED: tl.constexpr, HAS_Q_ROWS: tl.constexpr,
-    MAXIMUM: tl.constexpr, UPCAST: tl.constexpr,
+    MAXIMUM: tl.constexpr, UPCAST: tl.constexpr, STRIDE_UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
     """Write the sum or maximum of some columns over one range of rows, `[B, H, row splits, M]`."""
@@ -179,8 +181,8 @@ def _column_pass(
     keys = first_key + tl.arange(0, BLOCK_M)
     inside = keys < num_keys
 
-    q_ptr += batch * q_stride_b + head.to(tl.int64) * q_stride_h
-    k_ptr += batch * k_stride_b + (head // group_size).to(tl.int64) * k_stride_h
+    q_ptr += (batch * q_stride_b + head.to(tl.int64) * q_stride_h) * STRIDE_UNIT
+    k_ptr += (batch * k_stride_b + (head // group_size).to(tl.int64) * k_stride_h) * STRIDE_UNIT
     k = _load_rows(k_ptr, keys, inside, k_stride_n, k_stride_d, HEAD_DIM, 0, BLOCK_D, UPCAST)
     k_tail = k
     if BLOCK_TAIL > 0:
@@ -287,12 +289,15 @@ def attention_column_mean(
     counts = seeing_rows(num_queries, num_keys, bounds, causal, q_rows, k.device) if is_counted else columns
     heads_per_program = num_heads if reduce_heads else 1
     row_flags, row_strides = (q, (0, 0)) if q_rows is None else (q_rows, q_rows.stride())
+    unit = stride_unit(head_dim, *q.stride()[:2], *k.stride()[:2])
+    strides = [stride // unit if axis < 2 else stride for of in (q, k) for axis, stride in enumerate(of.stride())]
     shared = {
         "HEAD_DIM": head_dim,
         "CAUSAL": causal,
         "SEGMENTED": bounds is not None,
         "HAS_Q_ROWS": q_rows is not None,
         "UPCAST": k.device.type == "cpu",
+        "STRIDE_UNIT": unit,
         "num_warps": config["num_warps"],
         "enable_fp_fusion": True,
         **config["blocks"],
@@ -300,14 +305,14 @@ def attention_column_mean(
     with on_device(k.device):
         _row_pass[(config["row_tiles"] * batch * num_heads, num_splits)](
             q, k, row_flags, starts, ends, statistics[0], statistics[1],
-            *q.stride(), *k.stride(), *row_strides,
+            *strides, *row_strides,
             num_heads, num_heads // num_key_value_heads, num_queries, num_keys,
             config["keys_per_split"], num_splits, scale * _LOG2_E,
             **shared,
         )  # fmt: skip
         _column_pass[(config["key_tiles"] * batch * num_heads, num_row_splits)](
             q, k, row_flags, starts, ends, statistics[0], statistics[1], columns,
-            *q.stride(), *k.stride(), *row_strides,
+            *strides, *row_strides,
             num_heads, num_heads // num_key_value_heads, num_queries, num_keys,
             config["rows_per_split"], num_row_splits, num_splits, scale * _LOG2_E,
             MAXIMUM=reduction == "max", **shared,

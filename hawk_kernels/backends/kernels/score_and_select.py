@@ -30,7 +30,7 @@ from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, draw_t
 from hawk_kernels.backends.kernels.plan import HEADS_PER_PROGRAM, Plan
 from hawk_kernels.backends.kernels.radix import Budget, clear_histograms, load_candidates
 from hawk_kernels.backends.kernels.select_topk import keep_arguments
-from hawk_kernels.backends.kernels.views import Matrix, Vector, load_tile, load_vector, row_of
+from hawk_kernels.backends.kernels.views import Matrix, Vector, load_tile, load_vector, row_of, stride_unit
 from hawk_kernels.selection import Selection, max_kept
 
 # One program averages up to so many tiles of a head's queries; more are shared out, at the price of one more phase.
@@ -39,6 +39,7 @@ _MOST_QUERY_PARTS = 32
 _PARTIAL_MEANS, _MEANS, _LOGITS = (tl.constexpr(counter) for counter in range(3))
 _VARYING = (
     "q_mask_ptr", "k_mask_ptr", "q_mask_stride_b", "q_mask_stride_n", "k_mask_stride_b", "k_mask_stride_m",
+    "q_stride_b", "q_stride_h", "k_stride_b", "k_stride_h",
     "batch", "num_queries", "num_keys", "num_query_parts", "queries_per_part", "num_tiles", "keys_per_program",
     "width", "numerator", "denominator", "budget",
 )  # fmt: skip
@@ -195,7 +196,7 @@ def _score_and_select_kernel(
     num_query_parts, queries_per_part, num_tiles, keys_per_program,
     width, numerator: tl.int64, denominator: tl.int64, budget, scale,
     HAS_Q_MASK: tl.constexpr, HAS_K_MASK: tl.constexpr, CEIL: tl.constexpr, INTERPRETED: tl.constexpr,
-    STATIC: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     # Named, because Triton 3.6 takes a nested tuple that is passed on unnamed for a tuple of values.
     FINISH: tl.constexpr = STATIC.finish
@@ -227,7 +228,7 @@ def _score_and_select_kernel(
         if STATIC.selects and not FINISH.in_registers:  # noqa: SIM102
             if (head == 0) & (part == 0):
                 clear_histograms(histograms_of_row(memory.words, row, num_keys, FINISH.row, False))
-        q_ptr = tensors.q + row.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
+        q_ptr = tensors.q + (row.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h) * STRIDE_UNIT
         _partial_mean(
             Matrix(q_ptr, strides.q_n, strides.q_d), row_of(q_mask, row),
             totals_ptr + (place + part) * STATIC.head_dim, counts_ptr + place + part,
@@ -261,7 +262,7 @@ def _score_and_select_kernel(
         counters = counters_of_row(memory.counters, row)
         wide_row = row.to(tl.int64)
         group = part // tl.cdiv(num_heads_per_group, STATIC.block_heads)
-        k_ptr = tensors.k + wide_row * k_stride_b + group.to(tl.int64) * k_stride_h
+        k_ptr = tensors.k + (wide_row * k_stride_b + group.to(tl.int64) * k_stride_h) * STRIDE_UNIT
         _score_keys(
             Matrix(k_ptr, strides.k_m, strides.k_d), row_of(k_mask, row),
             means_ptr + row * num_heads * STATIC.head_dim, w, c_ptr + wide_row * num_c_rows * num_keys,
@@ -408,6 +409,7 @@ def _launch(
     with on_device(device):
         floats, words = workspace(plan.num_floats, plan.num_words, device)
         q_strides, k_strides = q.stride(), k.stride()
+        unit = stride_unit(head_dim, *q_strides[:2], *k_strides[:2])
         q_mask_strides = (0, 0) if q_mask is None else q_mask.stride()
         k_mask_strides = (0, 0) if k_mask is None else k_mask.stride()
         _score_and_select_kernel[plan.grid](
@@ -416,10 +418,10 @@ def _launch(
             Memory(floats, words, launch_counters(num_counters(batch), device)),
             Outputs(scores, mask, indices),
             q if q_mask is None else q_mask, k if k_mask is None else k_mask, *q_mask_strides, *k_mask_strides,
-            *q_strides[:2], *k_strides[:2],
+            q_strides[0] // unit, q_strides[1] // unit, k_strides[0] // unit, k_strides[1] // unit,
             *plan.sizes, indices.shape[-1], *keep, scale,
             HAS_Q_MASK=q_mask is not None, HAS_K_MASK=k_mask is not None, CEIL=ceil,
-            INTERPRETED=device.type == "cpu", STATIC=plan.static, **plan.options,
+            INTERPRETED=device.type == "cpu", STRIDE_UNIT=unit, STATIC=plan.static, **plan.options,
         )  # fmt: skip
 
 

@@ -1,13 +1,16 @@
 """Tensors inside a kernel: a pointer and its strides travel as one value.
 
-A kernel takes all pointers in one tuple, the strides that a model has in another, and integers that vary with the
-prompt one by one, because Triton's `do_not_specialize` does not reach into a tuple. It puts them together in its first
-lines, which costs nothing: tuples are gone before the compiler's first pass.
+A kernel takes all pointers in one tuple and the strides that a model has in another. What varies with the prompt comes
+one by one, masks and their strides among it, because Triton's `do_not_specialize` does not reach into a tuple: every
+number that is specialised would compile the kernel again in the middle of a chat. Integers that may pass 2**31 are
+annotated as `tl.int64`, because their type is part of the key too. The kernel puts them together in its first lines,
+which costs nothing: tuples are gone before the compiler's first pass.
 
 Triton keys its cache of compiled kernels by the source of jitted functions and knows nothing of these classes. Whoever
 changes the order of their fields must also change a function that builds them, or stale kernels may run.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import triton
@@ -27,6 +30,16 @@ class Matrix(NamedTuple):
     ptr: Any
     row_stride: Any
     column_stride: Any
+
+
+def stride_unit(head_dim: int, *strides: int) -> int:
+    """Return the power of two, at most 16, in whose multiples strides between heads and rows of a batch are passed.
+
+    Such a stride is the length of a head times numbers that vary with the prompt. Passed as it is, it would make one
+    kernel for even lengths of heads of 72 and another for odd ones; passed in units, it always has a known divisor.
+    """
+    unit = math.gcd(head_dim, 16)
+    return unit if all(stride % unit == 0 for stride in strides) else 1
 
 
 @triton.jit
