@@ -56,7 +56,8 @@ class Listing:
     """The instructions of a kernel, and which may follow which."""
 
     def __init__(self, code: str, rules: Rules) -> None:
-        self.rules, self.texts = rules, []
+        self.rules = rules
+        self.texts: list[str] = []
         labels: dict[str, int] = {}
         for raw in code.splitlines():
             line = raw.split(rules.comment)[0].strip()
