@@ -31,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
+from bench.listings import AMDGCN, PTX, violations
 from hawk_kernels.backends.kernels import (
     attention_column_mean,
     compact,
@@ -86,9 +87,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a variant costs on a target; on AMD these are the vector registers.
+    """What a variant costs on a target, and what is wrong with how its programs wait for each other.
 
-    `loads` says how many instructions load how many bytes a thread from global memory, by the bytes, widest first.
+    On AMD the registers are the vector registers. `loads` says how many instructions load how many bytes a thread from
+    global memory, by the bytes, widest first. Where no programs wait, `violations` is None.
     """
 
     variant: str
@@ -98,7 +100,7 @@ class Compiled:
     spills: int
     shared_bytes: int
     loads: dict[int, int]
-    barrier_before_arrival: bool | None
+    violations: list[str] | None
 
 
 def variants(quick: bool = False, target: str = "sm_90") -> Iterator[Variant]:
@@ -299,15 +301,15 @@ def compile_variant(variant: Variant, target_name: str) -> Compiled:
     if target.backend == "cuda":
         registers, spills = _ptxas_report(compiled.asm["ptx"], target.arch)
         loads = loads_of_ptx(compiled.asm["ptx"])
-        barrier = _barrier_before_arrival(compiled.asm["ttgir"], compiled.asm["ptx"])
+        wrong = violations(compiled.asm["ptx"], PTX)
     else:
         assembly = compiled.asm["amdgcn"]
         registers = _last_number(r"\.vgpr_count:\s+(\d+)", assembly)
         spills = _last_number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
         loads = loads_of_amdgcn(assembly)
-        barrier = None
+        wrong = violations(assembly, AMDGCN)
     shared = compiled.metadata.shared
-    return Compiled(variant.name, target_name, variant.num_warps, registers, spills, shared, loads, barrier)
+    return Compiled(variant.name, target_name, variant.num_warps, registers, spills, shared, loads, wrong)
 
 
 def loads_of_ptx(ptx: str) -> dict[int, int]:
@@ -358,31 +360,6 @@ def _ptxas_report(ptx: str, arch: int) -> tuple[int, int]:
     return _last_number(r"Used (\d+) registers", report), spilled
 
 
-def _barrier_before_arrival(ttgir: str, ptx: str) -> bool | None:
-    """Say whether a CTA-wide barrier stands between the last global store and each arrival; None without arrivals.
-
-    Both listings must show it: PTX alone may have a barrier that Triton put there for its shared memory and may drop
-    again.
-    """
-    own = _stands_between(ttgir, r"tt\.(?:store|atomic_rmw)", r"(?:ttg|gpu)\.barrier", r"atomic_rmw add, acq_rel")
-    arrival = r"atom\.(?:acq_rel\.gpu|global\.gpu\.acq_rel)"
-    emitted = _stands_between(ptx, r"(?:st\.global|atom\.|red\.)", r"bar(?:rier)?\.sync", arrival)
-    return own if emitted is None else bool(own) and emitted
-
-
-def _stands_between(code: str, store: str, barrier: str, arrival: str) -> bool | None:
-    """Say whether a barrier comes before every arrival that has something to publish; None without arrivals."""
-    arrivals = list(re.finditer(arrival, code))
-    published, begin = [], 0
-    for found in arrivals:
-        before = code[begin : found.start()]
-        stores = list(re.finditer(store, before))
-        if stores:
-            published.append(re.search(barrier, before[stores[-1].end() :]) is not None)
-        begin = found.end()
-    return all(published) if arrivals else None
-
-
 def compile_target(quick: bool, target_name: str) -> list[Compiled]:
     """Compile all variants, or the quick ones, for a target."""
     return [compile_variant(variant, target_name) for variant in variants(quick, target_name)]
@@ -398,17 +375,17 @@ def main() -> None:
     arguments = parser.parse_args()
 
     rows = []
-    heads = f"{'warps':>5} {'regs':>5} {'spills':>6} {'shared':>7}  {'barrier':<7}"
+    heads = f"{'warps':>5} {'regs':>5} {'spills':>6} {'shared':>7}  {'waiting':<7}"
     print(f"{'kernel':<46} {'target':<7} {heads}  bytes a thread x loads")
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
         for compiled in pool.map(partial(compile_target, arguments.quick), arguments.target or TARGETS):
             for row in compiled:
                 rows.append(asdict(row))
                 loads = ", ".join(f"{size} x {count}" for size, count in row.loads.items())
-                barrier = {None: "-", True: "yes", False: "MISSING"}[row.barrier_before_arrival]
+                waiting = "-" if row.violations is None else "; ".join(row.violations) or "ok"
                 print(
                     f"{row.variant:<46} {row.target:<7} {row.num_warps:>5} {row.registers:>5} {row.spills:>6} "
-                    f"{row.shared_bytes:>7}  {barrier:<7}  {loads}",
+                    f"{row.shared_bytes:>7}  {waiting:<7}  {loads}",
                     flush=True,
                 )
     if arguments.json:
