@@ -20,7 +20,7 @@ torch = "torch>=2.11,<2.14"
 triton = "triton>=3.6,<3.9; sys_platform == 'linux'"
 
 # prune() needs transformers; score_and_select() does not, and is called from code bases that pin their own fork of it.
-hf = ["transformers>=5.5,<5.24", "pillow>=10"]
+hf = ["transformers>=5.5,<5.24", "pillow>=10.1"]
 plots = ["matplotlib>=3.8"]
 dev = [
     "accelerate>=1.2",

@@ -11,7 +11,6 @@ machine the minima say more. `backend` is our time without the checks of the arg
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 import hawk_kernels
+from bench import cli
 from bench.cases import KEEP_RATIO, LLAVA, QWEN_7B, Case
 from bench.contenders import top_k_sorted
 from bench.environment import environment, write_json
@@ -115,11 +115,8 @@ def _line(row: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print a line for each case."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.cpu_floor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
-    parser.add_argument("--rounds", type=int, default=200, help="a fourth of it for rows of 16384 keys")
+    parser = cli.parser("bench.cpu_floor", __doc__, rounds=200)
+    parser.add_argument("--threads", type=cli.whole_number(1), nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args(arguments)
     results: dict[str, Any] = {"environment": environment(torch.device("cpu")), "unit": "microseconds", "rows": []}
