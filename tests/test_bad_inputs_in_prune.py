@@ -166,3 +166,12 @@ def test_what_can_be_saved_inside_a_block(model, tmp_path):
     again.generation_config = model.generation_config
     with prune(again, **PRUNED):
         assert torch.equal(again.generate(**INPUTS, **GREEDY), expected)
+
+
+def test_a_method_without_a_name_is_refused(model):
+    class Nameless(Method):
+        def score(self, view):
+            return view.visual_embeddings().norm(dim=-1)
+
+    with pytest.raises(ValueError, match="name: expected a string, got none; Nameless must say what errors"):
+        prune(model, 0.5, method=Nameless())

@@ -151,6 +151,10 @@ def resolve_method(method: str | Method, options: dict[str, object]) -> Method:
             f"method: expected a name or a method object, got {type(method).__name__}; derive it from "
             "hawk_kernels.methods.Method"
         )
+    if not isinstance(getattr(method, "name", None), str):
+        raise ValueError(
+            f"name: expected a string, got none; {type(method).__name__} must say what errors and stats call it"
+        )
     if options:
         raise TypeError(
             f"options {', '.join(map(repr, sorted(options)))} came beside a method object, which brings its own; "
