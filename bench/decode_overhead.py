@@ -24,6 +24,7 @@ from bench import cli
 from bench.environment import environment, write_json
 from bench.timing import spread, synchronize
 from hawk_kernels import prune
+from hawk_kernels.hf.hooks import unguard
 from hawk_kernels.hf.pruned_cache import cached_prompt, forget
 
 AIM = 1.02
@@ -89,6 +90,7 @@ def measure(model: Any, case: str, side: int, rounds: int, device: torch.device)
     packed, following = cached.mask, cached.next_position
     outside = copy.deepcopy(cache)
     forget(outside)
+    unguard(outside)
     token = torch.full((len(inputs["input_ids"]), 1), _FIRST_WORD, device=device)
     padded = case == "left-padded rows"
 

@@ -9,7 +9,6 @@ no device is needed. Must run without TRITON_INTERPRET, which replaces Triton's 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -30,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from bench import cli
 from hawk_kernels.backends.kernels import (
     attention_column_mean,
     compact,
@@ -221,7 +221,7 @@ def count(architecture: str, seed: int, num_prompts: int, model: Model) -> dict[
 
 def main() -> None:
     """Print the variants of each kernel for every target and seed, and write them as JSON if asked."""
-    parser = argparse.ArgumentParser(prog="python -m bench.few_kernels", description=__doc__.split("\n")[0])
+    parser = cli.parser("bench.few_kernels", __doc__)
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all of them")
     parser.add_argument("--model", choices=MODELS, action="append", help="default: all of them")
     parser.add_argument("--seed", type=int, action="append", help="of a stream; default: 0")

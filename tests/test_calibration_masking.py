@@ -265,7 +265,7 @@ def test_what_cannot_be_hidden_is_refused():
         hide_visual_tokens(model, [4])
     with pytest.raises(ValueError, match=r"layers: expected 'first' \(the scoring layer\) or 'all', got 'last'"):
         hide_visual_tokens(model, [0], layers="last")
-    with pytest.raises(TypeError, match="model: expected a supported vision-language model, got Linear"):
+    with pytest.raises(TypeError, match="model: expected one of the 58 supported vision-language families"):
         hide_visual_tokens(torch.nn.Linear(1, 1), [0])
     with (
         pytest.raises(ValueError, match="expected one entry for each of the 1 rows of the batch, got 2"),

@@ -49,6 +49,30 @@ def test_what_is_right():
     assert violations(AMD, AMDGCN) == []
 
 
+def test_a_flag_of_amd_code_tells_which_branch_is_taken():
+    """The compiler joins branches and lets a flag tell the arrival of one from the way of the other around it."""
+    joined = """
+	s_cbranch_scc0 .LBB0_1
+	global_store_dword v0, v1, s[0:1]
+	s_mov_b64 s[4:5], FLAG
+	s_branch .LBB0_2
+.LBB0_1:
+	s_waitcnt vmcnt(0)
+	s_barrier
+	s_mov_b64 s[4:5], -1
+.LBB0_2:
+	s_and_saveexec_b64 s[2:3], s[4:5]
+	s_cbranch_execz .LBB0_3
+	buffer_wbl2 sc1
+	buffer_inv sc1
+.LBB0_3:
+	s_endpgm
+"""
+    assert violations(joined.replace("FLAG", "0"), AMDGCN) == []
+    assert "without a barrier" in violations(joined.replace("FLAG", "-1"), AMDGCN)[0]
+    assert "without a barrier" in violations(joined.replace("FLAG", "s[8:9]"), AMDGCN)[0]
+
+
 def test_a_kernel_that_does_not_wait():
     assert violations("st.global.b32 [ %rd1 + 0 ], %r1;\nret;", PTX) is None
 

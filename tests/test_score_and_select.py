@@ -52,6 +52,7 @@ def test_names_are_frozen():
         "attention_column_mean",
         "calibrate",
         "compact",
+        "free_workspaces",
         "greedy_dpp",
         "greedy_max_min",
         "hiprune_select",
