@@ -21,9 +21,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    sys.exit("bench.few_kernels: TRITON_INTERPRET=1 replaces Triton's launches; unset it")
-
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
@@ -228,6 +225,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1000, help="in a stream; default: %(default)s")
     parser.add_argument("--json", type=Path, help="also write the counts to this file")
     arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("bench.few_kernels: TRITON_INTERPRET=1 replaces Triton's launches; unset it")
     rows = []
     for target in arguments.target or TARGETS:
         for name, seed in product(arguments.model or MODELS, arguments.seed or [0]):
