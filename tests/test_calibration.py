@@ -439,3 +439,11 @@ def test_broken_and_busy_journals_are_refused(tmp_path):
         Journal(tmp_path, {**PLAN, "seed": 2}, 0).read()
     with pytest.raises(RuntimeError, match="inside its with block only"):
         journal.add(("task", "1", "asked"), {})
+
+
+def test_few_samples_are_reported(model):
+    with pytest.warns(
+        UserWarning, match=r"one: 2 samples are few; the score .* standard error of .*take 100 or more"
+    ) as said:
+        calibrate(model, Riddles("one", 2), processor=Reader(), progress=False)
+    assert said[0].filename == __file__

@@ -38,6 +38,8 @@ _LARGEST = 1e300
 
 # lists of numbers over several lines; a JSON string never contains a line end
 _NUMBERS = re.compile(r"\[\n[\s\d.,e+-]*(?:null[\s\d.,e+-]*)*\]")
+# Below this many samples the standard error of a score is several points.
+_FEW_SAMPLES = 100
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,27 @@ class Calibration:
             versions=fields.mapping("versions"),
             date=fields.text("date"),
         )
+
+    def doubts(self) -> list[str]:
+        """Say how uncertain the score of each benchmark with few samples is, and how uncertain the weights are."""
+        found = []
+        for task in self.tasks:
+            if task.samples < _FEW_SAMPLES:
+                error = task.base_standard_error
+                spread = "unknown" if error is None else f"{error:.3f}"
+                found.append(
+                    f"{task.name}: {task.samples} sample{'s' * (task.samples > 1)} are few; the score {task.base:.3f} "
+                    f"has a standard error of {spread}, so the weights are rough; take {_FEW_SAMPLES} or more"
+                )
+        errors = self.standard_errors
+        if errors is not None:
+            lowest, highest = float(self.weights.min()), float(self.weights.max())
+            if float(errors.max()) >= (highest - lowest) / 2:
+                found.append(
+                    f"the weights lie between {lowest:.3f} and {highest:.3f} with standard errors up to "
+                    f"{float(errors.max()):.3f}: more samples may order the heads in another way"
+                )
+        return found
 
     def save(self, path: str | Path) -> None:
         """Write the weights file, whole or not at all; its folder is made where it does not exist.

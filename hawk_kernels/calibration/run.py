@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +70,9 @@ def calibrate(
     Returns:
         weights, standard errors, drops and scores; the same in every process.
 
+    Warns:
+        UserWarning: a benchmark has few samples, or the weights are no surer than their standard errors.
+
     Raises:
         TypeError: a model that is not supported.
         ValueError: an argument out of range, bad samples (each named), a journal of another calibration, a model whose
@@ -76,7 +80,7 @@ def calibrate(
     """
     chosen = choose_samples([tasks] if isinstance(tasks, Task) else list(tasks), limit, seed)
     check_pictures(chosen, progress and is_first_process())
-    return calibrate_chosen(
+    calibration = calibrate_chosen(
         model,
         chosen,
         processor=processor,
@@ -86,6 +90,10 @@ def calibrate(
         batch_size=batch_size,
         progress=progress,
     )
+    if is_first_process():
+        for doubt in calibration.doubts():
+            warnings.warn(doubt, stacklevel=2)
+    return calibration
 
 
 def calibrate_chosen(

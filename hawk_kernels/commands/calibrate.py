@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from hawk_kernels.calibration.plan import Chosen
 
-_FEW_SAMPLES = 100
 
 _EPILOG = f"""\
 data:
@@ -149,7 +148,7 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
         progress=True,
     )
     if is_first_process():
-        for doubt in doubts(calibration):
+        for doubt in calibration.doubts():
             print(f"warning: {doubt}", file=sys.stderr)
     return {"out": args.out, **calibration.to_dict()}
 
@@ -167,28 +166,6 @@ def _say_prompts(chosen: Sequence[Chosen]) -> None:
         appended = next((sentence for sentence in (SHORT, LETTER) if prompt.endswith(f"\n{sentence}")), None)
         note = f'; "{appended}" is appended to every question without a "prompt" of its own' if appended else ""
         print(f"{part.task.name}: asks with prompts such as {prompt!r}{note}", file=sys.stderr)
-
-
-def doubts(calibration: Calibration) -> list[str]:
-    """Say of each benchmark with few samples how uncertain its score is, and of the weights how uncertain they are."""
-    found = []
-    for task in calibration.tasks:
-        if task.samples < _FEW_SAMPLES:
-            error = task.base_standard_error
-            spread = "unknown" if error is None else f"{error:.3f}"
-            found.append(
-                f"{task.name}: {task.samples} sample{'s' * (task.samples > 1)} are few; the score {task.base:.3f} "
-                f"has a standard error of {spread}, so the weights are rough; take {_FEW_SAMPLES} or more"
-            )
-    errors = calibration.standard_errors
-    if errors is not None:
-        weights = calibration.weights
-        if float(errors.max()) >= float(weights.max() - weights.min()) / 2:
-            found.append(
-                f"the weights lie between {float(weights.min()):.3f} and {float(weights.max()):.3f} with standard "
-                f"errors up to {float(errors.max()):.3f}: more samples may order the heads in another way"
-            )
-    return found
 
 
 def _check_out(args: argparse.Namespace) -> None:
