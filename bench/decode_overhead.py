@@ -24,8 +24,7 @@ from bench import cli
 from bench.environment import environment, write_json
 from bench.timing import spread, synchronize
 from hawk_kernels import prune
-from hawk_kernels.hf.hooks import unguard
-from hawk_kernels.hf.pruned_cache import cached_prompt, forget
+from hawk_kernels.hf.pruned_cache import cached_prompt, forget, unguard
 
 AIM = 1.02
 _IMAGE, _VIDEO, _START, _END, _FIRST_WORD, _VOCABULARY = 0, 1, 2, 3, 10, 8192

@@ -34,12 +34,9 @@ from hawk_kernels.hf.hooks import (
     check_not_empty,
     check_parts_run,
     compiled_before,
-    guard,
     is_paged,
     named,
     outside_graphs,
-    serve,
-    unguard,
     upload,
     visual_features,
 )
@@ -48,7 +45,16 @@ from hawk_kernels.hf.layer_masks import LayerMasks
 from hawk_kernels.hf.packing import Packing, pack_call, slot_limit
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, check_one_prefill, given_ids, read_prompt
-from hawk_kernels.hf.pruned_cache import CachedPrompt, CacheRecords, UncachedPrompt, constant_mask, forget
+from hawk_kernels.hf.pruned_cache import (
+    CachedPrompt,
+    CacheRecords,
+    UncachedPrompt,
+    constant_mask,
+    forget,
+    guard,
+    serve,
+    unguard,
+)
 from hawk_kernels.hf.question import Query
 from hawk_kernels.hf.rotary import check_rotates, rotary_of_first_layer
 

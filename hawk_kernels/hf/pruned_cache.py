@@ -9,6 +9,7 @@ Without a cache every step reads the whole prompt again, and must drop the same 
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections import deque
 from dataclasses import dataclass
@@ -287,6 +288,66 @@ def forget(cache: Any) -> None:
     left = [name for name, value in vars(cache).items() if name == _ATTRIBUTE or isinstance(value, _FollowedRows)]
     for name in left:
         delattr(cache, name)
+
+
+class _Guarded:
+    """Mixed into the class of a pruned cache: it takes new tokens only inside `prune`.
+
+    The class of the one object changes, and nothing in it points back at the object, so that the cache is freed as
+    before. Copies have the same class, and so the same guard.
+    """
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        state = vars(self)
+        if not state[_IS_SERVED]:
+            cache: Any = self
+            # as in a cache that was reset to be filled anew
+            if int(cache.get_seq_length()) > 0:
+                raise ValueError(
+                    "cannot continue a pruned cache outside prune, nor by code that was compiled before the block: "
+                    "positions and masks would be those of the whole prompt; continue inside a block, or prefill a "
+                    "new cache"
+                )
+            unguard(cache)
+            return cache.update(*args, **kwargs)
+        return super().update(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new_guarded, (type(self).__mro__[2],), vars(self)
+
+
+_IS_SERVED = "_hawk_kernels_is_served"
+
+
+def guard(cache: Any) -> None:
+    """Let `cache`, which holds a pruned prompt, refuse new tokens wherever the hooks do not serve it."""
+    setattr(cache, _IS_SERVED, False)
+    if not isinstance(cache, _Guarded):
+        plain: Any = type(cache)
+        cache.__class__ = _guarded_class(plain)
+
+
+def unguard(cache: Any) -> None:
+    """Undo `guard` for a cache that is about to be filled anew."""
+    if isinstance(cache, _Guarded):
+        vars(cache).pop(_IS_SERVED, None)
+        cache.__class__ = type(cache).__mro__[2]
+
+
+def serve(cache: Any, is_served: bool) -> None:
+    """Tell a guarded cache whether the call that is under way is one of `prune`."""
+    if isinstance(cache, _Guarded):
+        setattr(cache, _IS_SERVED, is_served)
+
+
+@functools.cache
+def _guarded_class(plain: Any) -> Any:
+    return type(plain.__name__, (_Guarded, plain), {"__module__": plain.__module__})
+
+
+def _new_guarded(plain: Any) -> Any:
+    cls = _guarded_class(plain)
+    return cls.__new__(cls)
 
 
 class _FollowedRows:
