@@ -68,7 +68,7 @@ def test_the_sample_is_answered_right_with_all_tokens_and_with_a_fifth(capsys, o
 
 
 def test_text_output_names_what_a_person_wants_to_know(capsys, overlay):
-    assert demo.main(["--device", "cpu", "--output", str(overlay)]) == 0
+    assert demo.main(["--device", "cpu", "--no-speed", "--output", str(overlay)]) == 0
     text = capsys.readouterr().out
     for part in (
         "Which digit is red?",
@@ -89,7 +89,7 @@ def test_hiprune_draws_anchors_buffers_and_registers(capsys, overlay):
     with Image.open(overlay) as picture:
         found = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
     assert set(ROLE_EDGES.values()) <= found
-    assert demo.main(["--device", "cpu", "--method", "hiprune", "--output", str(overlay)]) == 0
+    assert demo.main(["--device", "cpu", "--no-speed", "--method", "hiprune", "--output", str(overlay)]) == 0
     assert "hiprune, keep 0.2 of the visual tokens\n" in capsys.readouterr().out
 
 
