@@ -24,7 +24,7 @@ from bench import cli
 from bench.environment import environment, write_json
 from bench.timing import spread, synchronize
 from hawk_kernels import prune
-from hawk_kernels.hf.pruned_cache import cached_prompt, forget, unguard
+from hawk_kernels.hf.pruned_cache import CachedPrompt, CacheRecords, forget, unguard
 
 AIM = 1.02
 _IMAGE, _VIDEO, _START, _END, _FIRST_WORD, _VOCABULARY = 0, 1, 2, 3, 10, 8192
@@ -84,7 +84,7 @@ def measure(model: Any, case: str, side: int, rounds: int, device: torch.device)
     pruning = prune(model, 0.2, head_weights="uniform")
     with pruning:
         cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
-    cached = cached_prompt(cache)
+    cached = CacheRecords(CachedPrompt).of(cache)
     assert cached is not None
     packed, following = cached.mask, cached.next_position
     outside = copy.deepcopy(cache)

@@ -275,12 +275,6 @@ class CacheRecords(Generic[_Record]):
                 setattr(cache, name, _FollowedRows(cache, name))
 
 
-def cached_prompt(cache: Any) -> CachedPrompt | None:
-    """Return the record that a pruned prompt left with `cache`, if there is one."""
-    record = getattr(cache, _ATTRIBUTE, None)
-    return record if isinstance(record, CachedPrompt) else None
-
-
 def forget(cache: Any) -> None:
     """Drop what a prompt left with `cache`."""
     if cache is None:
