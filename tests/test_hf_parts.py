@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from hawk_kernels.hf.images import EncodingWatch
 from hawk_kernels.hf.packing import Packing
 from hawk_kernels.hf.prompt import Prompt, padded_positions
 from hawk_kernels.hf.question import (
@@ -284,3 +285,22 @@ def test_the_text_row_of_positions_has_no_gaps_and_arguments_a_token_are_packed(
     assert packed["other"] is arguments["other"]
     assert packed["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
     assert following.tolist() == [[[4], [4]]] * 4
+
+
+def test_images_that_a_video_is_encoded_by_are_not_counted_as_images():
+    class Multimodal:
+        def get_image_features(self, pixel_values):
+            return [torch.zeros(3, 8)]
+
+        def get_video_features(self, pixel_values_videos):
+            return [*self.get_image_features(pixel_values_videos), torch.zeros(2, 8)]
+
+    multimodal = Multimodal()
+    watch = EncodingWatch(multimodal)
+    watch.start()
+    handles = watch.attach()
+    multimodal.get_video_features(torch.zeros(1))
+    assert {kind: run.lengths for kind, run in watch.encoded({}).items()} == {"video": [3, 2]}
+    for handle in reversed(handles):
+        handle.remove()
+    assert not vars(multimodal)
