@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -72,7 +73,8 @@ def choose_backend(requested: str | None, device: torch.device, head_dim: int | 
     """
     if requested is None:
         fits = head_dim is None or head_dim <= MAX_TRITON_HEAD_DIM
-        return "triton" if device.type == "cuda" and fits and _triton_is_installed() else "torch"
+        is_gpu = device.type == "cuda" or (device.type == "meta" and _planning.is_on)
+        return "triton" if is_gpu and fits and _triton_is_installed() else "torch"
     if requested not in BACKENDS:
         raise ValueError(
             f"backend: expected None, 'triton' or 'torch', got {requested!r}; None chooses by device and installation"
@@ -92,6 +94,23 @@ def choose_backend(requested: str | None, device: torch.device, head_dim: int | 
     return requested
 
 
+class _Planning(threading.local):
+    is_on = False
+
+
+_planning = _Planning()
+
+
+@contextmanager
+def planning_for_a_gpu() -> Iterator[None]:
+    """Choose for the meta tensors of this thread what would be chosen for tensors on a GPU."""
+    before, _planning.is_on = _planning.is_on, True
+    try:
+        yield
+    finally:
+        _planning.is_on = before
+
+
 @cache
 def load_backend(name: str, operator: str) -> ModuleType:
     """Return the module that computes `operator` on a backend, importing it and nothing else on first use."""
@@ -100,6 +119,8 @@ def load_backend(name: str, operator: str) -> ModuleType:
 
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Keep autocast off, which would cast the products of float32 scores to half precision."""
+    if tensor.is_meta:
+        return _NOTHING
     # the name of a device takes ten times as long to read
     device = "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING

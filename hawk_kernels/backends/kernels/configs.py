@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ __all__ = [
     "hidden_config",
     "load_table",
     "nearest_architecture",
+    "planning_for",
     "resolve",
     "score_config",
 ]
@@ -154,6 +157,27 @@ def score_config(
     return config
 
 
+@contextmanager
+def planning_for(architecture: str, multiprocessors: int | None = None) -> Iterator[None]:
+    """Configure the launches of this thread on meta tensors, which belong to no device, for an architecture."""
+    before = _planned.gpu
+    _planned.gpu = architecture, multiprocessors
+    try:
+        yield
+    finally:
+        _planned.gpu = before
+
+
+class _Planned(threading.local):
+    gpu: tuple[str, int | None] | None = None
+
+
+_planned = _Planned()
+
+
 def _config_on(device: torch.device, kernel: str, shape: Shape) -> Any:
+    if device.type == "meta" and _planned.gpu is not None:
+        architecture, planned_multiprocessors = _planned.gpu
+        return config_for(architecture, kernel, shape, planned_multiprocessors)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return config_for(architecture_of(device), kernel, shape, multiprocessors)

@@ -227,7 +227,7 @@ def _outside_pools(allocate: Callable[[], _Made], device: torch.device) -> _Made
     failed: list[BaseException] = []
 
     def run() -> None:
-        _tolerate_captures()
+        tolerate_captures()
         try:
             with torch.cuda.stream(stream):
                 made.append(allocate())
@@ -242,7 +242,7 @@ def _outside_pools(allocate: Callable[[], _Made], device: torch.device) -> _Made
     return made[0]
 
 
-def _tolerate_captures() -> None:
+def tolerate_captures() -> None:
     """Let this thread allocate and synchronise while another thread captures a graph in global mode.
 
     That mode forbids both to every thread that has not left it, and a violation also spoils the capture.
