@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hawk_kernels.calibration.run import calibrate
     from hawk_kernels.checkpoint import load_processor
+    from hawk_kernels.compile_ahead import warm_up_score_and_select
     from hawk_kernels.hf.prune import Pruning, prune
+    from hawk_kernels.hf.warm_up import warm_up
     from hawk_kernels.layer import Layer
     from hawk_kernels.ops.attention_column_mean import attention_column_mean
     from hawk_kernels.ops.compact import Compacted, compact
@@ -46,6 +48,8 @@ __all__ = [
     "score_hidden_and_select",
     "score_tokens",
     "select_topk",
+    "warm_up",
+    "warm_up_score_and_select",
 ]
 
 _FROM_TORCH = {
@@ -63,12 +67,14 @@ _FROM_TORCH = {
     "score_hidden_and_select": "hawk_kernels.ops.score_hidden",
     "score_tokens": "hawk_kernels.ops.score_and_select",
     "select_topk": "hawk_kernels.ops.select_topk",
+    "warm_up_score_and_select": "hawk_kernels.compile_ahead",
 }
 _FROM_TRANSFORMERS = {
     "Pruning": "hawk_kernels.hf.prune",
     "calibrate": "hawk_kernels.calibration.run",
     "load_processor": "hawk_kernels.checkpoint",
     "prune": "hawk_kernels.hf.prune",
+    "warm_up": "hawk_kernels.hf.warm_up",
 }
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from hawk_kernels.hf.question import ChatQuestion, Query
 from hawk_kernels.hf.stats import PruningStats, sample_stats
 from hawk_kernels.methods import Method, resolve_method
 from hawk_kernels.validation import checked_keep_ratio
+
+if TYPE_CHECKING:
+    from hawk_kernels.compile_ahead import WarmUp
 
 BUDGETS = ("shared", "per_image")
 
@@ -205,6 +208,26 @@ class Pruning:
         from hawk_kernels.pictures.report import write_report
 
         return write_report(self._pruned_prompt, path, image, row=row, processor=processor, timings=timings)
+
+    def warm_up(self, *, max_tokens: int = 262144, max_batch: int = 64, progress: bool = True) -> WarmUp:
+        """Compile ahead every kernel that a prompt can need, before the block is entered or inside it.
+
+        See `hawk_kernels.warm_up`, which takes the arguments of `prune` and does the same.
+
+        Args:
+            max_tokens: the most tokens in a row of a batch.
+            max_batch: the most rows.
+            progress: whether a bar shows how far it is.
+
+        Returns:
+            What was compiled. On a CPU and in Triton's interpreter nothing is, and its notes say so.
+
+        Raises:
+            TypeError, ValueError: a bound that is not an int of at least 1.
+        """
+        from hawk_kernels.hf.warm_up import warm_up_pruning
+
+        return warm_up_pruning(self._anatomy, self._chooser, max_tokens, max_batch, progress)
 
     @property
     def _pruned_prompt(self) -> Any:
