@@ -84,7 +84,8 @@ class _RunOnMeta(TorchDispatchMode):
     """Run operators of this package on meta tensors as their backend does, so that their launches can be caught."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func.namespace == "hawk_kernels" and any(isinstance(x, torch.Tensor) and x.is_meta for x in args):
+        # the last argument of each operator is the backend that was chosen for it
+        if func.namespace == "hawk_kernels" and args[-1] == "triton" and args[0].is_meta:
             return implementations[func._opname](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
