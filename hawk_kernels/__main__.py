@@ -18,6 +18,7 @@ COMMANDS = {
     ),
     "calibrate": ("hawk_kernels.commands.calibrate", "measure the head importance of a model and write a weights file"),
     "weights": ("hawk_kernels.commands.weights", "list, show or check files of head weights"),
+    "warm-up": ("hawk_kernels.commands.warm_up", "compile ahead every kernel that a pruned model can need"),
     "tune": ("hawk_kernels.tune", "measure launch configurations on this machine's GPU and write them as a table"),
 }
 """By name: the module whose `main` takes the rest of the command line, and what it does."""

@@ -152,6 +152,26 @@ def load_checkpoint(
     return model.to(device).eval(), processor
 
 
+def load_config(name: str) -> Any:
+    """Load the config of a checkpoint, which needs nothing else of it.
+
+    Args:
+        name: a model id on the Hub, or a folder.
+
+    Raises:
+        CheckpointError: it cannot be found, fetched or read.
+    """
+    from transformers import AutoConfig
+
+    no_hub = None if Path(name).is_dir() else _why_no_hub(name)
+    try:
+        with _hub_offline(no_hub is not None):
+            return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        problem = no_hub or f"found no config of a model under {name}: {first_line(error)}"
+        raise CheckpointError(problem) from error
+
+
 def _missing_files(folder: Path) -> str | None:
     """Say which files a checkpoint needs and a folder lacks, as the errors of transformers often do not."""
     lacking = [names[0] for names in _FILES if not any(next(folder.glob(name), None) for name in names)]

@@ -76,7 +76,7 @@ def why_nothing_compiles(devices: Iterable[torch.device]) -> str | None:
     if _is_interpreting():
         return "TRITON_INTERPRET is set, so nothing is to be compiled; kernels run in Triton's interpreter"
     if not any(device.type == "cuda" for device in devices):
-        return "the model is on no GPU, so nothing is to be compiled; calls run on PyTorch"
+        return "no GPU is in use, so nothing is to be compiled; calls run on PyTorch"
     return None
 
 

@@ -1,6 +1,6 @@
 """Say which kernels a stream of prompts needs that `warm_up` has not compiled, as JSON; run without TRITON_INTERPRET.
 
-    python -m tests.warm_up_streams METHOD [--family qwen2_5_vl] [--dtype bfloat16] [--warmed 262144 64] [--prompts 20]
+    python -m tests.warm_up_streams hawk:qwen2_5_vl:bfloat16:shared fastv:llava:float32:shared [--prompts 20]
 
 Two streams are drawn. The prompts of one are pruned by a tiny model on the CPU, and every operator that runs is followed
 on meta tensors that lie as its tensors do: strides and alignment are those of real calls. The other goes up to 262144
@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from hawk_kernels import prune
 from hawk_kernels.backends.kernels.caught import distinct
 from hawk_kernels.compile_ahead import following
-from hawk_kernels.hf.warm_up import Shape, WeightlessModel, launches_of_prune
+from hawk_kernels.hf.warm_up import Shape, WeightlessModel, launches_of_config, launches_of_prune
 from hawk_kernels.hf.weightless import layout_of
 from hawk_kernels.methods import METHODS
 from hawk_kernels.ops.library import implementations
@@ -67,35 +67,40 @@ def needed_by_long_prompts(model, target, draw, num_prompts):
     return set(distinct(launches, target))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("method", choices=sorted(METHODS))
-    parser.add_argument("--family", default="qwen2_5_vl")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--budget", default="shared")
-    parser.add_argument("--warmed", type=int, nargs=2, default=[MOST_TOKENS, MOST_BATCH], help="tokens and rows")
-    parser.add_argument("--prompts", type=int, default=20)
-    parser.add_argument("--target", type=int, default=90)
-    arguments = parser.parse_args()
-    target = GPUTarget("cuda", arguments.target, 32)
-    model = tiny_families.tiny_model(arguments.family).to(getattr(torch, arguments.dtype))
-    weights = {"head_weights": "uniform"} if METHODS[arguments.method].uses_head_weights else {}
-    pruning = prune(model, 0.3, method=arguments.method, budget=arguments.budget, **weights)
+def check(case: str, num_prompts: int) -> dict[str, object]:
+    """Draw both streams for a case and return what they need, what is missing, and what the config alone tells."""
+    method, family, dtype, budget, *reach = case.split(":")
+    reach = tuple(map(int, reach)) or (MOST_TOKENS, MOST_BATCH)
+    target = GPUTarget("cuda", 90, 32)
+    model = tiny_families.tiny_model(family).to(getattr(torch, dtype))
+    weights = {"head_weights": "uniform"} if METHODS[method].uses_head_weights else {}
+    pruning = prune(model, 0.3, method=method, budget=budget, **weights)
     parts = pruning._anatomy, pruning._chooser
-    launches, notes = launches_of_prune(*parts, f"sm_{target.arch}", reach=tuple(arguments.warmed))
+    launches, notes = launches_of_prune(*parts, "sm_90", reach=reach)
     warmed = set(distinct(launches, target))
+    arguments = {"keep_ratio": 0.3, "method": method, "budget": budget}
+    by_config, _ = launches_of_config(model.config, model.dtype, "sm_90", arguments, reach=reach)
     draw = random.Random(0)
-    real = needed_by_real_prompts(model, pruning, arguments.family, target, draw, arguments.prompts)
     weightless = WeightlessModel(*parts)
-    long = needed_by_long_prompts(weightless, target, draw, arguments.prompts)
+    real = needed_by_real_prompts(model, pruning, family, target, draw, num_prompts)
+    long = needed_by_long_prompts(weightless, target, draw, num_prompts)
     kernels = [name for name, _ in warmed]
-    report = {
+    return {
         "warmed": {name: kernels.count(name) for name in sorted(set(kernels))},
-        "needed": len(real | long),
+        "needed by real prompts": len(real),
+        "needed by long prompts": len(long),
         "missing": sorted((real | long) - warmed),
+        "only by the model": sorted(warmed - set(distinct(by_config, target))),
         "notes": [*notes, *weightless.notes],
     }
-    print(json.dumps(report))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("case", nargs="+", help="method:family:dtype:budget, and :tokens:rows that are warmed up")
+    parser.add_argument("--prompts", type=int, default=20)
+    arguments = parser.parse_args()
+    print(json.dumps({case: check(case, arguments.prompts) for case in arguments.case}))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from hawk_kernels.compile_ahead import (
     lengths_up_to,
     why_nothing_compiles,
 )
-from hawk_kernels.hf.anatomy import Anatomy, first_attention_layer
+from hawk_kernels.hf.anatomy import Anatomy, dissect, first_attention_layer
 from hawk_kernels.hf.choose_tokens import Chooser, Context
 from hawk_kernels.hf.encoders.recorder import PromptAttention, recorder_for
 from hawk_kernels.hf.encoders.tiles import TileEncoder
@@ -35,12 +35,12 @@ from hawk_kernels.hf.packing import Packing
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.prune import Pruning, prune
 from hawk_kernels.hf.rotary import rotary_of_first_layer, rotary_of_layer
-from hawk_kernels.hf.weightless import WeightlessProjections, without_weights
+from hawk_kernels.hf.weightless import WeightlessProjections, give_layer_weights, without_weights
+from hawk_kernels.methods import Method, resolve_method
 from hawk_kernels.ops.attention_column_mean import attention_column_mean
 
 if TYPE_CHECKING:
     from hawk_kernels.backends.kernels.caught import Launch
-    from hawk_kernels.methods import Method
 
 _VISUAL, _WORD = 7, 8
 _TEXT_LENGTHS = (1, 40)
@@ -358,3 +358,35 @@ def _encode(encoder: Any, layer: int, tiles: int, length: int, dtype: torch.dtyp
         "cu_seqlens": torch.empty(tiles + 1, dtype=torch.int32, device="meta"),
     }
     encoder.received(layer, [torch.empty(total, widths[0], dtype=dtype, device="meta")], arguments)
+
+
+def model_of_config(config: Any, dtype: torch.dtype) -> Any:
+    """Make a model of a config on the meta device."""
+    from transformers import AutoModelForImageTextToText
+
+    auto: Any = AutoModelForImageTextToText
+    with torch.device("meta"):
+        model = auto.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def launches_of_config(
+    config: Any, dtype: torch.dtype, architecture: str, arguments: dict[str, Any], *, reach: tuple[int, int]
+) -> tuple[list[Launch], tuple[str, ...]]:
+    """Return what prompts of a model that is known by its config launch; see `launches_of_prune`.
+
+    Args:
+        config: of the model.
+        dtype: of its weights.
+        architecture: as tables are named.
+        arguments: of `prune`, besides the model.
+        reach: the most tokens in a row, and the most rows.
+    """
+    model = model_of_config(config, dtype)
+    text: Any = dissect(model).text
+    method = resolve_method(arguments["method"], {})
+    _, first = first_attention_layer(text)
+    give_layer_weights(first if method.hidden_from_layer is None else text.layers[method.hidden_from_layer - 1])
+    weights = {"head_weights": "uniform"} if method.uses_head_weights else {}
+    pruning = prune(model, **{**arguments, **weights, "method": method})
+    return launches_of_prune(pruning._anatomy, pruning._chooser, architecture, reach=reach)
