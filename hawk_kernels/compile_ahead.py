@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,7 +96,8 @@ def following(architecture: str, multiprocessors: int | None = None) -> Iterator
     """Catch the launches of calls on meta tensors in the block, as on a GPU of this architecture; see `caught`."""
     from hawk_kernels.backends.kernels.caught import catch_launches
 
-    with catch_launches(architecture, multiprocessors) as caught, planning_for_a_gpu(), _RunOnMeta(), torch.no_grad():
+    mode: Any = _RunOnMeta
+    with catch_launches(architecture, multiprocessors) as caught, planning_for_a_gpu(), mode(), torch.no_grad():
         yield caught
 
 
@@ -121,7 +123,7 @@ def compile_launches(
         found = distinct(launches, driver.active.get_current_target())
     work = [(launch, device) for device in devices for launch in found.values()]
     return _compiled(
-        [lambda launch=launch, device=device: _compile_on(device, launch) for launch, device in work],
+        [partial(_compile_on, device, launch) for launch, device in work],
         [name for name, _ in found] * len(devices),
         tuple(dict.fromkeys(map(architecture_of, devices))),
         progress,
@@ -141,7 +143,7 @@ def compile_launches_for(
     found = distinct(launches, target)
     with _pretending(target):
         return _compiled(
-            [lambda launch=launch: _compile(launch) for launch in found.values()],
+            [partial(_compile, launch) for launch in found.values()],
             [name for name, _ in found],
             (architecture_name(target),),
             progress,
@@ -269,9 +271,7 @@ def launches_of_score_and_select(
                     q = heads(batch, num_heads, num_queries)
                     k = heads(batch, num_key_value_heads, num_keys)
                     q_mask, k_mask = given
-                    score_and_select(
-                        q, k, w, 0.5, q_mask=q_mask, k_mask=k_mask, normalize=normalize, rounding=rounding
-                    )
+                    score_and_select(q, k, w, 0.5, q_mask=q_mask, k_mask=k_mask, normalize=normalize, rounding=rounding)
     return launches
 
 

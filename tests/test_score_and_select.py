@@ -63,6 +63,8 @@ def test_names_are_frozen():
         "score_hidden_and_select",
         "score_tokens",
         "select_topk",
+        "warm_up",
+        "warm_up_score_and_select",
     ]
     assert set(hawk_kernels.__all__) <= set(dir(hawk_kernels))
     assert Selection._fields == ("mask", "indices", "scores")

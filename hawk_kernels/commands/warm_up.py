@@ -62,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-tokens", type=whole_number(1), default=262144, help="in a row (default: %(default)s)")
     parser.add_argument("--max-batch", type=whole_number(1), default=64, help="rows (default: %(default)s)")
-    parser.add_argument("--jobs", type=whole_number(1), default=None, help="threads (default: the processors, at most 8)")
+    parser.add_argument(
+        "--jobs", type=whole_number(1), default=None, help="threads (default: the processors, at most 8)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
@@ -127,7 +129,7 @@ def _warm_up(args: argparse.Namespace) -> list[WarmUp]:
 
 
 def _method(args: argparse.Namespace) -> Any:
-    """Make the method from its name and options; a value is read as JSON where it is JSON, and as a string elsewhere."""
+    """Make the method from its name and options; a value that is no JSON is a string."""
     from hawk_kernels.methods import resolve_method
 
     options: dict[str, object] = {}
@@ -160,7 +162,9 @@ def _dtype(name: str, config: Any) -> torch.dtype:
     wanted = getattr(config, "dtype", None) if name == "auto" else name
     dtype = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
     if not isinstance(dtype, torch.dtype):
-        raise CommandError("--dtype: expected a dtype, since the config of this model names none; pass --dtype bfloat16")
+        raise CommandError(
+            "--dtype: expected a dtype, since the config of this model names none; pass --dtype bfloat16"
+        )
     return dtype
 
 

@@ -1,7 +1,7 @@
 """Compile ahead every kernel that a pruned model can need, so that no prompt waits for a compiler.
 
-The stages of a pruned call that launch kernels (`encoders`, `choose_tokens`, `packing`) are run on tensors without data,
-for prompts of all classes of lengths, by the code that runs in the call itself.
+The stages of a pruned call that launch kernels are `encoders`, `choose_tokens` and `packing`. They are run on tensors
+without data, for prompts of every class of lengths, by the code that runs in the call itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hawk_kernels.hf.encoders.recorder import PromptAttention, recorder_for
 from hawk_kernels.hf.encoders.tiles import TileEncoder
 from hawk_kernels.hf.packing import Packing
 from hawk_kernels.hf.prompt import Prompt
-from hawk_kernels.hf.prune import Pruning, prune
+from hawk_kernels.hf.prune import prune
 from hawk_kernels.hf.rotary import rotary_of_first_layer, rotary_of_layer
 from hawk_kernels.hf.weightless import WeightlessProjections, give_layer_weights, without_weights
 from hawk_kernels.methods import Method, resolve_method
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
 _VISUAL, _WORD = 7, 8
 _TEXT_LENGTHS = (1, 40)
-# Lengths at which batches are followed: a single token, alignment to 16, and the last row that one program selects from.
+# Lengths at which small batches are followed: few tokens, rows aligned to 16 or not, the longest that one program
+# selects from.
 _EDGES = (1, 2, 16, 17, 2048, 2049)
 _FEW_ROWS = 3
 # Tokens that a vision encoder sees at once; what is compiled for it changes at 16 rows alone.
@@ -169,7 +170,9 @@ class WeightlessModel:
 
     def __init__(self, anatomy: Anatomy, chooser: Chooser) -> None:
         weights = chooser.head_weights
-        self._chooser = replace(chooser, head_weights=None if weights is None else torch.empty(len(weights), device="meta"))
+        self._chooser = replace(
+            chooser, head_weights=None if weights is None else torch.empty(len(weights), device="meta")
+        )
         text: Any = anatomy.text
         inside = chooser.method.hidden_from_layer
         before, first = first_attention_layer(text)
@@ -208,7 +211,10 @@ class WeightlessModel:
         prompt = prompt_of(shape)
         states = self._states(*prompt.ids.shape)
         positions = self._positions(*prompt.ids.shape)
-        kept, counts = torch.empty(prompt.ids.shape, dtype=torch.bool, device="meta"), [shape.num_text + 1] * shape.batch
+        kept, counts = (
+            torch.empty(prompt.ids.shape, dtype=torch.bool, device="meta"),
+            [shape.num_text + 1] * shape.batch,
+        )
         try:
             for given in (positions, None) if self._needs_rotary else (None,):
                 context = self._context(prompt, states, given)

@@ -90,7 +90,8 @@ class WeightlessProjections(LayerProjections):
         layer = self._real.plain()
         if layer is None:
             return None
-        return Layer(*(layout_of(field) if isinstance(field, torch.Tensor) else field for field in layer))
+        tensors = {name: layout_of(x) for name, x in layer._asdict().items() if isinstance(x, torch.Tensor)}
+        return layer._replace(**tensors)
 
 
 def give_layer_weights(layer: Any) -> None:
