@@ -90,7 +90,9 @@ class WeightlessProjections(LayerProjections):
         layer = self._real.plain()
         if layer is None:
             return None
-        tensors = {name: layout_of(x) for name, x in layer._asdict().items() if isinstance(x, torch.Tensor)}
+        tensors: dict[str, Any] = {
+            name: layout_of(x) for name, x in layer._asdict().items() if isinstance(x, torch.Tensor)
+        }
         return layer._replace(**tensors)
 
 
