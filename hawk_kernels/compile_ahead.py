@@ -279,7 +279,7 @@ def check_reach(max_tokens: object, max_batch: object) -> None:
     """Check the bounds of what is compiled ahead.
 
     Raises:
-        TypeError, ValueError: not an int of at least 1, or more tokens than a program can number.
+        TypeError, ValueError: not an int of at least 1.
     """
     _check_count("max_tokens", max_tokens, f"the default is {MOST_TOKENS}")
     _check_count("max_batch", max_batch, f"the default is {MOST_BATCH}")

@@ -177,3 +177,21 @@ def test_the_command_says_what_it_expected(capsys, monkeypatch, arguments, messa
     monkeypatch.setattr(hawk_kernels.compile_ahead, "_is_interpreting", lambda: False)
     assert main(["warm-up", "hawk_kernels/assets/tinyvqa", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_no_call_compiles_after_warming_up(monkeypatch):
+    from triton import knobs
+
+    report = warm_up_score_and_select(4, 2, 64, torch.bfloat16, max_tokens=4096, max_batch=2, progress=False)
+    assert report.kernels
+    compiled = []
+    monkeypatch.setattr(knobs.compilation, "listener", lambda **facts: compiled.append(facts["src"]))
+    w = torch.ones(4, device="cuda")
+    for batch in (1, 2):
+        for length in (1, 100, 2048, 2049, 4096):
+            q = torch.randn(batch, 4, 7, 64, device="cuda", dtype=torch.bfloat16)
+            k = torch.randn(batch, 2, length, 64, device="cuda", dtype=torch.bfloat16)
+            hawk_kernels.score_and_select(q, k, w, 0.3)
+    assert compiled == []
