@@ -1,9 +1,9 @@
 """From queries and keys to scores by the text token that attends to each key most, in one launch.
 
-The grid has these phases (see `phases`): find what the norm of each text token of each head needs over some of the
-keys; make the same products again, now with the norms, and take their maximum over the text for the keys of a tile; sum
-the heads as in `finish`. Without a norm the first phase is left out. Products are made twice, because keeping them would
-take the matrix that nobody wants to store.
+The grid has these phases (see `phases`): find what the norm of each text token of each head needs, over some of the
+keys; make the same products again, now with the norms, and take their maximum over the text for the keys of a tile;
+sum the heads as in `finish`. Without a norm the first phase is left out. The products are made twice, because keeping
+them would take as much memory as the matrix.
 """
 
 from __future__ import annotations
