@@ -26,7 +26,13 @@ from hawk_kernels.backends.kernels.head_norms import (
     pair_of_tile,
     reduce_pairs,
 )
-from hawk_kernels.backends.kernels.launch import check_limits, launch_counters, on_device, workspace
+from hawk_kernels.backends.kernels.launch import (
+    check_limits,
+    compiler_options,
+    launch_counters,
+    on_device,
+    workspace,
+)
 from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, draw_ticket, num_counters, wait_for
 from hawk_kernels.backends.kernels.plan import Plan
 from hawk_kernels.backends.kernels.radix import Budget, load_candidates
@@ -37,6 +43,9 @@ _PROGRAMS, _PROGRAMS_INTERPRETED = 264, 32
 # Ranges of keys that leave a pair each: a program loads those of its text tokens at once.
 _MOST_SPLITS = 32
 _SUM_BLOCK = 256
+# Rows of a tile that are as long as this want twice the threads to stay in registers.
+_WIDE_BYTES = 512
+_MAX_REGISTERS = 255
 _PAIRS, _LOGITS = (tl.constexpr(counter) for counter in range(2))
 _VARYING = (
     "q_mask_ptr", "k_mask_ptr", "q_mask_stride_b", "q_mask_stride_n", "k_mask_stride_b", "k_mask_stride_m",
@@ -134,13 +143,14 @@ def _find_pairs(
 ):  # fmt: skip
     """Write what the norms of one head's text tokens need of one range of keys."""
     MODE: tl.constexpr = STATIC.mode
+    BLOCK_N: tl.constexpr = STATIC.block_queries
     begin = split * keys_per_split
     end = tl.minimum(begin + keys_per_split, num_keys)
     for start in range(0, text.num_queries, STATIC.block_queries):
         queries, rows, used = _load_queries(text, start, HAS_Q_MASK, STATIC)
         neutral_first, neutral_second = neutral_pair(MODE)
-        first = tl.full([STATIC.block_queries], neutral_first, tl.float32)
-        second = tl.full([STATIC.block_queries], neutral_second, tl.float32)
+        first = tl.full([BLOCK_N], neutral_first, tl.float32)
+        second = tl.full([BLOCK_N], neutral_second, tl.float32)
         # a tile of the text in which no token counts sees no keys
         some_count = tl.max(used.to(tl.int32), 0)
         for key in range(begin, tl.where(some_count > 0, end, begin), STATIC.block_keys):
@@ -171,7 +181,8 @@ def _peaks(
     HAS_Q_MASK: tl.constexpr, INTERPRETED: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     """Return `max_n norm(q[n] . k)` of one head for a tile of keys, `[BLOCK_M]`; 0 without text."""
-    peak = tl.full([STATIC.block_keys], float("-inf"), tl.float32)
+    BLOCK_M: tl.constexpr = STATIC.block_keys
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for start in range(0, text.num_queries, STATIC.block_queries):
         queries, rows, used = _load_queries(text, start, HAS_Q_MASK, STATIC)
         if tl.max(used.to(tl.int32), 0) > 0:
@@ -195,6 +206,7 @@ def _score_peaks_kernel(
 ):  # fmt: skip
     # Named, because Triton 3.6 takes a nested tuple that is passed on unnamed for a tuple of values.
     FINISH: tl.constexpr = STATIC.finish
+    BLOCK_M: tl.constexpr = STATIC.block_keys
     ticket = draw_ticket(memory.counters)
     pairs_of_row = num_heads * num_splits
     num_pairing = 0 if STATIC.mode == NO_NORM else batch * pairs_of_row
@@ -241,7 +253,7 @@ def _score_peaks_kernel(
         )  # fmt: skip
         if STATIC.mode != NO_NORM:
             wait_for(counters + _PAIRS, pairs_of_row)
-        total = tl.zeros([STATIC.block_keys], tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
         for head_in_group in range(first_head, stop_head):
             head = tl.cast(group * num_heads_per_group + head_in_group, tl.int64)
             q_ptr = tensors.q + (wide_row * q_stride_b + head * q_stride_h) * STRIDE_UNIT
@@ -318,7 +330,7 @@ def make_plan(
             # nothing is selected, so the length of a row changes nothing
             finish=finish.blocks_of(1, _SUM_BLOCK),
         ),
-        options={"num_warps": 8 if itemsize == 4 and block_d >= 128 else 4, "enable_fp_fusion": True},
+        options=compiler_options(8 if block_d * itemsize >= _WIDE_BYTES else 4, _MAX_REGISTERS),
     )
 
 
