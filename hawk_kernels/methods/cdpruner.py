@@ -93,9 +93,10 @@ def _checked_theta(theta: object) -> float:
     remedy = "0 looks at diversity alone, 0.5 is OpenVINO's"
     if isinstance(theta, bool) or not isinstance(theta, numbers.Real):
         raise TypeError(f"{expected}, got {type(theta).__name__}; {remedy}")
-    if not 0 <= theta < 1:
+    number = float(theta)
+    if not 0 <= number < 1:
         raise ValueError(f"{expected}, got {theta}; {remedy}")
-    return float(theta)
+    return number
 
 
 def mean_cosine(visual: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ _PROGRAMS, _PROGRAMS_INTERPRETED = 264, 32
 # Ranges of keys that leave a pair each: a program loads those of its text tokens at once.
 _MOST_SPLITS = 32
 _SUM_BLOCK = 256
-# Rows of a tile that are as long as this want twice the threads to stay in registers.
+# Tiles of rows that are as long as this do not stay in the registers of the usual number of threads.
 _WIDE_BYTES = 512
 _MAX_REGISTERS = 255
 _PAIRS, _LOGITS = (tl.constexpr(counter) for counter in range(2))
@@ -289,8 +289,9 @@ def make_plan(
     """Make the plan of a launch; the same shape always adds in the same order."""
     group_size = num_heads // num_key_value_heads
     block_d = max(16, triton.next_power_of_2(head_dim))
-    # float32 products run without tensor cores, and larger tiles of them spill
-    block_n, block_m = (16, 32) if itemsize == 4 or num_queries <= 16 else (32, 64)
+    is_wide = block_d * itemsize >= _WIDE_BYTES
+    # float32 products run without tensor cores, and larger tiles of them spill, as do those of wide rows
+    block_n, block_m = (16, 32) if itemsize == 4 or is_wide or num_queries <= 16 else (32, 64)
     num_tiles = triton.cdiv(num_keys, block_m)
     splits = min(num_tiles, _MOST_SPLITS, triton.cdiv(programs, batch * num_heads))
     keys_per_split = triton.cdiv(num_tiles, splits) * block_m
@@ -330,7 +331,7 @@ def make_plan(
             # nothing is selected, so the length of a row changes nothing
             finish=finish.blocks_of(1, _SUM_BLOCK),
         ),
-        options=compiler_options(8 if block_d * itemsize >= _WIDE_BYTES else 4, _MAX_REGISTERS),
+        options=compiler_options(8 if is_wide and itemsize == 4 else 4, _MAX_REGISTERS),
     )
 
 
