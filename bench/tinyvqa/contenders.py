@@ -1,4 +1,7 @@
-"""The methods that the table compares, as data: a label, a name in `hawk_kernels.methods.METHODS`, and options."""
+"""The methods that the table compares, as data: a label, a name in `hawk_kernels.methods.METHODS`, and options.
+
+A method joins the table by a line here; `python -m bench.tinyvqa.table` then asks only what its journal does not have.
+"""
 
 from __future__ import annotations
 

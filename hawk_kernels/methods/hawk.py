@@ -53,6 +53,13 @@ class Hawk(Method):
         check_rounding(rounding)
         self.rounding = rounding
 
+    def options(self) -> dict[str, object]:
+        options = super().options()
+        if self.reduce == "mean":
+            # statistics of the paper's method read as they did when there was no other reduction
+            del options["reduce"]
+        return options
+
     def score(self, view: PrefillView) -> torch.Tensor:
         if self.reduce == "max":
             return peaks_of_attention(view, view.head_weights, self.normalize)
