@@ -39,6 +39,7 @@ from hawk_kernels.backends.kernels import (
     greedy,
     score_and_select,
     score_hidden,
+    score_peaks,
     select_topk,
 )
 from hawk_kernels.backends.kernels.configs import Shape, config_for
@@ -112,6 +113,7 @@ def variants(quick: bool = False, target: str = "sm_90") -> Iterator[Variant]:
         yield _fused(target, "bf16", "softmax", 72, 1024, 16384, True)
         yield _select(131072)
         yield _hidden(target, "bf16", "l2", 3584, 28, 4, 128, 5200)
+        yield _peaks("fp32", "softmax", 256, 64, 16384)
         yield from _columns("fp32", 128, 1, 16384, "causal rows max")
         yield _compaction("bf16")
         yield from _greedy(2896)
@@ -133,6 +135,11 @@ def variants(quick: bool = False, target: str = "sm_90") -> Iterator[Variant]:
     hidden_states += [(dtype, "l2", 3584, 28, 4, 128, num_tokens) for dtype in DTYPES for num_tokens in (5200, 131200)]
     for dtype, mode, *shape in hidden_states:
         yield _hidden(target, dtype, mode, *shape)
+    peaks = [(dtype, mode, 128, 64, 1296) for dtype in DTYPES for mode in MODES]
+    peaks += [(dtype, "softmax", head_dim, 64, 1296) for dtype in ("fp32", "bf16") for head_dim in (16, 64, 80, 256)]
+    peaks += [(dtype, "softmax", 128, 8, 16384) for dtype in ("fp32", "bf16")]
+    for dtype, mode, *shape in peaks:
+        yield _peaks(dtype, mode, *shape)
     columns = [(dtype, head_dim, 1024, 1024, "dense") for dtype in DTYPES for head_dim in (64, 72, 80, 96, 128, 256)]
     columns += [("bf16", 80, 6400, 6400, "segments"), ("fp32", 80, 6400, 6400, "segments")]
     columns += [(dtype, 128, 1, 16384, "causal rows max") for dtype in DTYPES]
@@ -210,6 +217,22 @@ def _fused(
     }
     name = f"score_and_select {dtype} {mode} D={head_dim} N={num_queries} M={num_keys}{' masked' if masked else ''}"
     return _planned(name, score_and_select._score_and_select_kernel, groups, options, plan)
+
+
+def _peaks(dtype: str, mode: str | None, head_dim: int, num_queries: int, num_keys: int) -> Variant:
+    itemsize = 4 if dtype == "fp32" else 2
+    plan = score_peaks.make_plan(1, 28, 4, num_queries, num_keys, head_dim, itemsize, mode)
+    options: dict[str, Any] = {"HAS_Q_MASK": True, "HAS_K_MASK": True, "INTERPRETED": False}
+    options["STRIDE_UNIT"] = stride_unit(head_dim)
+    pointer = DTYPES[dtype]
+    groups = {
+        "tensors": score_peaks.Tensors(q=pointer, k=pointer, w="*fp32"),
+        "strides": score_peaks.Strides("i32", 1, "i32", 1, w=1),
+        "memory": MEMORY,
+        "outputs": OUTPUTS,
+    }
+    name = f"score_peaks {dtype} {mode} D={head_dim} N={num_queries} M={num_keys}"
+    return _planned(name, score_peaks._score_peaks_kernel, groups, options, plan)
 
 
 def _hidden(

@@ -34,6 +34,7 @@ from hawk_kernels.backends.kernels import (
     greedy,
     score_and_select,
     score_hidden,
+    score_peaks,
     select_topk,
 )
 from hawk_kernels.layer import Layer
@@ -165,6 +166,7 @@ def calls(model: Model, prompt: Prompt, draw: random.Random) -> dict[str, Callab
             x, layer, w, keep, masks[2], masks[3], "l2", 0.1, "floor"
         ),
         "score_hidden": lambda: score_hidden.score_hidden(x, layer, w, masks[2], masks[3], "l2", 0.1),
+        "score_peaks": lambda: score_peaks.score_peaks(text_q, k, w, masks[0], masks[1], "softmax", 0.1),
         "select_topk": lambda: select_topk.select_topk(scores, keep, masks[1], "floor"),
         "compact": lambda: compact.compact(x, masks[4], positions, length),
         "columns of an encoder": lambda: columns(encoder_q, encoder_k, None, False, None, None, True, "mean", 0.1),

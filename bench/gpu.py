@@ -116,6 +116,7 @@ OTHERS = (
         "bench.decode_overhead", 60, "--json", ("--device=cpu", "--hidden=64", "--layers=2", "--side=4", "--rounds=2")
     ),
     Other("bench.attention_column_mean", 45, "--json"),
+    Other("bench.score_peaks", 45, "--json"),
     Other("bench.greedy", 45, "--json"),
     Other("bench.encoder_cost", 60, "--output"),
 )

@@ -43,6 +43,7 @@ OPERATORS = {
     "score_and_select": "score_and_select",
     "score_hidden": "score_hidden",
     "score_hidden_and_select": "score_hidden",
+    "score_peaks": "score_peaks",
     "score_tokens": "score_and_select",
     "select_topk": "select_topk",
 }

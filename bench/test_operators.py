@@ -14,7 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import csrc_ref
 import hawk_kernels
-from bench import attention_column_mean, compact, greedy
+from bench import attention_column_mean, compact, greedy, score_peaks
 from bench.cases import KEEP_RATIO, QWEN_7B, Case, Decoder
 from bench.cli import default_device
 from bench.contenders import OURS, contenders
@@ -67,6 +67,13 @@ def averaging(device: torch.device) -> Call:
     return attention_column_mean.contestants(shape, device)[attention_column_mean.OURS]
 
 
+def peaking(device: torch.device) -> Call:
+    """Return the call of `score_peaks` on one picture."""
+    inputs = score_peaks.SHAPES[1].inputs(device)
+    score_peaks.check_parity(inputs)
+    return score_peaks.contestants(inputs)[score_peaks.OURS]
+
+
 def compacting(device: torch.device) -> Call:
     """Return the call of `compact` on one prompt."""
     prompt = compact.Prompt(compact.SHAPES[0], device)
@@ -107,6 +114,7 @@ OPERATORS: dict[str, Callable[[torch.device], Call]] = {
     "score_and_select": lambda device: selecting("queries", device),
     "score_hidden": lambda device: scoring("hidden", device),
     "score_hidden_and_select": lambda device: selecting("hidden", device),
+    "score_peaks": peaking,
     "score_tokens": lambda device: scoring("queries", device),
     "select_topk": lambda device: selecting("scores", device),
 }

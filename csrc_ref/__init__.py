@@ -12,6 +12,7 @@ from csrc_ref.head_importance import head_importance
 from csrc_ref.hiprune_select import hiprune_select
 from csrc_ref.score_and_select import score_and_select, score_tokens
 from csrc_ref.score_hidden import score_hidden, score_hidden_and_select
+from csrc_ref.score_peaks import score_peaks
 from csrc_ref.select_topk import Selection, select_topk
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "score_and_select",
     "score_hidden",
     "score_hidden_and_select",
+    "score_peaks",
     "score_tokens",
     "select_topk",
 ]

@@ -24,7 +24,7 @@ NOT_RUN = "<!-- not run: the docstring's sketch, whose names stand for the calle
 
 GROUPS = {
     "Prune a model": ("prune", "Pruning", "load_processor"),
-    "Score and select tokens": ("score_and_select", "score_tokens", "select_topk", "Selection"),
+    "Score and select tokens": ("score_and_select", "score_tokens", "score_peaks", "select_topk", "Selection"),
     "Score from hidden states": ("score_hidden_and_select", "score_hidden", "Layer"),
     "Build the pruned prompt": ("compact", "Compacted"),
     "Other primitives": ("attention_column_mean", "hiprune_select", "greedy_max_min", "greedy_dpp"),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hawk_kernels.ops.hiprune_select import hiprune_select
     from hawk_kernels.ops.score_and_select import score_and_select, score_tokens
     from hawk_kernels.ops.score_hidden import score_hidden, score_hidden_and_select
+    from hawk_kernels.ops.score_peaks import score_peaks
     from hawk_kernels.ops.select_topk import select_topk
     from hawk_kernels.selection import Selection
     from hawk_kernels.workspaces import free_workspaces
@@ -46,6 +47,7 @@ __all__ = [
     "score_and_select",
     "score_hidden",
     "score_hidden_and_select",
+    "score_peaks",
     "score_tokens",
     "select_topk",
     "warm_up",
@@ -65,6 +67,7 @@ _FROM_TORCH = {
     "score_and_select": "hawk_kernels.ops.score_and_select",
     "score_hidden": "hawk_kernels.ops.score_hidden",
     "score_hidden_and_select": "hawk_kernels.ops.score_hidden",
+    "score_peaks": "hawk_kernels.ops.score_peaks",
     "score_tokens": "hawk_kernels.ops.score_and_select",
     "select_topk": "hawk_kernels.ops.select_topk",
     "warm_up_score_and_select": "hawk_kernels.compile_ahead",

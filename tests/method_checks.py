@@ -85,15 +85,16 @@ def against_its_reference(test):
 
 
 @torch.no_grad()
-def check_choice(model, method: str, budget: str, keep_ratio: float | int, choose: Callable) -> None:
+def check_choice(model, method: str, budget: str, keep_ratio: float | int, choose: Callable, **options) -> None:
     """`prune` keeps what `choose` keeps in every image, or in every row where images share the budget.
 
     Args:
         choose: called as `choose(layer, row, places, count, frames)` with the `FirstLayer`, the places of the visual
             tokens, how many of them stay, and the `(height, width)` of the frames; returns bool `[len(places)]`.
+        options: of the method.
     """
     inputs = qwen_batch(*RAGGED)
-    with prune(model, keep_ratio, method=method, budget=budget, **options_of(method)) as pruning:
+    with prune(model, keep_ratio, method=method, budget=budget, **options_of(method), **options) as pruning:
         model(**inputs)
     layer = FirstLayer(model, inputs, pruning.query_mask)
     for row, items in enumerate(RAGGED):
@@ -111,10 +112,10 @@ def check_choice(model, method: str, budget: str, keep_ratio: float | int, choos
 
 
 @torch.no_grad()
-def check_scores(model, method: str, budget: str, keep_ratio: float | int, score: Callable) -> None:
+def check_scores(model, method: str, budget: str, keep_ratio: float | int, score: Callable, **options) -> None:
     """`prune` gives each token the score that `score(layer, row, places)` gives it, and keeps the highest."""
     inputs = qwen_batch(*RAGGED)
-    with prune(model, keep_ratio, method=method, budget=budget, **options_of(method)) as pruning:
+    with prune(model, keep_ratio, method=method, budget=budget, **options_of(method), **options) as pruning:
         model(**inputs)
     layer = FirstLayer(model, inputs, pruning.query_mask)
     scores = torch.full(layer.visual.shape, -torch.inf)
@@ -126,4 +127,4 @@ def check_scores(model, method: str, budget: str, keep_ratio: float | int, score
     def highest(layer, row, places, count, frames):
         return csrc_ref.select_topk(scores[row, places], count).mask
 
-    check_choice(model, method, budget, keep_ratio, highest)
+    check_choice(model, method, budget, keep_ratio, highest, **options)

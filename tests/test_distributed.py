@@ -15,7 +15,7 @@ from tests.method_checks import options_of
 from tests.tiny_models import Picture, question, qwen_batch, qwen_vl
 
 RANKS = 2
-READ_A_LAYER = ("hawk", "hawk_rope", "key_norm", "dart", "fastv")
+READ_A_LAYER = ("hawk", "hawk_rope", "heed", "key_norm", "dart", "fastv")
 
 
 def free_port():

@@ -42,6 +42,7 @@ def test_random_streams_need_few_variants_of_each_kernel(repository, tmp_path):
         "_row_pass",
         "_score_and_select_kernel",
         "_score_hidden_kernel",
+        "_score_peaks_kernel",
         "_select_kernel",
     }
     assert {stream: number for stream, number in counted.items() if number > MOST_VARIANTS} == {}

@@ -77,7 +77,7 @@ def test_cost_is_that_of_the_layers_before_and_only_for_methods_that_ask(method)
     for hook in hooks:
         hook.remove()
     whole = inputs["input_ids"].shape[1]
-    asks = method in ("hawk", "hawk_rope", "key_norm", "dart")
+    asks = method in ("hawk", "hawk_rope", "heed", "key_norm", "dart")
     assert [call for call in calls if call[1] == whole] == ([(0, whole)] if asks else [])
     assert [number for number, length in calls if length < whole] == list(range(len(text.layers)))
 

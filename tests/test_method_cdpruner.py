@@ -15,13 +15,41 @@ from tests.tiny_models import Picture, question, qwen_batch
 
 @against_its_reference
 def test_kept_tokens_are_those_of_the_reference(three_layers, budget, keep_ratio):
-    def choose(layer, row, places, count, frames):
-        visual, text = layer.embeds[row, places], layer.embeds[row, layer.text[row]]
-        masks = {"mask": torch.ones(1, len(visual)).bool(), "text_mask": torch.ones(1, len(text)).bool()}
-        quality = cdpruner_quality(visual[None], text[None], **masks)
-        return csrc_ref.greedy_dpp(visual, quality[0], count).mask
+    check_choice(three_layers, "cdpruner", budget, keep_ratio, chosen_by())
 
-    check_choice(three_layers, "cdpruner", budget, keep_ratio, choose)
+
+@pytest.mark.parametrize("budget", ["shared", "per_image"])
+@pytest.mark.parametrize(
+    "options",
+    [{"text": "max"}, {"theta": 0.5}, {"theta": 0}, {"theta": 0.9, "text": "max"}, {"scale_over": "prompt"}],
+    ids=str,
+)
+def test_options_choose_as_in_the_reference(three_layers, budget, options):
+    check_choice(three_layers, "cdpruner", budget, 0.3, chosen_by(**options), **options)
+
+
+def chosen_by(scale_over="budget", **options):
+    """Choose the tokens of an image by the reference; `scale_over="prompt"` scales over its row."""
+
+    def choose(layer, row, places, count, frames):
+        text, visual = layer.embeds[row, layer.text[row]], layer.visual[row].nonzero().flatten()
+        scaled = visual if scale_over == "prompt" else places
+        masks = {"mask": torch.ones(1, len(scaled)).bool(), "text_mask": torch.ones(1, len(text)).bool()}
+        quality = cdpruner_quality(layer.embeds[row, scaled][None], text[None], **masks, **options)[0]
+        return csrc_ref.greedy_dpp(layer.embeds[row, places], quality[torch.isin(scaled, places)], count).mask
+
+    return choose
+
+
+@torch.no_grad()
+def test_however_large_theta_is_nothing_overflows(three_layers):
+    """Close to 1 relevance alone decides: the single token that stays is the most relevant one."""
+    inputs, kept = qwen_batch(question(Picture(5, 5))), []
+    for options in ({"theta": 0.9999999}, {}):
+        with prune(three_layers, 1, method="cdpruner", **options) as pruning:
+            three_layers(**inputs)
+        kept.append(pruning.keep_mask)
+    assert torch.equal(*kept)
 
 
 @torch.no_grad()
@@ -42,6 +70,20 @@ def test_negate_turns_relevance_around(three_layers):
     assert similarity[0, worst] == similarity[0][layer.visual[0]].min()
 
 
-def test_options_are_checked():
-    with pytest.raises(TypeError, match=re.escape("negate: expected a bool, got int")):
-        resolve_method("cdpruner", {"negate": 1})
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"negate": 1}, TypeError, "negate: expected a bool, got int"),
+        ({"text": "sum"}, ValueError, "text: expected 'mean' (paper) or 'max' over the text, got 'sum'"),
+        ({"theta": "0.5"}, TypeError, "theta: expected None or a number in [0, 1), got str; 0 looks at diversity"),
+        ({"theta": True}, TypeError, "theta: expected None or a number in [0, 1), got bool"),
+        ({"theta": 1}, ValueError, "theta: expected None or a number in [0, 1), got 1; 0 looks at diversity alone"),
+        ({"theta": -0.1}, ValueError, "theta: expected None or a number in [0, 1), got -0.1"),
+        ({"theta": float("nan")}, ValueError, "theta: expected None or a number in [0, 1), got nan"),
+        ({"scale_over": "row"}, ValueError, "scale_over: expected 'budget' or 'prompt', got 'row'"),
+    ],
+    ids=str,
+)
+def test_options_are_checked(options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        resolve_method("cdpruner", options)

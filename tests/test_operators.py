@@ -19,6 +19,7 @@ OPERATORS = {
     "score_and_select": "score_and_select",
     "score_hidden": "score_hidden",
     "score_hidden_and_select": "score_hidden",
+    "score_peaks": "score_peaks",
     "score_tokens": "score_and_select",
     "select_topk": "select_topk",
 }
@@ -80,6 +81,7 @@ CALLS = {
     "score_and_select": "h.score_and_select(*map(torch.ones, ((2, 3, 4), (2, 5, 4), (2,))), 2, backend='torch')",
     "score_hidden": "h.score_hidden_and_select(torch.ones(5, 4), h.Layer(None, 1e-6, torch.eye(4), None, torch.eye(4), "
     "None), torch.ones(2), 2, q_mask=torch.arange(5) > 2, k_mask=torch.arange(5) < 3, backend='torch')",
+    "score_peaks": "h.score_peaks(*map(torch.ones, ((2, 3, 4), (2, 5, 4), (2,))), backend='torch')",
     "select_topk": "h.select_topk(torch.ones(4), 2)",
 }
 

@@ -20,6 +20,7 @@ SIGNATURES = {
     "score_hidden": "(x, layer, w, *, q_mask, k_mask, normalize=None, scale=None, backend=None)",
     "score_hidden_and_select": "(x, layer, w, r, *, q_mask, k_mask, normalize=None, scale=None, rounding='floor', "
     "backend=None)",
+    "score_peaks": "(q, k, w, *, q_mask=None, k_mask=None, normalize='softmax', scale=None, backend=None)",
     "Layer": "(norm_weight, norm_eps, wq, bq, wk, bk, num_key_value_heads=None)",
     "Layer.of": "(norm, q_proj, k_proj, num_key_value_heads=None)",
     "select_topk": "(scores, r, *, mask=None, rounding='floor')",
@@ -61,6 +62,7 @@ def test_names_are_frozen():
         "score_and_select",
         "score_hidden",
         "score_hidden_and_select",
+        "score_peaks",
         "score_tokens",
         "select_topk",
         "warm_up",

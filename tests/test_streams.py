@@ -12,6 +12,7 @@ from hawk_kernels import (
     greedy_max_min,
     score_and_select,
     score_hidden_and_select,
+    score_peaks,
 )
 from hawk_kernels.backends.kernels import select_topk as select_topk_kernel
 from tests.cases import make_case
@@ -32,6 +33,11 @@ def of_score_hidden(device, num_tokens):
     case = HiddenCase(num_tokens=num_tokens)
     arguments, options = case.arguments(device=device), case.options(device)
     return lambda: score_hidden_and_select(*arguments, 0.3, **options, normalize="l2", backend="triton")
+
+
+def of_score_peaks(device, num_tokens):
+    case = make_case(2, 4, 2, 20, num_tokens, 16, masked=True).to(device)
+    return lambda: (score_peaks(case.q, case.k, case.w, backend="triton", **case.options),)
 
 
 def of_select_topk(device, num_tokens):
@@ -65,6 +71,7 @@ def of_greedy_dpp(device, num_tokens):
 OPERATORS = [
     of_score_and_select,
     of_score_hidden,
+    of_score_peaks,
     of_select_topk,
     of_compact,
     of_attention_column_mean,

@@ -1,4 +1,7 @@
-"""The methods that the table compares, as data: a label, a name in `hawk_kernels.methods.METHODS`, and options."""
+"""The methods that the table compares, as data: a label, a name in `hawk_kernels.methods.METHODS`, and options.
+
+A method joins the table by a line here; `python -m bench.tinyvqa.table` then asks only what its journal does not have.
+"""
 
 from __future__ import annotations
 
@@ -47,10 +50,14 @@ CONTENDERS = (
     Contender("permuted heads 1, L2", "hawk", {"normalize": "l2"}, 1),
     Contender("permuted heads 2, L2", "hawk", {"normalize": "l2"}, 2),
     Contender("permuted heads 3, L2", "hawk", {"normalize": "l2"}, 3),
+    Contender("HAWK, maximum over text", "hawk", {"reduce": "max"}, "first"),
+    Contender("uniform heads, maximum over text", "hawk", {"reduce": "max"}, "uniform"),
     Contender("HAWK with RoPE, L2", "hawk_rope", {"normalize": "l2"}, "first"),
     Contender("FastV, K = 1", "fastv", {"layer": 1}),
     Contender("FastV, K = 2", "fastv", {"layer": 2}),
     Contender("CDPruner", "cdpruner"),
+    Contender("CDPruner, maximum over text", "cdpruner", {"text": "max"}),
+    Contender("Heed", "heed"),
     Contender("DivPrune", "divprune"),
     Contender("DART", "dart"),
     Contender("key norm", "key_norm"),

@@ -8,6 +8,7 @@ from hawk_kernels.calibration.result import Calibration
 from hawk_kernels.calibration.run import calibrate
 from hawk_kernels.calibration.sources import load_tasks
 from hawk_kernels.calibration.task import Sample, Task
+from hawk_kernels.calibration.worth import Worth, worth_of_weights
 
 __all__ = [
     "BadSamplesError",
@@ -15,8 +16,10 @@ __all__ = [
     "JsonlTask",
     "Sample",
     "Task",
+    "Worth",
     "calibrate",
     "head_importance",
     "hide_visual_tokens",
     "load_tasks",
+    "worth_of_weights",
 ]

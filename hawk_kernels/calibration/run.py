@@ -118,13 +118,13 @@ def calibrate_chosen(
     anatomy = dissect(model)
     # a model that cannot be masked is refused before anything is measured
     hide_visual_tokens(model, [], layers=modes[0])
-    processor = _processor_of(model) if processor is None else processor
+    processor = processor_of(model) if processor is None else processor
     with Processes() as processes:
         if processes.count > 1 and out is None:
             raise ValueError("out: expected a weights file, by whose journal the processes share their work, got None")
         plan = _plan(model, modes)
         shows = progress and processes.rank == 0
-        with _evaluating(model):
+        with evaluating(model):
             measured = _measure(anatomy, processor, chosen, modes, batch_size, out, plan, processes, shows)
         calibration = _calibration(model, anatomy, chosen, modes, measured, plan, settings)
         if out is not None and processes.rank == 0:
@@ -134,7 +134,8 @@ def calibrate_chosen(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode, and leave its modules as they were."""
     were_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -195,13 +196,13 @@ def _scores(
     """Score one sample as it is, and with the visual tokens masked from each head in each mode."""
     task, sample, place = question.task, question.sample, question.place
     heads = list(range(anatomy.projections.num_heads))
-    with _naming(place, "cannot be asked"):
+    with naming(place, "cannot be asked"):
         inputs = encode(task, sample, processor, anatomy.head)
     record: dict[str, Any] = {}
     for mode in modes:
         asked = [*([] if "base" in record else [None]), *heads]
         try:
-            with _naming(place, "cannot be answered"):
+            with naming(place, "cannot be answered"):
                 tokens = answers_with_masked_heads(
                     anatomy, inputs, asked, layers=mode, max_new_tokens=task.max_new_tokens, batch_size=batch_size
                 )
@@ -210,8 +211,8 @@ def _scores(
                 f"{place}: out of memory with batch_size={batch_size}; take a smaller one, what is finished is kept"
             ) from error
         answers = [decode(processor, row) for row in tokens]
-        with _naming(place, "cannot be scored"):
-            scores = [_checked(task.score(sample, answer)) for answer in answers]
+        with naming(place, "cannot be scored"):
+            scores = [checked_score(task.score(sample, answer)) for answer in answers]
         if "base" not in record:
             record |= {"answer": answers.pop(0), "base": scores.pop(0)}
         record[mode] = scores
@@ -219,7 +220,7 @@ def _scores(
 
 
 @contextmanager
-def _naming(place: str, trouble: str) -> Iterator[None]:
+def naming(place: str, trouble: str) -> Iterator[None]:
     """Name the sample in an error that it causes, perhaps after hours."""
     try:
         yield
@@ -231,7 +232,8 @@ def _naming(place: str, trouble: str) -> Iterator[None]:
         raise kind(f"{place}: {trouble}: {reason}") from error
 
 
-def _checked(score: Any) -> float:
+def checked_score(score: Any) -> float:
+    """Return the score of an answer as a float, or raise ValueError if a task's scorer gave something else."""
     try:
         value = float(score)
     except (TypeError, ValueError):
@@ -328,7 +330,8 @@ def _name(model: Any) -> str:
     return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
 
 
-def _processor_of(model: Any) -> Any:
+def processor_of(model: Any) -> Any:
+    """Load the processor of the checkpoint that a model came from."""
     from hawk_kernels.checkpoint import load_processor
 
     name = getattr(model.config, "_name_or_path", "")

@@ -1,4 +1,4 @@
-"""`hawk-kernels weights`: list the weights files of the package, show one as text and as a picture, or check some."""
+"""`hawk-kernels weights`: list the weights files of the package, show or check some, or measure what one is worth."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hawk_kernels.commands.guard import run_guarded
+from hawk_kernels.commands.options import keep_ratio, whole_number
 from hawk_kernels.head_weights import find_weights_file, fingerprint, read_weights_file, shipped_weights
 
 if TYPE_CHECKING:
@@ -20,7 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = argparse.ArgumentParser(
         prog="hawk-kernels weights",
-        description="List the weights files of the package, show one as text and as a picture, or check files.",
+        description="List the weights files of the package, show one as text and as a picture, check files, or measure "
+        "what the weights of one are worth.",
     )
     actions = parser.add_subparsers(dest="action", required=True)
     listing = actions.add_parser("list", help="list the weights files that come with the package")
@@ -33,18 +36,47 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("files", nargs="+", metavar="file", help="a weights file, or the name of a shipped one")
     check.add_argument("--model", default=None, help="also check that they are for this model: an id, or a folder")
-    for action in (listing, show, check):
+    worth = actions.add_parser(
+        "worth",
+        help="answer questions pruned by HAWK with the weights of a file and with uniform heads",
+    )
+    worth.add_argument("file", help="a weights file, or the name of a shipped one")
+    worth.add_argument("--model", required=True, help="model id on the Hugging Face Hub, or a folder")
+    worth.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="D",
+        help="benchmarks, as `hawk-kernels calibrate` takes them, with other questions than those of the weights",
+    )
+    worth.add_argument(
+        "--keep-ratio", type=keep_ratio, default=0.2, help="share or number of visual tokens kept (default: 0.2)"
+    )
+    worth.add_argument(
+        "--reduce",
+        choices=("mean", "max"),
+        default="mean",
+        help="how the text is reduced: by the paper's mean, or by the maximum, under which weights matter less "
+        "(default: mean)",
+    )
+    worth.add_argument("--limit", type=whole_number(1), default=None, help="samples of each benchmark at most")
+    worth.add_argument("--seed", type=whole_number(0), default=0, help="seed of that draw (default: 0)")
+    worth.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    worth.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
+    for action in (listing, show, check, worth):
         action.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """List, show or check; 0 on success, 1 with a message on stderr when something has to be put right first."""
+    """Do what is asked; 0 on success, 1 with a message on stderr when something has to be put right first."""
     args = build_parser().parse_args(argv)
     try:
         if args.action == "check":
             return _check(args)
-        report, text = _list() if args.action == "list" else _show(args)
+        actions = {"list": lambda _: _list(), "show": _show, "worth": _worth}
+        report, text = actions[args.action](args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -98,6 +130,28 @@ def _show(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         draw_weights(calibration, picture)
         lines += ["", f"drew {picture}"]
     return {**content, "picture": picture}, "\n".join(lines)
+
+
+def _worth(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from hawk_kernels.calibration.plan import check_pictures, choose_samples
+    from hawk_kernels.calibration.sources import load_tasks
+    from hawk_kernels.calibration.worth import worth_of_chosen
+    from hawk_kernels.checkpoint import find_device, load_checkpoint
+
+    path = _existing(args.file)
+    chosen = choose_samples(load_tasks(args.data), args.limit, args.seed)
+    check_pictures(chosen, not args.json)
+    model, processor = load_checkpoint(args.model, args.dtype, find_device(args.device))
+    worth = worth_of_chosen(
+        model,
+        chosen,
+        path,
+        keep_ratio=args.keep_ratio,
+        reduce=args.reduce,
+        processor=processor,
+        progress=not args.json,
+    )
+    return {"file": args.file, **asdict(worth), "gain": worth.gain}, str(worth)
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from hawk_kernels.methods.base import Method, register
 from hawk_kernels.methods.hawk import Hawk
 from hawk_kernels.methods.prefill_view import PrefillView
 from hawk_kernels.ops.score_and_select import score_tokens
+from hawk_kernels.ops.score_peaks import score_peaks
 
 
 @register
@@ -31,6 +32,5 @@ class HawkRope(Hawk):
         keys = view.rotated_visual_keys()
         if keys.dtype == torch.float64:
             queries, keys = queries.float(), keys.float()
-        return score_tokens(
-            queries, keys, view.head_weights, q_mask=mask, k_mask=view.candidates, normalize=self.normalize
-        )
+        score = score_peaks if self.reduce == "max" else score_tokens
+        return score(queries, keys, view.head_weights, q_mask=mask, k_mask=view.candidates, normalize=self.normalize)

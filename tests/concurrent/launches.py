@@ -48,8 +48,9 @@ class Kernels:
     """The modules of the kernels that are imported at the moment, which may be a mutant's."""
 
     def __init__(self) -> None:
-        names = "attention_column_mean compact configs finish greedy launch score_and_select score_hidden select_topk"
-        self.modules: dict[str, ModuleType] = {name: import_module(f"{PACKAGE}.{name}") for name in names.split()}
+        kernels = "attention_column_mean compact greedy score_and_select score_hidden score_peaks select_topk"
+        names = [*kernels.split(), "configs", "finish", "launch"]
+        self.modules: dict[str, ModuleType] = {name: import_module(f"{PACKAGE}.{name}") for name in names}
 
     def __getattr__(self, name: str) -> ModuleType:
         return self.modules[name]
@@ -88,6 +89,7 @@ class Kernels:
             (self.select_topk, memory),
             (self.score_and_select, {**memory, "HEADS_PER_PROGRAM": 2, "score_config": lambda *shape: score}),
             (self.score_hidden, {**memory, **rows_and_heads, "hidden_config": lambda *shape: hidden}),
+            (self.score_peaks, {**memory, "_SUM_BLOCK": 32}),
             (self.compact, {"_BLOCK_BYTES": 64, "_BLOCK_RANKS": 16, "_BLOCK_TOKENS": 32}),
         ]
         with ExitStack() as stack:
@@ -115,6 +117,10 @@ def make_launches(kernels: Kernels) -> list[Launch]:
             ),
             Launch(f"score_hidden {mode} long", _score_hidden(kernels, mode, seed), True),
         ]
+    launches += [
+        Launch(f"score_peaks {mode}", _score_peaks(kernels, mode, seed))
+        for seed, mode in enumerate((None, "l2", "softmax", "minmax"))
+    ]
     launches += [
         Launch("score_and_select scores only", _score_and_select(kernels, "l2", 2, False, 1, selects=False)),
         Launch("score_hidden scores only", _score_hidden(kernels, "l2", 1, selects=False)),
@@ -176,6 +182,14 @@ def _score_hidden(kernels: Kernels, mode: str | None, seed: int, selects: bool =
     if selects:
         return lambda: module.score_hidden_and_select(x, layer, w, 0.3, text, vision, mode, 0.3, "floor")
     return lambda: (module.score_hidden(x, layer, w, text, vision, mode, 0.3),)
+
+
+def _score_peaks(kernels: Kernels, mode: str | None, seed: int) -> Callable[[], Any]:
+    batch, num_keys = 2, 70 + seed
+    q, k = _numbers(batch, 2, 18, 16, seed=seed), _numbers(batch, 1, num_keys, 16, seed=seed + 1)
+    masks = (_flags(batch, 18), _flags(batch, num_keys, seed=seed)) if seed % 2 else (None, None)
+    w = torch.tensor([0.5, 0.25])
+    return lambda: (kernels.score_peaks.score_peaks(q, k, w, *masks, mode, 0.25),)
 
 
 def _column_mean(kernels: Kernels, kind: str) -> Callable[[], Any]:

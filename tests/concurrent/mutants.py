@@ -46,6 +46,7 @@ def _in_l1(name: str, file: str, load: str, launches: str) -> Mutant:
 
 _SHORT, _LONG, _SPLIT = "score_and_select l2 short", "score_and_select minmax split long", "score_and_select l2 split"
 _HIDDEN, _SELECT = "score_hidden l2 long", "select masked=True is_long=True"
+_PEAKS = "score_peaks softmax"
 _ARRIVE = 'return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")'
 _ACQUIRE = 'tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < num_arrivals'
 _POLL = 'tl.atomic_add(counter_ptr, 0, sem="relaxed", scope="gpu") < num_arrivals'
@@ -198,6 +199,27 @@ SLOW = [
     ),
     Mutant("groups use the counters of rows", "score_hidden.py", "batch + group)", "group)", _HIDDEN),
     Mutant("hidden: histograms not cleared", "score_hidden.py", _CLEAR, "(histograms_of_row(", _HIDDEN),
+    Mutant(
+        "pairs of peaks: no wait",
+        "score_peaks.py",
+        "            wait_for(counters + _PAIRS, pairs_of_row)\n",
+        "            pass\n",
+        _PEAKS,
+    ),
+    Mutant(
+        "pairs of peaks: one too few", "score_peaks.py", "_PAIRS, pairs_of_row)", "_PAIRS, pairs_of_row - 1)", _PEAKS
+    ),
+    Mutant(
+        "pairs of peaks: heads share them",
+        "score_peaks.py",
+        "num_heads + head) * num_splits",
+        "num_heads) * num_splits",
+        _PEAKS,
+    ),
+    Mutant(
+        "peaks: parts share a row", "score_peaks.py", "num_parts + part) * num_keys", "num_parts) * num_keys", _PEAKS
+    ),
+    _in_l1("pairs of peaks", "score_peaks.py", 'other=neutral_second, cache_modifier=".cg"', _PEAKS),
     Mutant(
         "compact: columns disagree",
         "compact.py",
