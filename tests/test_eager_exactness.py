@@ -23,15 +23,15 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["as sized", "every key through tiles", "nothing through tiles"])
+@pytest.fixture(params=["as sized", "in small pieces", "streamed", "streamed in small pieces"])
 def way(request, monkeypatch):
-    """Cut short rows into many pieces by tiny tiles; without a limit, long float32 rows are one product."""
-    if request.param == "every key through tiles":
+    """Send short rows through what is there for long ones: many pieces, padded queries, keys as rows of a product."""
+    if "small pieces" in request.param:
         monkeypatch.setattr(eager, "_TILE", 1 << 12)
-        monkeypatch.setattr(eager, "_SMALL", 0)
-        monkeypatch.setattr(eager, "_PAIRED", 0)
-    elif request.param == "nothing through tiles":
-        monkeypatch.setattr(eager, "_SMALL", 1 << 40)
+        monkeypatch.setattr(eager, "_LONGEST_PIECE", 64)
+        monkeypatch.setattr(eager, "_PADDED", 0)
+    if "streamed" in request.param:
+        monkeypatch.setattr(eager, "_STREAMED", 0)
     return request.param
 
 
@@ -81,7 +81,7 @@ def test_equal_hidden_states_score_equally_wherever_they_stand(threads, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eager_hidden, "_TOKENS", 96)
         c = eager_hidden._logits(x, mask, folded, 1e-6)
-    importance = eager.weighted_sum(c.unsqueeze(1), torch.rand(num_heads, generator=generator), None, None)
+    importance = eager.weighted_sum(c[None, :, None], torch.rand(1, num_heads, generator=generator), None, None)[0]
     for row in range(2):
         for kind in range(4):
             assert importance[row, :num_tokens][mask[row] & (kinds == kind)].unique().numel() <= 1
