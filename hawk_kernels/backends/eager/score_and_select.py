@@ -117,12 +117,15 @@ def _logits(queries: torch.Tensor, k: torch.Tensor, factor: float) -> torch.Tens
     pieces = -(-num_keys // columns)
     unused = pieces * columns - num_keys
     shape = (pieces, batch, num_key_value_heads, queries.shape[2], columns)
-    # The columns of one head may begin after those of another by what is not used.
-    buffer = queries.new_empty(math.prod(shape) + unused)
-    c = buffer[: buffer.shape[0] - unused].view(shape)
+    if unused == 0:
+        c = queries.new_empty(shape)
+        multiply(c, queries, k, factor)
+        return c
+    # Neighbours share a buffer that is longer by as much as the columns of some are shifted.
+    size = math.prod(shape)
+    c = queries.new_empty(size + unused).narrow(0, 0, size).view(shape)
     multiply(c, queries, k, factor)
-    if unused > 0:
-        c[-1, ..., :unused].zero_()
+    c[-1].narrow(3, 0, unused).zero_()
     return c
 
 
@@ -149,18 +152,15 @@ def _multiply_neighbours(c: torch.Tensor, queries: torch.Tensor, k: torch.Tensor
     num_keys, head_dim = k.shape[2:]
     unused = columns - num_keys
     queries, keys = queries.view(-1, group_size, head_dim), k.reshape(-1, num_keys, head_dim)
-    half = keys.shape[0] // 2
-    distances = num_keys * head_dim, 1, head_dim
-    for heads, before, shift in ((slice(0, half), 0, unused), (slice(half, None), unused, 0)):
-        these = queries[heads]
-        first = keys.storage_offset() + (heads.start * num_keys - before) * head_dim
-        out = c.as_strided(
-            (these.shape[0], group_size, columns),
-            (group_size * columns, columns, 1),
-            heads.start * group_size * columns + shift,
-        )
-        window = keys.as_strided((these.shape[0], head_dim, columns), distances, first)
-        out.baddbmm_(these, window, beta=0, alpha=factor)
+    heads = keys.shape[0]
+    strides = num_keys * head_dim, 1, head_dim
+    matrix = group_size * columns
+    for first, last, before in ((0, heads // 2, 0), (heads // 2, heads, unused)):
+        shape = last - first, head_dim, columns
+        window = keys.as_strided(shape, strides, keys.storage_offset() + (first * num_keys - before) * head_dim)
+        shape = last - first, group_size, columns
+        out = c.as_strided(shape, (matrix, columns, 1), first * matrix + unused - before)
+        out.baddbmm_(queries.narrow(0, first, last - first), window, beta=0, alpha=factor)
 
 
 def _multiply_streamed(c: torch.Tensor, queries: torch.Tensor, k: torch.Tensor, factor: float) -> None:
@@ -253,12 +253,11 @@ def weighted_sum(c: torch.Tensor, w: torch.Tensor, outside: torch.Tensor | None,
     else:
         c.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         weights = w.expand(batch, -1, -1)
-    counted = c[..., : w.shape[1], :]
     if normalize == "softmax":
         if outside is not None:
             c.masked_fill_(outside, -torch.inf)
         c.sub_(c.amax(dim=(0, 4), keepdim=True)).exp_()
-        weights = weights / counted.sum(dim=(0, 4))
+        weights = weights / c.sum(dim=(0, 4))[:, :, : w.shape[1]]
     elif normalize == "minmax":
         lowest = (c if outside is None else c.masked_fill(outside, torch.inf)).amin(dim=(0, 4), keepdim=True)
         highest = (c if outside is None else c.masked_fill(outside, -torch.inf)).amax(dim=(0, 4), keepdim=True)
@@ -279,7 +278,7 @@ def _over_l2_norm(c: torch.Tensor, w: torch.Tensor, outside: torch.Tensor | None
     """`w[i] / |c[i, :]|`, `[B, G, R]`, or 0 where the vector is too short to have a direction in float32."""
     if outside is not None:
         c.masked_fill_(outside, 0.0)
-    counted = c if c.shape[3] == w.shape[1] else c[..., : w.shape[1], :]
+    counted = c if c.shape[3] == w.shape[1] else c.narrow(3, 0, w.shape[1])
     if c.is_cpu:
         # Looking at the norms is no host sync: this is for CPU tensors.
         norm = _float32_norm(counted)
