@@ -95,6 +95,45 @@ def test_every_way_gives_the_scores_of_the_reference(way, normalize, dtype):
         assert_matches_reference(case, run(case))
 
 
+@pytest.mark.parametrize("num_heads", [1, 2, 3, 14])
+def test_both_sides_of_every_seam_give_the_scores_of_the_reference(way, num_heads):
+    """Lengths at which a row gets another way, another number of pieces, or columns that no key fills."""
+    num_key_value_heads = 1 if num_heads < 14 else 2
+    for num_keys in (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 145):
+        for normalize in (None, "l2"):
+            case = make_case(2, num_heads, num_key_value_heads, 3, num_keys, 40, normalize=normalize)
+            assert_matches_reference(case, run(case))
+
+
+LAYOUTS = {
+    "tokens in front of heads": lambda k: k.transpose(1, 2).contiguous().transpose(1, 2),
+    "the middle of a sequence": lambda k: torch.nn.functional.pad(k, (0, 0, 3, 5), value=torch.nan)[:, :, 3:-5],
+    "the end of a buffer": lambda k: torch.cat((torch.full((7,), torch.nan), k.flatten()))[7:].view(k.shape),
+    "one row for all": lambda k: k[:1].expand(k.shape),
+    "wider heads": lambda k: torch.nn.functional.pad(k, (0, 4), value=torch.nan)[..., :-4],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_keys_are_read_wherever_they_lie(way, layout, batch):
+    """What lies between the keys in memory is NaN and must not show; neither may keys of another head."""
+    for num_keys in (37, 64, 333):
+        case = make_case(batch, 6, 2, 3, num_keys, 16, normalize="l2")
+        case.k = LAYOUTS[layout](case.k)
+        assert_matches_reference(case, run(case))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_keys_of_one_head_leave_the_scores_of_the_others_alone(way, bad):
+    """A head whose keys are not finite scores 0 there; its neighbours in memory score as if they stood alone."""
+    case = make_case(2, 6, 3, 3, 333, 16, normalize="l2")
+    case.k[0, 1] = bad
+    selection = run(case)
+    assert_matches_reference(case, selection)
+    assert selection.scores.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_the_same_bits_run_after_run(threads, way, normalize, dtype):

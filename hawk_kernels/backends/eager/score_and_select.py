@@ -102,17 +102,22 @@ def _logits(queries: torch.Tensor, k: torch.Tensor, factor: float) -> torch.Tens
     front of it as well.
     """
     batch, num_key_value_heads, num_keys, head_dim = k.shape
-    is_aligned = num_keys % COLUMNS == 0
+    pieces = 1
     if k.dtype != torch.float32 or num_keys < COLUMNS:
-        multiply, pieces = _multiply_tiles, 1
+        multiply = _multiply_tiles
         if k.is_cpu:
             pieces = max(1, round(num_keys * num_key_value_heads * head_dim / _TILE))
-    elif k.is_cpu and k.numel() >= _STREAMED:
-        multiply, pieces = _multiply_streamed, max(1 if is_aligned else 2, -(-num_keys // _LONGEST_PIECE))
-    elif is_aligned or batch * num_key_value_heads == 1 or num_keys > _LONGEST_PIECE:
-        multiply, pieces = _multiply_in_place, max(1 if is_aligned else 2, -(-num_keys // _LONGEST_PIECE))
     else:
-        multiply, pieces = _multiply_neighbours, 1
+        is_aligned = num_keys % COLUMNS == 0
+        if k.is_cpu and k.numel() >= _STREAMED:
+            multiply = _multiply_streamed
+        elif is_aligned or num_keys > _LONGEST_PIECE or batch * num_key_value_heads == 1 or not k.is_contiguous():
+            multiply = _multiply_in_place
+        else:
+            multiply = _multiply_neighbours
+        if not (is_aligned or multiply is _multiply_neighbours):
+            pieces = 2
+        pieces = max(pieces, -(-num_keys // _LONGEST_PIECE))
     columns = aligned(-(-num_keys // pieces))
     pieces = -(-num_keys // columns)
     unused = pieces * columns - num_keys
@@ -142,7 +147,7 @@ def _multiply_in_place(c: torch.Tensor, queries: torch.Tensor, k: torch.Tensor, 
 
 
 def _multiply_neighbours(c: torch.Tensor, queries: torch.Tensor, k: torch.Tensor, factor: float) -> None:
-    """Fill the one piece of `c` from float32 keys, read where they lie, of at least two heads of an unaligned length.
+    """Fill the one piece of `c` from contiguous float32 keys of at least two heads, read where they lie.
 
     The columns that are not used come from keys of a neighbour in memory: the first half of the heads reads on after
     its keys, and writes as much further to the right, into columns that are not used; the second half reads what lies
@@ -151,7 +156,7 @@ def _multiply_neighbours(c: torch.Tensor, queries: torch.Tensor, k: torch.Tensor
     _, _, _, group_size, columns = c.shape
     num_keys, head_dim = k.shape[2:]
     unused = columns - num_keys
-    queries, keys = queries.view(-1, group_size, head_dim), k.reshape(-1, num_keys, head_dim)
+    queries, keys = queries.view(-1, group_size, head_dim), k.view(-1, num_keys, head_dim)
     heads = keys.shape[0]
     strides = num_keys * head_dim, 1, head_dim
     matrix = group_size * columns
