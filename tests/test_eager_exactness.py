@@ -174,6 +174,14 @@ def test_the_norm_is_right_where_squares_leave_float32(magnitude, num_keys):
     assert_matches_reference(case, run(case))
 
 
+def test_logits_just_below_the_largest_float_count(way):
+    """The mean is taken first, and the scale last, so that no sum on the way is larger than a logit without a scale."""
+    for num_keys in (32, 37):
+        case = make_case(1, 3, 1, 64, num_keys, 16, normalize="l2", scale=1e-3)
+        case.q, case.k = case.q.abs() * 2e18, case.k.abs() * 2e18
+        assert_matches_reference(case, run(case))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_heads_that_do_not_score_leave_the_others_alone(bad):
     """Without a norm the heads of a group fold into one query, but not where one of them counts as 0."""

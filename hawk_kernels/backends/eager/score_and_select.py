@@ -51,7 +51,7 @@ def score_tokens(
     batch, num_key_value_heads, num_keys, _ = k.shape
     if batch == 0 or num_keys == 0:
         return k.new_zeros((batch, num_keys), dtype=torch.float32)
-    queries, factor = _mean_queries(q, q_mask, scale, num_key_value_heads)
+    queries = _mean_queries(q, q_mask, num_key_value_heads)
     weights = w.float().view(num_key_value_heads, -1)
     if k.is_cpu:
         folded = _folded(queries, weights) if normalize is None else None
@@ -59,29 +59,21 @@ def score_tokens(
             queries, weights = folded, weights.new_ones(num_key_value_heads, 1)
         elif queries.shape[2] % 4 == 3 and k.numel() >= _PADDED:
             queries = torch.constant_pad_nd(queries, (0, 0, 0, 1))
-    c = _logits(queries, k, factor)
+    c = _logits(queries, k, scale)
     importance = weighted_sum(c, weights, _outside(c, k_mask, num_keys, normalize), normalize)
     scores = _joined(importance, num_keys)
     return scores if k_mask is None else scores.masked_fill_(~k_mask, -torch.inf)
 
 
-def _mean_queries(
-    q: torch.Tensor, q_mask: torch.Tensor | None, scale: float, num_key_value_heads: int
-) -> tuple[torch.Tensor, float]:
-    """`[B, Hkv, R, D]` float32 and a factor; their product is the mean over text times the scale.
-
-    Where there is no text, the product is 0 or NaN, either of which scores 0.
-    """
-    batch, _, num_queries, head_dim = q.shape
+def _mean_queries(q: torch.Tensor, q_mask: torch.Tensor | None, num_key_value_heads: int) -> torch.Tensor:
+    """Mean over text `[B, Hkv, R, D]` float32; NaN (which scores 0) where there is no text."""
     if q_mask is None:
-        factor = scale / num_queries if num_queries else 0.0
-        total = q.sum(dim=2, dtype=torch.float32)
+        mean = q.mean(dim=2, dtype=torch.float32)
     else:
-        factor = 1.0
         # Zeroed, not multiplied by the mask: padding may hold NaN.
         total = torch.where(q_mask[:, None, :, None], q, 0).sum(dim=2, dtype=torch.float32)
-        total.mul_(scale / q_mask.sum(dim=1, dtype=torch.float32)[:, None, None])
-    return total.view(batch, num_key_value_heads, -1, head_dim), factor
+        mean = total.div_(q_mask.sum(dim=1, dtype=torch.float32)[:, None, None])
+    return mean.view(q.shape[0], num_key_value_heads, -1, q.shape[3])
 
 
 def _folded(queries: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
@@ -94,47 +86,43 @@ def _folded(queries: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None
     return folded if math.isfinite(folded.abs().sum()) else None
 
 
-def _logits(queries: torch.Tensor, k: torch.Tensor, factor: float) -> torch.Tensor:
-    """`c [P, B, Hkv, R, C]` float32, the keys times the queries times the factor, the columns in P pieces of C.
+def _logits(queries: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """`c [P, B, Hkv, R, C]` float32, the keys times the queries times the scale, the columns in P pieces of C.
 
     All products have one shape, whose columns are a multiple of `COLUMNS`, so equal keys tie wherever they stand. The
     last piece ends where the row ends. Its first `P * C - M` columns are 0: they lie before the row, or in the piece in
     front of it as well.
     """
     batch, num_key_value_heads, num_keys, head_dim = k.shape
-    pieces = 1
+    is_aligned = num_keys % COLUMNS == 0
+    pieces = max(1 if is_aligned else 2, -(-num_keys // _LONGEST_PIECE))
     if k.dtype != torch.float32 or num_keys < COLUMNS:
-        multiply = _multiply_tiles
+        multiply, pieces = _multiply_tiles, 1
         if k.is_cpu:
             pieces = max(1, round(num_keys * num_key_value_heads * head_dim / _TILE))
+    elif k.is_cpu and k.numel() >= _STREAMED:
+        multiply = _multiply_streamed
+    elif is_aligned or num_keys > _LONGEST_PIECE or batch * num_key_value_heads == 1 or not k.is_contiguous():
+        multiply = _multiply_in_place
     else:
-        is_aligned = num_keys % COLUMNS == 0
-        if k.is_cpu and k.numel() >= _STREAMED:
-            multiply = _multiply_streamed
-        elif is_aligned or num_keys > _LONGEST_PIECE or batch * num_key_value_heads == 1 or not k.is_contiguous():
-            multiply = _multiply_in_place
-        else:
-            multiply = _multiply_neighbours
-        if not (is_aligned or multiply is _multiply_neighbours):
-            pieces = 2
-        pieces = max(pieces, -(-num_keys // _LONGEST_PIECE))
+        multiply, pieces = _multiply_neighbours, 1
     columns = aligned(-(-num_keys // pieces))
     pieces = -(-num_keys // columns)
     unused = pieces * columns - num_keys
     shape = (pieces, batch, num_key_value_heads, queries.shape[2], columns)
     if unused == 0:
         c = queries.new_empty(shape)
-        multiply(c, queries, k, factor)
+        multiply(c, queries, k, scale)
         return c
     # Neighbours share a buffer that is longer by as much as the columns of some are shifted.
     size = math.prod(shape)
     c = queries.new_empty(size + unused).narrow(0, 0, size).view(shape)
-    multiply(c, queries, k, factor)
+    multiply(c, queries, k, scale)
     c[-1].narrow(3, 0, unused).zero_()
     return c
 
 
-def _multiply_in_place(c: torch.Tensor, queries: torch.Tensor, k: torch.Tensor, factor: float) -> None:
+def _multiply_in_place(c: torch.Tensor, queries: torch.Tensor, k: torch.Tensor, scale: float) -> None:
     """Fill `c` from float32 keys, read where they lie."""
     pieces, _, _, group_size, columns = c.shape
     num_keys, head_dim = k.shape[2:]
@@ -143,10 +131,10 @@ def _multiply_in_place(c: torch.Tensor, queries: torch.Tensor, k: torch.Tensor, 
         start = _start(piece, columns, num_keys)
         these = keys if pieces == 1 else keys[:, start : start + columns]
         out = c[piece].view(-1, group_size, columns)
-        out.baddbmm_(queries, these.transpose(1, 2), beta=0, alpha=factor)
+        out.baddbmm_(queries, these.transpose(1, 2), beta=0, alpha=scale)
 
 
-def _multiply_neighbours(c: torch.Tensor, queries: torch.Tensor, k: torch.Tensor, factor: float) -> None:
+def _multiply_neighbours(c: torch.Tensor, queries: torch.Tensor, k: torch.Tensor, scale: float) -> None:
     """Fill the one piece of `c` from contiguous float32 keys of at least two heads, read where they lie.
 
     The columns that are not used come from keys of a neighbour in memory: the first half of the heads reads on after
@@ -165,10 +153,10 @@ def _multiply_neighbours(c: torch.Tensor, queries: torch.Tensor, k: torch.Tensor
         window = keys.as_strided(shape, strides, keys.storage_offset() + (first * num_keys - before) * head_dim)
         shape = last - first, group_size, columns
         out = c.as_strided(shape, (matrix, columns, 1), first * matrix + unused - before)
-        out.baddbmm_(queries.narrow(0, first, last - first), window, beta=0, alpha=factor)
+        out.baddbmm_(queries.narrow(0, first, last - first), window, beta=0, alpha=scale)
 
 
-def _multiply_streamed(c: torch.Tensor, queries: torch.Tensor, k: torch.Tensor, factor: float) -> None:
+def _multiply_streamed(c: torch.Tensor, queries: torch.Tensor, k: torch.Tensor, scale: float) -> None:
     """Fill `c` from float32 keys, read where they lie and in order: one key after the other meets all queries."""
     pieces, batch, num_key_value_heads, group_size, columns = c.shape
     turned = c.new_empty(num_key_value_heads, columns, group_size)
@@ -176,12 +164,12 @@ def _multiply_streamed(c: torch.Tensor, queries: torch.Tensor, k: torch.Tensor, 
         for piece in range(pieces):
             start = _start(piece, columns, k.shape[2])
             out = c[piece, row].view(turned.shape) if group_size == 1 else turned
-            out.baddbmm_(k[row, :, start : start + columns], queries[row].transpose(1, 2), beta=0, alpha=factor)
+            out.baddbmm_(k[row, :, start : start + columns], queries[row].transpose(1, 2), beta=0, alpha=scale)
             if out is turned:
                 c[piece, row].copy_(turned.transpose(1, 2))
 
 
-def _multiply_tiles(c: torch.Tensor, queries: torch.Tensor, k: torch.Tensor, factor: float) -> None:
+def _multiply_tiles(c: torch.Tensor, queries: torch.Tensor, k: torch.Tensor, scale: float) -> None:
     """Fill `c` from keys of any dtype and number, which are copied into float32 tiles of whole rows or of one piece."""
     pieces, batch, num_key_value_heads, group_size, columns = c.shape
     num_keys, head_dim = k.shape[2:]
@@ -199,7 +187,7 @@ def _multiply_tiles(c: torch.Tensor, queries: torch.Tensor, k: torch.Tensor, fac
                 queries[rows].reshape(-1, group_size, head_dim),
                 keys.view(-1, columns, head_dim).transpose(1, 2),
                 beta=0,
-                alpha=factor,
+                alpha=scale,
             )
 
 

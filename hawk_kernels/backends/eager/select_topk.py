@@ -38,7 +38,7 @@ def select(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, roun
 
 
 def _untied_row(scores: torch.Tensor, width: int) -> Selection | None:
-    """As `_untied_top`, for one row whose tokens are all candidates, in a third of the calls."""
+    """As `_untied_top`, for one row whose tokens are all candidates, which takes fewer calls."""
     values = scores.numpy()
     place = values.shape[1] - width
     in_order = values.copy()
