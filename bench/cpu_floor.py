@@ -5,8 +5,10 @@
 The plain lines average the queries, multiply them with the keys in float32, divide by the L2 norm of each head, add up
 with the weights, take `torch.topk` and sort its indices. Both are compared with float64 before they are timed. Every
 round runs each contestant once, in a random order, right after a read of the keys, so that nobody meets a cache that
-somebody else has emptied. The speed-up is the time of the plain lines over ours, of medians and of minima; on a busy
-machine the minima say more. `backend` is our time without the checks of the arguments and the dispatch.
+somebody else has emptied. The speed-up is the time of the plain lines over ours, of medians and of minima. Each row
+names the speed-up that is required of it (1.0x in float32, 1.2x from 5120 keys on, 0.8x in half precision), and says
+whether the medians meet it; on a busy machine the minima say more. `backend` is our time without the checks of the
+arguments and the dispatch.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ CASES = (
 )
 
 
-def aim(case: Case) -> float:
-    """Return the speed-up over the plain lines that is asked of the PyTorch path."""
+def required(case: Case) -> float:
+    """Return the speed-up over the plain lines that is required of the PyTorch path."""
     if case.dtype != "fp32":
         return 0.8
     return 1.2 if case.num_keys >= _LONG else 1.0
@@ -93,23 +95,27 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
                 samples[name].append(elapsed)
     medians = {name: statistics.median(times) for name, times in samples.items()}
     minima = {name: min(times) for name, times in samples.items()}
+    speedup = {kind: times[_PLAIN] / times[_OURS] for kind, times in (("medians", medians), ("minima", minima))}
     return {
         "case": case.to_dict(),
         "title": str(case),
         "threads": torch.get_num_threads(),
         "medians": medians,
         "minima": minima,
-        "speedup": {"medians": medians[_PLAIN] / medians[_OURS], "minima": minima[_PLAIN] / minima[_OURS]},
-        "aim": aim(case),
+        "speedup": speedup,
+        "required": required(case),
+        "met": {kind: ratio >= required(case) for kind, ratio in speedup.items()},
     }
 
 
 def _line(row: dict[str, Any]) -> str:
     speedup = row["speedup"]
+    threads = "1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
+    verdict = "met" if row["met"]["medians"] else "NOT MET"
     times = ", ".join(f"{name} {median:.0f} (min {row['minima'][name]:.0f})" for name, median in row["medians"].items())
     return (
-        f"{row['threads']} threads, {row['title']}: {speedup['medians']:.2f}x (minima {speedup['minima']:.2f}x, "
-        f"aim {row['aim']}x); us: {times}"
+        f"{threads}, {row['title']}: {speedup['medians']:.2f}x, required {row['required']}x: {verdict} "
+        f"(minima {speedup['minima']:.2f}x); us: {times}"
     )
 
 
@@ -132,8 +138,9 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(threads_before)
     if options.json:
         write_json(options.json, results)
-    below = {kind: sum(row["speedup"][kind] < row["aim"] for row in results["rows"]) for kind in ("medians", "minima")}
-    print(f"below the aim: {below['medians']} of {len(results['rows'])} rows by medians, {below['minima']} by minima")
+    rows = results["rows"]
+    met = {kind: sum(row["met"][kind] for row in rows) for kind in ("medians", "minima")}
+    print(f"{met['medians']} of {len(rows)} rows meet what is required of them by medians, {met['minima']} by minima")
     return 0
 
 

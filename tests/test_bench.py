@@ -17,6 +17,7 @@ from bench import (
     cases,
     cli,
     contenders,
+    cpu_floor,
     environment,
     goals,
     gpu,
@@ -404,6 +405,17 @@ class TestPrefill:
 
 def _stage(name, code, seconds=30.0, **options):
     return gpu.Stage(name, ((sys.executable, "-c", code),), seconds, **options)
+
+
+@pytest.mark.parametrize(
+    ("num_keys", "dtype", "required"), [(64, "fp32", 1.0), (5120, "fp32", 1.2), (5120, "bf16", 0.8)]
+)
+def test_the_cpu_floor_says_what_is_required_of_a_row(num_keys, dtype, required):
+    row = cpu_floor.measure(cases.Case("queries", QUERIES.decoder, 3, num_keys, dtype), 1)
+    assert row["required"] == required
+    assert row["met"] == {kind: ratio >= required for kind, ratio in row["speedup"].items()}
+    verdict = "met" if row["met"]["medians"] else "NOT MET"
+    assert f"required {required}x: {verdict} (" in cpu_floor._line(row)
 
 
 COMMANDS = [

@@ -23,15 +23,15 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["as sized", "every key through tiles", "nothing through tiles"])
+@pytest.fixture(params=["as sized", "in small pieces", "streamed", "streamed in small pieces"])
 def way(request, monkeypatch):
-    """Cut short rows into many pieces by tiny tiles; without a limit, long float32 rows are one product."""
-    if request.param == "every key through tiles":
+    """Send short rows through what is there for long ones: many pieces, padded queries, keys as rows of a product."""
+    if "small pieces" in request.param:
         monkeypatch.setattr(eager, "_TILE", 1 << 12)
-        monkeypatch.setattr(eager, "_SMALL", 0)
-        monkeypatch.setattr(eager, "_PAIRED", 0)
-    elif request.param == "nothing through tiles":
-        monkeypatch.setattr(eager, "_SMALL", 1 << 40)
+        monkeypatch.setattr(eager, "_LONGEST_PIECE", 64)
+        monkeypatch.setattr(eager, "_PADDED", 0)
+    if "streamed" in request.param:
+        monkeypatch.setattr(eager, "_STREAMED", 0)
     return request.param
 
 
@@ -81,7 +81,7 @@ def test_equal_hidden_states_score_equally_wherever_they_stand(threads, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eager_hidden, "_TOKENS", 96)
         c = eager_hidden._logits(x, mask, folded, 1e-6)
-    importance = eager.weighted_sum(c.unsqueeze(1), torch.rand(num_heads, generator=generator), None, None)
+    importance = eager.weighted_sum(c[None, :, None], torch.rand(1, num_heads, generator=generator), None, None)[0]
     for row in range(2):
         for kind in range(4):
             assert importance[row, :num_tokens][mask[row] & (kinds == kind)].unique().numel() <= 1
@@ -93,6 +93,45 @@ def test_every_way_gives_the_scores_of_the_reference(way, normalize, dtype):
     for num_keys, masked in ((5, False), (333, False), (333, True), (1296, True), (2064, False)):
         case = make_case(2, 14, 2, 3, num_keys, 40, dtype=dtype, masked=masked, normalize=normalize)
         assert_matches_reference(case, run(case))
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3, 14])
+def test_both_sides_of_every_seam_give_the_scores_of_the_reference(way, num_heads):
+    """Lengths at which a row gets another way, another number of pieces, or columns that no key fills."""
+    num_key_value_heads = 1 if num_heads < 14 else 2
+    for num_keys in (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 145):
+        for normalize in (None, "l2"):
+            case = make_case(2, num_heads, num_key_value_heads, 3, num_keys, 40, normalize=normalize)
+            assert_matches_reference(case, run(case))
+
+
+LAYOUTS = {
+    "tokens in front of heads": lambda k: k.transpose(1, 2).contiguous().transpose(1, 2),
+    "the middle of a sequence": lambda k: torch.nn.functional.pad(k, (0, 0, 3, 5), value=torch.nan)[:, :, 3:-5],
+    "the end of a buffer": lambda k: torch.cat((torch.full((7,), torch.nan), k.flatten()))[7:].view(k.shape),
+    "one row for all": lambda k: k[:1].expand(k.shape),
+    "wider heads": lambda k: torch.nn.functional.pad(k, (0, 4), value=torch.nan)[..., :-4],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_keys_are_read_wherever_they_lie(way, layout, batch):
+    """What lies between the keys in memory is NaN and must not show; neither may keys of another head."""
+    for num_keys in (37, 64, 333):
+        case = make_case(batch, 6, 2, 3, num_keys, 16, normalize="l2")
+        case.k = LAYOUTS[layout](case.k)
+        assert_matches_reference(case, run(case))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_keys_of_one_head_leave_the_scores_of_the_others_alone(way, bad):
+    """A head whose keys are not finite scores 0 there; its neighbours in memory score as if they stood alone."""
+    case = make_case(2, 6, 3, 3, 333, 16, normalize="l2")
+    case.k[0, 1] = bad
+    selection = run(case)
+    assert_matches_reference(case, selection)
+    assert selection.scores.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -133,6 +172,14 @@ def test_the_norm_is_right_where_squares_leave_float32(magnitude, num_keys):
     case = make_case(1, 4, 1, 3, num_keys, 16, normalize="l2", scale=1.0)
     case.q[:, 1] *= magnitude
     assert_matches_reference(case, run(case))
+
+
+def test_logits_just_below_the_largest_float_count(way):
+    """The mean is taken first, and the scale last, so that no sum on the way is larger than a logit without a scale."""
+    for num_keys in (32, 37):
+        case = make_case(1, 3, 1, 64, num_keys, 16, normalize="l2", scale=1e-3)
+        case.q, case.k = case.q.abs() * 2e18, case.k.abs() * 2e18
+        assert_matches_reference(case, run(case))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -45,7 +45,7 @@ def score_hidden(
         c += torch.einsum("bgid,gd->bgi", query, key_bias).flatten(1).unsqueeze(-1)
     num_tokens = x.shape[1]
     outside = torch.nn.functional.pad(~k_mask, (0, c.shape[2] - num_tokens), value=True)
-    importance = weighted_sum(c.unsqueeze(1), w.float(), outside[:, None, None, :], normalize)
+    importance = weighted_sum(c[None, :, None], w.float()[None], outside[None, :, None, None], normalize)[0]
     return importance.masked_fill_(outside, -torch.inf)[:, :num_tokens].contiguous()
 
 
