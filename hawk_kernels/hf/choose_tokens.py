@@ -22,6 +22,7 @@ from hawk_kernels.hf.rotary import Rotary
 from hawk_kernels.methods import Method
 from hawk_kernels.methods.base import checked_selection
 from hawk_kernels.methods.prefill_view import EncoderAttention, HiddenStates, LastQuery, PrefillView, Segments
+from hawk_kernels.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,10 @@ class LayerView(PrefillView):
 
     def last_query(self) -> LastQuery:
         if self._context.seen is None:
-            raise ValueError(_undeclared("last_query", "hidden_from_layer"))
+            raise ValueError(
+                "cannot read last_query before the first layer; let `stages` return layers after which tokens are "
+                "dropped, or pass prune({layer: keep})"
+            )
         own = self._prompt.valid[:, : self._prompt.length]
         last = own.shape[1] - 1 - np.argmax(own[:, ::-1], axis=1, keepdims=True)
         normalized = self._projections.normalize(self._states.to(self._device))
@@ -271,7 +275,14 @@ class Chooser:
     head_weights: torch.Tensor | None = None
 
     @torch.no_grad()
-    def choose(self, states: torch.Tensor, prompt: Prompt, projections: LayerProjections, context: Context) -> Choice:
+    def choose(
+        self,
+        states: torch.Tensor,
+        prompt: Prompt,
+        projections: LayerProjections,
+        context: Context,
+        original: list[list[int]] | None = None,
+    ) -> Choice:
         """Score the visual tokens of a batch, some row of which has some, and select.
 
         Args:
@@ -280,6 +291,8 @@ class Chooser:
             prompt: where text queries and visual tokens stand.
             projections: queries and keys of the scoring layer.
             context: what else is known of the prompt.
+            original: how many visual tokens each row, or each image of it, had before any were dropped; None means as
+                many as now. The keep ratio is a fraction of these.
 
         Raises:
             ValueError: a row has visual tokens, but none of the text that the method needs.
@@ -289,11 +302,17 @@ class Chooser:
         whole = prompt
         if context.attention is not None:
             prompt = prompt.with_separators(context.attention.is_separator)
-        lengths, all_lengths = self._lengths(prompt), self._lengths(whole)
-        budgets = [[self.method.kept_count(self.keep_ratio, length) for length in row] for row in lengths]
-        segments = budgets if self.per_image else None
-        view = LayerView(states.detach(), prompt, projections, self.head_weights, segments, context)
-        selection = checked_selection(self.method.name, self.method.select(view, self.keep_ratio), view.candidates)
+        lengths, all_lengths = self.lengths(prompt), self.lengths(whole)
+        budgets = self._budgets(lengths, lengths if original is None else original)
+
+        def view(budgets: list[list[int]]) -> LayerView:
+            of_images = budgets if self.per_image else None
+            return LayerView(states.detach(), prompt, projections, self.head_weights, of_images, context)
+
+        if budgets == self._budgets(lengths, lengths):
+            selection = self._selected(view(budgets), self.keep_ratio)
+        else:
+            selection = self._selected_by_budget(view, prompt, budgets)
 
         device, length = states.device, states.shape[1]
         positions, filled = padded_positions(prompt.visual)
@@ -312,7 +331,38 @@ class Chooser:
         ]
         return Choice(kept[:, :-1].contiguous(), counts.tolist(), scores[:, :-1].contiguous(), stayed)
 
-    def _lengths(self, prompt: Prompt) -> list[list[int]]:
+    def _budgets(self, lengths: list[list[int]], original: list[list[int]]) -> list[list[int]]:
+        """Count what each row or image of these lengths keeps, where the keep ratio is a fraction of `original`."""
+        return [
+            [min(length, self.method.kept_count(self.keep_ratio, whole)) for length, whole in zip(*row, strict=True)]
+            for row in zip(lengths, original, strict=True)
+        ]
+
+    def _selected(self, view: LayerView, keep_ratio: float | int) -> Selection:
+        return checked_selection(self.method.name, self.method.select(view, keep_ratio), view.candidates)
+
+    def _selected_by_budget(
+        self, view: Callable[[list[list[int]]], LayerView], prompt: Prompt, budgets: list[list[int]]
+    ) -> Selection:
+        """Select as many tokens of each row or image as its own budget says, by one selection for each budget."""
+        _, filled = padded_positions(prompt.visual)
+        of_token = np.zeros(filled.shape, dtype=np.int64)
+        for row, (lengths, of_row) in enumerate(zip(self.lengths(prompt), budgets, strict=True)):
+            of_token[row, filled[row]] = np.repeat(of_row, lengths)
+        chosen: Selection | None = None
+        for budget in sorted({budget for row in budgets for budget in row if budget}):
+            clamped = [[min(budget, length) for length in row] for row in self.lengths(prompt)]
+            selection = self._selected(view(clamped), budget)
+            here = upload(of_token == budget, selection.mask.device)
+            if chosen is None:
+                chosen = Selection(selection.mask & here, selection.indices, selection.scores)
+            else:
+                scores = torch.where(here, selection.scores, chosen.scores)
+                chosen = Selection(chosen.mask | (selection.mask & here), selection.indices, scores)
+        assert chosen is not None
+        return chosen
+
+    def lengths(self, prompt: Prompt) -> list[list[int]]:
         """Count the visual tokens that share a budget: those of each image, or those of each row."""
         if self.per_image:
             return prompt.image_lengths()

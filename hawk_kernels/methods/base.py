@@ -31,9 +31,12 @@ class Method(ABC):
         uses_encoder_attention: whether it calls `PrefillView.encoder_attention`, of the layer `object_layer`.
         uses_grids: whether it calls `PrefillView.frames`.
         uses_positions: whether it asks for queries and keys after RoPE.
-        hidden_from_layer: None for a method whose dropped tokens are removed before the first layer. Otherwise layers 1
-            to this one see every token, this layer ranks the visual ones, and later layers do not see the dropped ones,
-            which stay in the sequence. `view` then is that of the ranking layer.
+        reads_layer: whether it asks for queries or keys, so that the layer that ranks must have attention.
+        mode: "drop" or "hide", what happens to the tokens that a stage inside the stack does not keep: they leave the
+            sequence and the cache, or stay there and are masked for the layers after it. Both compute the same.
+        ranks_by: which layer a stage after layer K asks, whose `view` the method then sees: the "next" one, K + 1,
+            before it runs, as before the first layer; or the "last" one that sees every token, K.
+        stage_options: names of options that only say what `stages` returns.
         rounding: "floor" or "ceil", how a keep ratio becomes a number of tokens.
     """
 
@@ -47,7 +50,10 @@ class Method(ABC):
     object_layer: int | None = None
     uses_grids: bool = False
     uses_positions: bool = False
-    hidden_from_layer: int | None = None
+    reads_layer: bool = True
+    mode: str = "drop"
+    ranks_by: str = "next"
+    stage_options: tuple[str, ...] = ()
     rounding: str = "floor"
 
     @abstractmethod
@@ -60,6 +66,19 @@ class Method(ABC):
         if view.segments is not None:
             return select_in_segments(scores, r, view.segments, self.rounding)
         return select_topk(scores, r, mask=view.candidates, rounding=self.rounding)
+
+    def stages(self, keep_ratio: float | int, depth: int) -> dict[int, float | int]:
+        """Say after which layers of a text model tokens are dropped, where the caller names none.
+
+        Args:
+            keep_ratio: what the caller wants to be left in the end.
+            depth: layers of the text model.
+
+        Returns:
+            For each layer, counted from 1, how much of the original visual tokens stays after it; layer 0 stands for
+            before the first.
+        """
+        return {0: keep_ratio}
 
     def kept_count(self, r: float | int, num_candidates: int) -> int:
         """Return how many of `num_candidates` tokens `select` keeps."""

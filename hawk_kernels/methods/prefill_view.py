@@ -142,7 +142,7 @@ class PrefillView(ABC):
 
     @abstractmethod
     def last_query(self) -> LastQuery:
-        """Return the last token in layer `hidden_from_layer`, counted from 1; only for a method that declares one."""
+        """Return the last token and the keys of all tokens in the ranking layer; only inside the stack."""
 
     @abstractmethod
     def frames(self) -> list[list[list[tuple[int, int]]]]:
