@@ -21,7 +21,14 @@ from hawk_kernels.hf.prompt import Prompt, padded_positions
 from hawk_kernels.hf.rotary import Rotary
 from hawk_kernels.methods import Method
 from hawk_kernels.methods.base import checked_selection
-from hawk_kernels.methods.prefill_view import EncoderAttention, HiddenStates, LastQuery, PrefillView, Segments
+from hawk_kernels.methods.prefill_view import (
+    EncoderAttention,
+    HiddenStates,
+    LastQuery,
+    LayerAttention,
+    PrefillView,
+    Segments,
+)
 from hawk_kernels.selection import Selection
 
 
@@ -36,6 +43,8 @@ class Context:
         seen: which tokens the last one of each prompt sees in the scoring layer, bool `[B, T]`.
         scale: what the scoring layer multiplies its products by; None means `D ** -0.5`.
         states: computes what enters the scoring layer, `[B, T, hidden]`, where other layers come before it.
+        entered: the embeddings `[B, T, hidden]` that entered the text model and the prompt that they are of, inside the
+            stack.
     """
 
     attention: PromptAttention | None = None
@@ -44,6 +53,7 @@ class Context:
     seen: torch.Tensor | None = None
     scale: float | None = None
     states: Callable[[], torch.Tensor] | None = None
+    entered: tuple[torch.Tensor, Prompt] | None = None
 
 
 class LayerView(PrefillView):
@@ -170,10 +180,7 @@ class LayerView(PrefillView):
 
     def last_query(self) -> LastQuery:
         if self._context.seen is None:
-            raise ValueError(
-                "cannot read last_query before the first layer; let `stages` return layers after which tokens are "
-                "dropped, or pass prune({layer: keep})"
-            )
+            raise _inside_only("last_query")
         own = self._prompt.valid[:, : self._prompt.length]
         last = own.shape[1] - 1 - np.argmax(own[:, ::-1], axis=1, keepdims=True)
         normalized = self._projections.normalize(self._states.to(self._device))
@@ -186,8 +193,45 @@ class LayerView(PrefillView):
         # the last token sees itself
         source = torch.where(visible, everywhere, upload(last, self._device))
         keys = keys.gather(2, source[:, None, :, None].expand_as(keys))
-        scale = query.shape[-1] ** -0.5 if self._context.scale is None else self._context.scale
-        return LastQuery(query, keys, visible, self._visual_positions, scale)
+        return LastQuery(query, keys, visible, self._visual_positions, self._scale(query))
+
+    def layer_attention(self) -> LayerAttention:
+        if self._context.seen is None:
+            raise _inside_only("layer_attention")
+        prompt = self._prompt
+        own = prompt.valid & (np.arange(prompt.valid.shape[1]) < prompt.length)
+        place = np.cumsum(own).reshape(own.shape) - 1
+        lengths = own.sum(axis=1)
+        bounds = np.concatenate([[0], np.cumsum(lengths[lengths > 0])]).astype(np.int32)
+        rows = np.flatnonzero(own)
+        normalized = self._projections.normalize(self._gathered(self._states, rows)).unsqueeze(0)
+        length = own.shape[1]
+        positions = np.broadcast_to(np.arange(length), own.shape)
+
+        def rotated(heads: torch.Tensor) -> torch.Tensor:
+            # the rotation of each row is its own, so the heads are laid out row by row for it
+            whole = heads.new_zeros(heads.shape[1], own.size, heads.shape[3])
+            at = upload(rows, heads.device)
+            whole = whole.index_copy(1, at, heads[0]).unflatten(1, own.shape).transpose(0, 1)
+            turned = self._rotated(whole, upload(positions, heads.device))
+            return turned.transpose(0, 1).flatten(1, 2).index_select(1, at).unsqueeze(0)
+
+        text, visual = (
+            upload(np.take_along_axis(place, padded_positions(mask)[0], axis=1), self._device)
+            for mask in (prompt.query, prompt.visual)
+        )
+        queries = rotated(self._queries(normalized))
+        keys = rotated(self._projections.keys(normalized).to(self._device).transpose(1, 2))
+        return LayerAttention(queries, keys, upload(bounds, self._device), text, visual, self._scale(queries))
+
+    def entered(self) -> PrefillView:
+        if self._context.entered is None:
+            return self
+        embeds, prompt = self._context.entered
+        return LayerView(embeds.detach(), prompt, self._projections, self._head_weights, None, Context())
+
+    def _scale(self, queries: torch.Tensor) -> float:
+        return float(queries.shape[-1] ** -0.5) if self._context.scale is None else self._context.scale
 
     def frames(self) -> list[list[list[tuple[int, int]]]]:
         if self._context.frames is None:
@@ -371,6 +415,13 @@ class Chooser:
 
 def _undeclared(name: str, declaration: str) -> str:
     return f"cannot read {name} in a method that does not declare it; set {declaration} in its class"
+
+
+def _inside_only(name: str) -> ValueError:
+    return ValueError(
+        f"cannot read {name} before the first layer; let `stages` of the method return layers after which tokens are "
+        "dropped, or call prune(model, {layer: keep})"
+    )
 
 
 def _check_text(prompt: Prompt) -> None:

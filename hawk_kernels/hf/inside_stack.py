@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -79,6 +79,7 @@ class Passage:
         original: how many visual tokens each row, or each image of it, had before any were dropped.
         full_length: tokens of a row before any were dropped.
         chosen: is called with what each stage has chosen.
+        embeds: `[B, T, hidden]`, what enters.
         known: what each stage keeps, where an earlier step without a cache has chosen it; else None.
     """
 
@@ -87,6 +88,7 @@ class Passage:
     original: list[list[int]]
     full_length: int
     chosen: Callable[[Chosen], None]
+    embeds: torch.Tensor
     known: list[Kept] | None
 
 
@@ -243,6 +245,7 @@ class InsideStack:
             return
         states, valid = states_of(args, kwargs), prompt.valid
         context = _context(layer, states, kwargs, valid) if hasattr(layer, "self_attn") else Context()
+        context = replace(context, entered=(passage.embeds, passage.prompt))
         present = prompt.prompt
         choice = stage.chooser.choose(states, present, self._projections[number], context, passage.original)
         kept = prompt.of_whole(choice.kept, False)

@@ -406,6 +406,7 @@ class CallHooks:
             original=inside.chooser.lengths(whole),
             full_length=whole.ids.shape[1],
             chosen=partial(self._chosen_inside, prefill),
+            embeds=kwargs["inputs_embeds"],
             known=known,
         )
         check_slots(slot_limit(self._anatomy), max(whole.ids.shape[1], fixed_size(kwargs.get("past_key_values"))))

@@ -114,7 +114,7 @@ class PruningStats:
         ]
         if any(stage.layer for stage in self.stages):
             verb = "drops all but" if self.mode == "drop" else "hides all but"
-            lines += [f"  after layer {stage.layer}: {stage.method} {verb} {stage.keep}" for stage in self.stages]
+            lines += [f"  after layer {stage.layer}: {stage.method} {verb} {stage.keep:.4g}" for stage in self.stages]
         if self.cache_bytes_saved:
             lines.append(f"  cache smaller by {self.cache_bytes_saved} bytes")
         if self.reason:

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from hawk_kernels.methods.prefill_view import PrefillView, Segments
+from hawk_kernels.ops.attention_column_mean import attention_column_mean
 from hawk_kernels.ops.select_topk import select_topk
 from hawk_kernels.selection import Selection, kept_count
 
@@ -269,6 +270,55 @@ def checked_int(value: object, least: int, expected: str, remedy: str) -> int:
     if number < least:
         raise ValueError(f"{expected}, got {number}; {remedy}")
     return number
+
+
+def attention_of_last_token(view: PrefillView) -> torch.Tensor:
+    """Return the attention that the last token of each prompt pays to its visual tokens in the ranking layer.
+
+    Args:
+        view: of a stage inside the stack.
+
+    Returns:
+        Softmax weights averaged over heads, float32 `[B, M]`, `-inf` where `view.candidates` is False.
+    """
+    last = view.last_query()
+    query, keys = last.query, last.keys
+    if keys.dtype == torch.float64:
+        query, keys = query.float(), keys.float()
+    attention = attention_column_mean(query, keys, reduce_heads=False, scale=last.scale)
+    # a position that the token does not see holds the copy of a visible key, so that its softmax cannot underflow
+    attention.masked_fill_(~last.visible.unsqueeze(1), 0.0)
+    attention /= attention.sum(dim=-1, keepdim=True)
+    return attention.mean(dim=1).gather(1, last.visual).masked_fill_(~view.candidates, -torch.inf)
+
+
+def falling_stages(keep_ratio: float | int, depth: int, shares: tuple[float, ...], name: str) -> dict[int, float | int]:
+    """Spread stages over the depth of a text model, each of which keeps the same share of what the last one kept.
+
+    Args:
+        keep_ratio: the fraction of the original visual tokens that is left after the last stage.
+        depth: layers of the text model.
+        shares: of the depth, ascending, after which each stage drops.
+        name: of the method, for messages.
+
+    Returns:
+        What stays of the original visual tokens by layer; stages that fall on one layer are one.
+
+    Raises:
+        ValueError: a budget, which does not tell how many tokens the earlier stages keep; or a model of one layer.
+    """
+    if not isinstance(keep_ratio, float):
+        raise ValueError(
+            f"keep_ratio: expected a float in (0, 1] for method {name!r}, the fraction left after its last stage, got "
+            f"{keep_ratio}; name the stages for budgets, as in {{8: 300, 16: 200, 24: 110}}"
+        )
+    if depth < 2:
+        raise ValueError(f"method {name!r}: expected a text model of two layers or more, got {depth}; use 'hawk'")
+    layers = [min(depth - 1, max(1, int(depth * share))) for share in shares]
+    return {
+        layer: keep_ratio ** (number / len(shares)) if number < len(shares) else keep_ratio
+        for number, layer in enumerate(layers, start=1)
+    }
 
 
 def of_units(tensor: torch.Tensor, view: PrefillView) -> torch.Tensor:

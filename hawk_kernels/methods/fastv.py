@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import Method, checked_int, register
+from hawk_kernels.methods.base import Method, attention_of_last_token, checked_int, register
 from hawk_kernels.methods.prefill_view import PrefillView
-from hawk_kernels.ops.attention_column_mean import attention_column_mean
 from hawk_kernels.validation import check_rounding
 
 
@@ -48,12 +47,4 @@ class FastV(Method):
         return {self.layer: keep_ratio}
 
     def score(self, view: PrefillView) -> torch.Tensor:
-        last = view.last_query()
-        query, keys = last.query, last.keys
-        if keys.dtype == torch.float64:
-            query, keys = query.float(), keys.float()
-        attention = attention_column_mean(query, keys, reduce_heads=False, scale=last.scale)
-        # a position that the token does not see holds the copy of a visible key, so that its softmax cannot underflow
-        attention.masked_fill_(~last.visible.unsqueeze(1), 0.0)
-        attention /= attention.sum(dim=-1, keepdim=True)
-        return attention.mean(dim=1).gather(1, last.visual).masked_fill_(~view.candidates, -torch.inf)
+        return attention_of_last_token(view)
