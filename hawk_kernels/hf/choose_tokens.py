@@ -20,7 +20,7 @@ from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, padded_positions
 from hawk_kernels.hf.rotary import Rotary
 from hawk_kernels.methods import Method
-from hawk_kernels.methods.base import checked_selection
+from hawk_kernels.methods.base import Falling, Keep, checked_selection
 from hawk_kernels.methods.prefill_view import (
     EncoderAttention,
     HiddenStates,
@@ -206,7 +206,7 @@ class LayerView(PrefillView):
         rows = np.flatnonzero(own)
         normalized = self._projections.normalize(self._gathered(self._states, rows)).unsqueeze(0)
         length = own.shape[1]
-        positions = np.broadcast_to(np.arange(length), own.shape)
+        positions = np.tile(np.arange(length), (len(own), 1))
 
         def rotated(heads: torch.Tensor) -> torch.Tensor:
             # the rotation of each row is its own, so the heads are laid out row by row for it
@@ -308,13 +308,13 @@ class Chooser:
 
     Attributes:
         method: scores and selects.
-        keep_ratio: the fraction kept, or the budget.
+        keep_ratio: the fraction kept, the budget, or a number on the way to a budget.
         per_image: whether each image has a budget of its own.
         head_weights: float32 `[H]`, or None.
     """
 
     method: Method
-    keep_ratio: float | int
+    keep_ratio: Keep
     per_image: bool = False
     head_weights: torch.Tensor | None = None
 
@@ -353,8 +353,9 @@ class Chooser:
             of_images = budgets if self.per_image else None
             return LayerView(states.detach(), prompt, projections, self.head_weights, of_images, context)
 
-        if budgets == self._budgets(lengths, lengths):
-            selection = self._selected(view(budgets), self.keep_ratio)
+        keep = self.keep_ratio
+        if not isinstance(keep, Falling) and budgets == self._budgets(lengths, lengths):
+            selection = self._selected(view(budgets), keep)
         else:
             selection = self._selected_by_budget(view, prompt, budgets)
 
@@ -378,9 +379,15 @@ class Chooser:
     def _budgets(self, lengths: list[list[int]], original: list[list[int]]) -> list[list[int]]:
         """Count what each row or image of these lengths keeps, where the keep ratio is a fraction of `original`."""
         return [
-            [min(length, self.method.kept_count(self.keep_ratio, whole)) for length, whole in zip(*row, strict=True)]
+            [min(length, self._count(whole)) for length, whole in zip(*row, strict=True)]
             for row in zip(lengths, original, strict=True)
         ]
+
+    def _count(self, num_candidates: int) -> int:
+        keep = self.keep_ratio
+        if isinstance(keep, Falling):
+            return keep.count(num_candidates, self.method.rounding)
+        return self.method.kept_count(keep, num_candidates)
 
     def _selected(self, view: LayerView, keep_ratio: float | int) -> Selection:
         return checked_selection(self.method.name, self.method.select(view, keep_ratio), view.candidates)

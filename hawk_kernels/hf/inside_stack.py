@@ -22,8 +22,8 @@ from hawk_kernels.hf.choose_tokens import Choice, Chooser, Context
 from hawk_kernels.hf.hooks import Handle
 from hawk_kernels.hf.layer_cuts import CutPrompt, LaterCut, PromptCut, cut_features
 from hawk_kernels.hf.layer_masks import LaterMask, MaskedPrompt, PromptMask, states_of
-from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.packing import slot_limit
+from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.pruned_cache import CacheRecords, Kept, check_slots
 from hawk_kernels.hf.rotary import check_rotates, rotary_of_layer
 

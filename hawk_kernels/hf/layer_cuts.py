@@ -288,9 +288,7 @@ class LaterCut:
         mask = self._mask(index, layout, kwargs.get("attention_mask"), states, cache)
         return args, {**kwargs, "attention_mask": mask}
 
-    def _mask(
-        self, index: int, layout: Layout, given: Any, states: torch.Tensor, cache: Any
-    ) -> torch.Tensor | None:
+    def _mask(self, index: int, layout: Layout, given: Any, states: torch.Tensor, cache: Any) -> torch.Tensor | None:
         window, chunk = _reach(self._text.config, index)
         length, held = states.shape[1], cache.get_seq_length(index)
         check_rows(layout.mask.shape[0], states)

@@ -111,7 +111,9 @@ class MaskedPrompt:
         return False
 
     def take_rows(self, rows: torch.Tensor) -> None:
-        self.hidden = [_Hidden(each.first, each.tokens.index_select(0, rows.to(each.tokens.device))) for each in self.hidden]
+        self.hidden = [
+            _Hidden(each.first, each.tokens.index_select(0, rows.to(each.tokens.device))) for each in self.hidden
+        ]
 
 
 class LaterMask:

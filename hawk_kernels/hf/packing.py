@@ -25,8 +25,11 @@ class Packed(Protocol):
         source: int64 `[B, P]`, where in its row a packed token stood; 0 at padding.
     """
 
-    mask: torch.Tensor
-    source: torch.Tensor
+    @property
+    def mask(self) -> torch.Tensor: ...
+
+    @property
+    def source(self) -> torch.Tensor: ...
 
 
 class Packing:

@@ -42,7 +42,6 @@ from hawk_kernels.hf.hooks import (
 )
 from hawk_kernels.hf.images import Encoded, EncodingWatch, frames_of_prompt
 from hawk_kernels.hf.packing import Packing, pack_call, slot_limit
-from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, check_one_prefill, given_ids, read_prompt
 from hawk_kernels.hf.pruned_cache import (
     CachedPrompt,
@@ -477,7 +476,7 @@ class CallHooks:
 
     def _note_budget(self, prompt: Prompt, chooser: Chooser) -> None:
         budget = chooser.keep_ratio
-        if isinstance(budget, float):
+        if not isinstance(budget, int):
             return
         rows = prompt.image_lengths() if chooser.per_image else prompt.visual.sum(axis=1, keepdims=True).tolist()
         longest = max((length for row in rows for length in row), default=0)

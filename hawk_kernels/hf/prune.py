@@ -18,18 +18,18 @@ from hawk_kernels.hf.choose_tokens import Chooser
 from hawk_kernels.hf.hooks import forget_compiled_call
 from hawk_kernels.hf.prefill import CallHooks, Outcome
 from hawk_kernels.hf.question import ChatQuestion, Query
-from hawk_kernels.hf.stats import PruningStats, Stage, StageStats, sample_stats
+from hawk_kernels.hf.stats import PruningStats, Stage, sample_stats
 from hawk_kernels.methods import Method, resolve_method
 from hawk_kernels.validation import checked_keep_ratio
 
 BUDGETS = ("shared", "per_image")
-Keep = float | int | Mapping[int, float | int | tuple[str | Method, float | int]]
+KeepRatio = float | int | Mapping[int, float | int | tuple[str | Method, float | int]]
 """How much is kept: of all visual tokens, or stage by stage."""
 
 
 def prune(
     model: nn.Module,
-    keep_ratio: Keep,
+    keep_ratio: KeepRatio,
     *,
     method: str | Method = "hawk",
     head_weights: str | Path | torch.Tensor | list[float] | None = None,
@@ -101,7 +101,7 @@ class Pruning:
     def __init__(
         self,
         model: nn.Module,
-        keep_ratio: Keep,
+        keep_ratio: KeepRatio,
         method: str | Method,
         head_weights: Any,
         budget: str,
@@ -118,12 +118,12 @@ class Pruning:
         query = _checked_query(query)
         weights, source = self._head_weights(stages, head_weights)
         self._per_image = budget == "per_image"
-        self._choosers = {
-            stage.layer: Chooser(stage.method, stage.keep, self._per_image, weights) for stage in stages
-        }
+        self._choosers = {stage.layer: Chooser(stage.method, stage.keep, self._per_image, weights) for stage in stages}
         self._last = stages[-1]
         self._query = query
         self._hooks = self._made_hooks()
+        keep_of_last = self._last.keep
+        assert isinstance(keep_of_last, (float, int))
         of_last = self._hooks.options() if self._last.layer == 0 else {}
         self._no_stats = PruningStats(
             model=type(self._anatomy.head).__name__,
@@ -131,10 +131,10 @@ class Pruning:
             method=self._last.method.name,
             method_options={**self._last.method.options(), **of_last},
             head_weights=source,
-            keep_ratio=self._last.keep,
+            keep_ratio=keep_of_last,
             budget=budget,
             mode=self._mode,
-            stages=tuple(StageStats(layer, each.name, each.options(), keep) for layer, each, keep in stages),
+            stages=tuple(stage.stats() for stage in stages),
         )
         self._was_compiled = False
         self._thread = _ThreadState()
@@ -313,7 +313,7 @@ class _ThreadState(threading.local):
 
 
 def _stages(
-    anatomy: Anatomy, keep_ratio: Keep, method: str | Method, mode: str | None, options: dict[str, Any]
+    anatomy: Anatomy, keep_ratio: KeepRatio, method: str | Method, mode: str | None, options: dict[str, Any]
 ) -> tuple[tuple[Stage, ...], str]:
     """Return the stages of a pruning, ascending, and what becomes of tokens inside the stack."""
     if isinstance(keep_ratio, Mapping):

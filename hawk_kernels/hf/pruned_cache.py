@@ -293,9 +293,7 @@ def forget(cache: Any) -> None:
     if cache is None:
         return
     left = [
-        name
-        for name, value in vars(cache).items()
-        if name.startswith(_ATTRIBUTE) or isinstance(value, _FollowedRows)
+        name for name, value in vars(cache).items() if name.startswith(_ATTRIBUTE) or isinstance(value, _FollowedRows)
     ]
     for name in left:
         delattr(cache, name)

@@ -9,6 +9,7 @@ from typing import Any
 
 from hawk_kernels.hf.stats import Stage
 from hawk_kernels.methods import Method, resolve_method
+from hawk_kernels.methods.base import Falling
 from hawk_kernels.validation import checked_keep_ratio
 
 _EXPECTED = "keep_ratio: expected stages {layer: keep} or {layer: (method, keep)}"
@@ -49,7 +50,10 @@ def named_stages(stages: Mapping[Any, Any], method: str | Method, options: dict[
     named = [_stage(layer, value, common) for layer, value in stages.items()]
     named.sort(key=lambda stage: stage.layer)
     for earlier, later in pairwise(named):
-        if type(earlier.keep) is type(later.keep) and later.keep > earlier.keep:
+        before, after = earlier.keep, later.keep
+        if isinstance(before, Falling) or isinstance(after, Falling) or type(before) is not type(after):
+            continue
+        if after > before:
             raise ValueError(
                 f"keep_ratio[{later.layer}]: expected at most {earlier.keep}, which stays after layer {earlier.layer}, "
                 f"got {later.keep}; each stage says how much of the original visual tokens is left"
@@ -86,4 +90,9 @@ def _stage(layer: object, value: object, common: Method | None) -> Stage:
         name, value = value
         method = resolve_method(name, {})
     assert method is not None
+    if method.inside_only and number == 0:
+        raise TypeError(
+            f"method: expected one that can choose before the first layer for stage 0, got {method.name!r}; it reads "
+            "the attention of a layer, so name a layer of 1 or more"
+        )
     return Stage(number, method, checked_keep_ratio(f"keep_ratio[{number}]", value))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.methods import Method
+from hawk_kernels.methods.base import Falling, Keep
 
 
 class Stage(NamedTuple):
@@ -15,12 +16,17 @@ class Stage(NamedTuple):
     Attributes:
         layer: the last layer that sees what the stage drops, counted from 1; 0 stands for before the first.
         method: chooses the tokens that stay.
-        keep: the fraction of the original visual tokens that stays, or how many.
+        keep: the fraction of the original visual tokens that stays, how many, or a number on the way to that.
     """
 
     layer: int
     method: Method
-    keep: float | int
+    keep: Keep
+
+    def stats(self) -> StageStats:
+        """Return the same for statistics."""
+        keep = str(self.keep) if isinstance(self.keep, Falling) else self.keep
+        return StageStats(self.layer, self.method.name, self.method.options(), keep)
 
 
 @dataclass(frozen=True)
@@ -31,13 +37,14 @@ class StageStats:
         layer: the last layer that sees what the stage drops, counted from 1; 0 stands for before the first.
         method: name of its method.
         method_options: the options that the method was made with.
-        keep: the fraction of the original visual tokens that stays, or how many.
+        keep: the fraction of the original visual tokens that stays, or how many; in words for a number on the way to a
+            budget.
     """
 
     layer: int
     method: str
     method_options: dict[str, Any]
-    keep: float | int
+    keep: float | int | str
 
 
 @dataclass(frozen=True)
@@ -104,8 +111,8 @@ class PruningStats:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as plain dicts, lists, strings and numbers, ready for JSON."""
-        lists = {"samples": self.samples, "stages": self.stages}
-        return {**asdict(self), **{name: [asdict(each) for each in every] for name, every in lists.items()}}
+        samples, stages = [asdict(sample) for sample in self.samples], [asdict(stage) for stage in self.stages]
+        return {**asdict(self), "samples": samples, "stages": stages}
 
     def __repr__(self) -> str:
         heads = f", head weights: {self.head_weights}" if self.head_weights else ""
@@ -114,7 +121,9 @@ class PruningStats:
         ]
         if any(stage.layer for stage in self.stages):
             verb = "drops all but" if self.mode == "drop" else "hides all but"
-            lines += [f"  after layer {stage.layer}: {stage.method} {verb} {stage.keep:.4g}" for stage in self.stages]
+            lines += [
+                f"  after layer {stage.layer}: {stage.method} {verb} {_short(stage.keep)}" for stage in self.stages
+            ]
         if self.cache_bytes_saved:
             lines.append(f"  cache smaller by {self.cache_bytes_saved} bytes")
         if self.reason:
@@ -127,6 +136,10 @@ class PruningStats:
             )
             lines.append(f"{line}; {sample.reason}" if sample.reason and not self.reason else line)
         return "\n".join(lines)
+
+
+def _short(keep: float | int | str) -> str:
+    return f"{keep:.4g}" if isinstance(keep, float) else str(keep)
 
 
 def sample_stats(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import numbers
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -32,6 +33,7 @@ class Method(ABC):
         uses_encoder_attention: whether it calls `PrefillView.encoder_attention`, of the layer `object_layer`.
         uses_grids: whether it calls `PrefillView.frames`.
         uses_positions: whether it asks for queries and keys after RoPE.
+        inside_only: whether it reads the attention of a layer, and so can only choose inside the stack.
         reads_layer: whether it asks for queries or keys, so that the layer that ranks must have attention.
         mode: "drop" or "hide", what happens to the tokens that a stage inside the stack does not keep: they leave the
             sequence and the cache, or stay there and are masked for the layers after it. Both compute the same.
@@ -51,6 +53,7 @@ class Method(ABC):
     object_layer: int | None = None
     uses_grids: bool = False
     uses_positions: bool = False
+    inside_only: bool = False
     reads_layer: bool = True
     mode: str = "drop"
     ranks_by: str = "next"
@@ -68,7 +71,7 @@ class Method(ABC):
             return select_in_segments(scores, r, view.segments, self.rounding)
         return select_topk(scores, r, mask=view.candidates, rounding=self.rounding)
 
-    def stages(self, keep_ratio: float | int, depth: int) -> dict[int, float | int]:
+    def stages(self, keep_ratio: float | int, depth: int) -> dict[int, Keep]:
         """Say after which layers of a text model tokens are dropped, where the caller names none.
 
         Args:
@@ -292,11 +295,37 @@ def attention_of_last_token(view: PrefillView) -> torch.Tensor:
     return attention.mean(dim=1).gather(1, last.visual).masked_fill_(~view.candidates, -torch.inf)
 
 
-def falling_stages(keep_ratio: float | int, depth: int, shares: tuple[float, ...], name: str) -> dict[int, float | int]:
+@dataclass(frozen=True)
+class Falling:
+    """How much stays after a stage on the way to a budget: the number falls from all tokens to it in equal ratios.
+
+    Attributes:
+        budget: how many tokens stay in the end.
+        part: of the way that the stage has come, in (0, 1).
+    """
+
+    budget: int
+    part: float
+
+    def count(self, num_candidates: int, rounding: str) -> int:
+        """Count the tokens that stay of `num_candidates`."""
+        if self.budget >= num_candidates:
+            return num_candidates
+        return max(self.budget, kept_count((self.budget / num_candidates) ** self.part, num_candidates, rounding))
+
+    def __str__(self) -> str:
+        return f"{self.part:.2f} of the way to {self.budget}"
+
+
+Keep = float | int | Falling
+"""How much stays after a stage: a fraction of the original visual tokens, how many, or a number on the way to that."""
+
+
+def falling_stages(keep_ratio: float | int, depth: int, shares: tuple[float, ...], name: str) -> dict[int, Keep]:
     """Spread stages over the depth of a text model, each of which keeps the same share of what the last one kept.
 
     Args:
-        keep_ratio: the fraction of the original visual tokens that is left after the last stage.
+        keep_ratio: the fraction of the original visual tokens that is left after the last stage, or how many.
         depth: layers of the text model.
         shares: of the depth, ascending, after which each stage drops.
         name: of the method, for messages.
@@ -305,20 +334,16 @@ def falling_stages(keep_ratio: float | int, depth: int, shares: tuple[float, ...
         What stays of the original visual tokens by layer; stages that fall on one layer are one.
 
     Raises:
-        ValueError: a budget, which does not tell how many tokens the earlier stages keep; or a model of one layer.
+        ValueError: a model of one layer.
     """
-    if not isinstance(keep_ratio, float):
-        raise ValueError(
-            f"keep_ratio: expected a float in (0, 1] for method {name!r}, the fraction left after its last stage, got "
-            f"{keep_ratio}; name the stages for budgets, as in {{8: 300, 16: 200, 24: 110}}"
-        )
     if depth < 2:
-        raise ValueError(f"method {name!r}: expected a text model of two layers or more, got {depth}; use 'hawk'")
-    layers = [min(depth - 1, max(1, int(depth * share))) for share in shares]
-    return {
-        layer: keep_ratio ** (number / len(shares)) if number < len(shares) else keep_ratio
-        for number, layer in enumerate(layers, start=1)
-    }
+        raise ValueError(f"method: expected one for a text model of {depth} layers, got {name!r}; use 'hawk'")
+    stages: dict[int, Keep] = {}
+    for number, share in enumerate(shares, start=1):
+        part = number / len(shares)
+        keep: Keep = keep_ratio**part if isinstance(keep_ratio, float) else Falling(keep_ratio, part)
+        stages[min(depth - 1, max(1, int(depth * share)))] = keep_ratio if part == 1 else keep
+    return stages
 
 
 def of_units(tensor: torch.Tensor, view: PrefillView) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import Method, attention_of_last_token, checked_int, register
+from hawk_kernels.methods.base import Keep, Method, attention_of_last_token, checked_int, register
 from hawk_kernels.methods.prefill_view import PrefillView
 from hawk_kernels.validation import check_rounding
 
@@ -35,6 +35,7 @@ class FastV(Method):
     signal = "attention of the last token in an early layer"
     uses_positions = True
     ranks_by = "last"
+    inside_only = True
     stage_options = ("layer",)
 
     def __init__(self, layer: int = 2, rounding: str = "floor") -> None:
@@ -43,7 +44,7 @@ class FastV(Method):
         check_rounding(rounding)
         self.rounding = rounding
 
-    def stages(self, keep_ratio: float | int, depth: int) -> dict[int, float | int]:
+    def stages(self, keep_ratio: float | int, depth: int) -> dict[int, Keep]:
         return {self.layer: keep_ratio}
 
     def score(self, view: PrefillView) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import Method, attention_of_last_token, falling_stages, register
+from hawk_kernels.methods.base import Keep, Method, attention_of_last_token, falling_stages, register
 from hawk_kernels.methods.prefill_view import PrefillView
 from hawk_kernels.validation import check_rounding
 
@@ -35,11 +35,12 @@ class PyramidDrop(Method):
     paper = "2410.17247"
     signal = "attention of the last token at each stage"
     uses_positions = True
+    inside_only = True
 
     def __init__(self, rounding: str = "floor") -> None:
         self.rounding = check_rounding(rounding)
 
-    def stages(self, keep_ratio: float | int, depth: int) -> dict[int, float | int]:
+    def stages(self, keep_ratio: float | int, depth: int) -> dict[int, Keep]:
         return falling_stages(keep_ratio, depth, (1 / 4, 2 / 4, 3 / 4), self.name)
 
     def score(self, view: PrefillView) -> torch.Tensor:

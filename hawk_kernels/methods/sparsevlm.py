@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import Method, falling_stages, register
+from hawk_kernels.methods.base import Keep, Method, falling_stages, register
 from hawk_kernels.methods.prefill_view import PrefillView
 from hawk_kernels.ops.attention_column_mean import attention_column_mean
 from hawk_kernels.validation import check_rounding
@@ -42,11 +42,12 @@ class SparseVLM(Method):
     uses_text = True
     uses_positions = True
     ranks_by = "last"
+    inside_only = True
 
     def __init__(self, rounding: str = "floor") -> None:
         self.rounding = check_rounding(rounding)
 
-    def stages(self, keep_ratio: float | int, depth: int) -> dict[int, float | int]:
+    def stages(self, keep_ratio: float | int, depth: int) -> dict[int, Keep]:
         return falling_stages(keep_ratio, depth, (3 / 32, 7 / 32, 16 / 32), self.name)
 
     def score(self, view: PrefillView) -> torch.Tensor:
