@@ -119,7 +119,7 @@ class Pruning:
         weights, source = self._head_weights(stages, head_weights)
         self._per_image = budget == "per_image"
         self._choosers = {stage.layer: Chooser(stage.method, stage.keep, self._per_image, weights) for stage in stages}
-        self._last = stages[-1]
+        self._stages, self._last = stages, stages[-1]
         self._query = query
         self._hooks = self._made_hooks()
         keep_of_last = self._last.keep
@@ -134,7 +134,6 @@ class Pruning:
             keep_ratio=keep_of_last,
             budget=budget,
             mode=self._mode,
-            stages=tuple(stage.stats() for stage in stages),
         )
         self._was_compiled = False
         self._thread = _ThreadState()
@@ -158,9 +157,9 @@ class Pruning:
     @property
     def stats(self) -> PruningStats:
         """Tell sample by sample how many tokens came and stayed, with which budget, and why any were left alone."""
-        outcome = self._outcome
+        outcome, stages = self._outcome, tuple(stage.stats() for stage in self._stages)
         if outcome is None:
-            return self._no_stats
+            return replace(self._no_stats, stages=stages)
         reason, prompt = outcome.reason, outcome.prompt
         text: Any = self._anatomy.text
         by_stage = dict(zip(self._choosers, outcome.by_stage, strict=False))
@@ -170,7 +169,7 @@ class Pruning:
             else sample_stats(prompt, outcome.budgets, self._per_image, reason, by_stage, len(text.layers))
         )
         saved = outcome.cache_bytes_saved
-        return replace(self._no_stats, samples=samples, reason=reason, cache_bytes_saved=saved)
+        return replace(self._no_stats, samples=samples, reason=reason, stages=stages, cache_bytes_saved=saved)
 
     def overlay(self, image: Any, *, row: int = 0, processor: Any = None, title: str | None = None) -> Any:
         """Draw the last prompt: its pictures with the dropped tokens dimmed, and with the scores as heat.
