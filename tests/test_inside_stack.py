@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from hawk_kernels import prune
 from hawk_kernels.hf.anatomy import dissect
 from hawk_kernels.methods import Hawk, Method, PyramidDrop
-from tests.family_checks import SUPPORTED, generate, model_of, needs, prompts, watched
+from tests.family_checks import SUPPORTED, generate, model_of, needs, prompts, together, watched
 from tests.method_checks import GREEDY, RAGGED, TOLERANCE, families
 from tests.test_method_fastv import WITHOUT_ATTENTION, without_tokens
 from tests.tiny_families import BY_NAME, batch, tiny_model
@@ -252,6 +252,15 @@ def test_later_layers_compute_fewer_tokens_and_no_trace_is_left(four_layers):
     text = inputs["input_ids"].shape[1] - 19
     assert lengths == [text + 19, text + 11, text + 11, text + 3]
     assert [(dict(layer._forward_pre_hooks), dict(layer._forward_hooks)) for layer in layers] == before
+
+
+@torch.no_grad()
+def test_two_requests_at_once_drop_their_own_tokens(four_layers):
+    inputs = [qwen_batch(*RAGGED), qwen_batch(RAGGED[1], seed=3)]
+    with prune(four_layers, STAGES, method="fastv"):
+        expected = [generate(four_layers, request) for request in inputs]
+        said = together(four_layers, inputs)
+    assert all(torch.equal(*pair) for pair in zip(said, expected, strict=True))
 
 
 @torch.no_grad()

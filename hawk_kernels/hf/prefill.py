@@ -352,11 +352,12 @@ class CallHooks:
             self._inside.resume(None, None, 0)
         if earlier is not None:
             prefill.kept = earlier.extended(valid, prompt.valid)
-        if not prompt.visual.any():
-            if earlier is None:
-                prefill.kept = [(valid, prompt.valid.sum(axis=1).tolist())]
-                if prefill.is_own:
-                    self._leave_alone(valid, prompt, "no visual tokens")
+            if prefill.keeps_everything:
+                return None
+        elif not prompt.visual.any():
+            prefill.kept = [(valid, prompt.valid.sum(axis=1).tolist())]
+            if prefill.is_own:
+                self._leave_alone(valid, prompt, "no visual tokens")
             return None
         entering = None if self._chooser is None else self._pack_before(self._chooser, prefill, kwargs)
         if self._inside is None:
