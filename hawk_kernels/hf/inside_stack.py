@@ -20,7 +20,7 @@ import transformers
 from hawk_kernels.hf.anatomy import Anatomy, first_attention_layer
 from hawk_kernels.hf.choose_tokens import Choice, Chooser, Context
 from hawk_kernels.hf.hooks import Handle
-from hawk_kernels.hf.layer_cuts import CutPrompt, LaterCut, PromptCut, cut_features
+from hawk_kernels.hf.layer_cuts import CutPrompt, LaterCut, PromptCut, cut_features, reaches_of
 from hawk_kernels.hf.layer_masks import LaterMask, MaskedPrompt, PromptMask, states_of
 from hawk_kernels.hf.packing import slot_limit
 from hawk_kernels.hf.prompt import Prompt
@@ -112,6 +112,7 @@ class InsideStack:
         self._stages = stages
         self._drops = mode == "drop"
         self._slot_limit = slot_limit(anatomy)
+        self._reaches = reaches_of(text.config, len(self._layers))
         for stage in stages:
             _check_stage(anatomy, stage, self._drops)
         self._first = min(min(stage.ranking, stage.layer) for stage in stages)
@@ -196,7 +197,7 @@ class InsideStack:
             if record is not None and record.grows and self._slot_limit is not None:
                 before = record.full_length - record.entered
                 check_slots(self._slot_limit, before + int(cache.get_seq_length()) + length)
-            self._thread.later = None if record is None else LaterCut(self._text, record, given)
+            self._thread.later = None if record is None else LaterCut(self._text, self._reaches, record, given)
         else:
             masked = self._masked_records.of(cache)
             self._thread.later = None if masked is None else LaterMask(self._text, masked, given)

@@ -10,7 +10,7 @@ the answers are those of a model from whose later layers the dropped tokens are 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -263,48 +263,57 @@ class CutPrompt:
         self.padding = of(self.padding)
 
 
+class Reach(NamedTuple):
+    """How far the tokens of a layer see.
+
+    Attributes:
+        window: tokens that each sees back, itself included, or None for all.
+        chunk: tokens of a stretch of the row outside which each sees nothing, or None.
+    """
+
+    window: int | None
+    chunk: int | None
+
+
 class LaterCut:
     """A call over a cache whose later layers hold fewer tokens.
 
     Args:
         text: the text model.
+        reaches: how far each of its layers sees.
         record: what its layers hold.
         given: the caller's mask of the call: None, 2-D over the whole prompt and what followed, or what `generate`
             prepares for a cache of fixed size.
     """
 
-    def __init__(self, text: Any, record: CutPrompt, given: Any) -> None:
-        self._text, self._record, self._given = text, record, given
+    def __init__(self, text: Any, reaches: list[Reach], record: CutPrompt, given: Any) -> None:
+        self._text, self._reaches, self._record, self._given = text, reaches, record, given
         self._made: list[tuple[Any, torch.Tensor]] = []
 
     def adapted(
         self, index: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Give a layer a mask over the tokens that it holds."""
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Give a layer a mask over the tokens that it holds; None where it needs none, as it was given none."""
         layout = next((each for each in reversed(self._record.layouts) if each.first <= index), None)
         if layout is None or not hasattr(layer, "self_attn"):
-            return args, kwargs
-        states, cache = states_of(args, kwargs), kwargs["past_key_values"]
-        mask = self._mask(index, layout, kwargs.get("attention_mask"), states, cache)
-        return args, {**kwargs, "attention_mask": mask}
-
-    def _mask(self, index: int, layout: Layout, given: Any, states: torch.Tensor, cache: Any) -> torch.Tensor | None:
-        window, chunk = _reach(self._text.config, index)
+            return None
+        states, cache, reach = states_of(args, kwargs), kwargs["past_key_values"], self._reaches[index]
         length, held = states.shape[1], cache.get_seq_length(index)
         check_rows(layout.mask.shape[0], states)
         # where the new tokens would stand in the whole row
         ahead = self._record.entered - layout.mask.shape[1]
-        is_near = chunk is None and (window is None or (isinstance(held, int) and held + ahead < window))
-        if given is None and layout.is_full and length == 1 and is_near:
+        is_near = reach.window is None or (isinstance(held, int) and held + ahead < reach.window)
+        shows_all = kwargs.get("attention_mask") is None and layout.is_full
+        if shows_all and length == 1 and is_near and reach.chunk is None:
             return None
         width, offset = cache.get_mask_sizes(length, index)
-        kind = (id(layout), width, offset, window, chunk, states.device)
+        kind = (id(layout), width, offset, reach, states.device)
         for other, made in self._made:
             if other == kind:
-                return made
-        mask = self._pairs(layout, held, length, int(width), int(offset), window, chunk, states)
+                return args, {**kwargs, "attention_mask": made}
+        mask = self._pairs(layout, held, length, int(width), int(offset), reach, states)
         self._made.append((kind, mask))
-        return mask
+        return args, {**kwargs, "attention_mask": mask}
 
     def _pairs(
         self,
@@ -313,8 +322,7 @@ class LaterCut:
         length: int,
         width: int,
         offset: int,
-        window: int | None,
-        chunk: int | None,
+        reach: Reach,
         states: torch.Tensor,
     ) -> torch.Tensor:
         """Make the mask `[B, 1, length, width]` of a layer.
@@ -325,8 +333,7 @@ class LaterCut:
             length: new tokens.
             width: keys of the layer.
             offset: tokens before the first of its keys, over which a window has slid.
-            window: tokens that the layer sees back from each, or None for all.
-            chunk: tokens of a stretch of the row outside which the layer sees nothing, or None.
+            reach: how far the layer sees.
             states: what enters the layer.
         """
         device, kept = states.device, layout.mask.shape[1]
@@ -336,6 +343,7 @@ class LaterCut:
         key = torch.arange(offset, offset + width, device=device)
         query = held + torch.arange(length, device=device)
         seen = (key <= query.unsqueeze(1)) & is_token[:, None, None]
+        window, chunk = reach
         if window is not None or chunk is not None:
             ahead = self._record.entered - kept
             source = torch.nn.functional.pad(layout.source.to(device), (0, max(0, offset + width - kept)))
@@ -421,11 +429,9 @@ def cut_features(kwargs: dict[str, Any], first: int) -> tuple[dict[str, Any], Vi
     return {**kwargs, "deepstack_visual_embeds": list(features)[:first]}, taken
 
 
-def _reach(config: Any, index: int) -> tuple[int | None, int | None]:
-    """Return the window of a layer and its chunk, in tokens; None where it has none."""
-    kinds = getattr(config, "layer_types", None)
+def reaches_of(config: Any, depth: int) -> list[Reach]:
+    """Read from the config of a text model how far each of its layers sees."""
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
-    kind = "" if kinds is None else kinds[index]
-    if kinds is None and window is not None:
-        kind = "sliding_attention"
-    return (window if "sliding" in kind else None), (chunk if "chunked" in kind else None)
+    # a model of one kind of layer may not name it
+    kinds = getattr(config, "layer_types", None) or ["" if window is None else "sliding_attention"] * depth
+    return [Reach(window if "sliding" in kind else None, chunk if "chunked" in kind else None) for kind in kinds]

@@ -124,11 +124,11 @@ class LaterMask:
 
     def adapted(
         self, index: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Give a layer a mask without the tokens that are hidden from it."""
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Give a layer a mask without the tokens that are hidden from it; None where there are none."""
         hidden = hidden_from(self._record.hidden, index)
         if hidden is None:
-            return args, kwargs
+            return None
         states = states_of(args, kwargs)
         width, offset = kwargs["past_key_values"].get_mask_sizes(states.shape[1], index)
         mask = kwargs.get("attention_mask")
