@@ -420,7 +420,7 @@ def test_the_cpu_floor_says_what_is_required_of_a_row(num_keys, dtype, required)
 
 COMMANDS = [
     *("__main__", "attention_column_mean", "compact", "cpu_floor", "decode_overhead", "encoder_cost", "few_kernels"),
-    *("gpu", "greedy", "host_cost"),
+    *("gpu", "greedy", "host_cost", "in_stack"),
     *("model", "plots", "prefill", "report", "score_and_select", "score_peaks", "support_table", "verify"),
     *("tinyvqa.evaluate", "tinyvqa.samples", "tinyvqa.table", "tinyvqa.train"),
 ]

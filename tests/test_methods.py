@@ -30,7 +30,7 @@ from tests.tiny_models import IMAGE, Picture, hide, qwen_batch, qwen_vl
 
 every_method = pytest.mark.parametrize("method", METHODS)
 every_budget = pytest.mark.parametrize("budget", ["shared", "per_image"])
-REMOVING = [name for name in METHODS if resolve_method(name, {}).hidden_from_layer is None]
+REMOVING = [name for name in METHODS if list(resolve_method(name, {}).stages(0.3, 12)) == [0]]
 JOINT = [name for name, method in METHODS.items() if issubclass(method, JointMethod)]
 READING = [name for name, method in METHODS.items() if method.uses_text]
 ROTATING = [name for name, method in METHODS.items() if method.uses_positions]
