@@ -207,7 +207,7 @@ def _fused(
     config = config_for(target, "score_and_select", Shape("fp32" if dtype == "fp32" else "half", head_dim, 4, num_keys))
     plan = score_and_select.make_plan(1, 28, 4, num_queries, num_keys, head_dim, mode, selects, config)
     options: dict[str, Any] = dict.fromkeys(("HAS_Q_MASK", "HAS_K_MASK"), masked)
-    options |= {"CEIL": False, "INTERPRETED": False, "STRIDE_UNIT": stride_unit(head_dim)}
+    options |= {"ROUNDING": "floor", "INTERPRETED": False, "STRIDE_UNIT": stride_unit(head_dim)}
     pointer = DTYPES[dtype]
     groups = {
         "tensors": score_and_select.Tensors(q=pointer, k=pointer, w="*fp32"),
@@ -249,7 +249,7 @@ def _hidden(
     config = config_for(target, "score_hidden", Shape("fp32" if dtype == "fp32" else "half", 0, 1, num_tokens))
     plan = score_hidden.make_plan(1, *shape, mode, True, config)
     options = dict.fromkeys(("HAS_NORM_WEIGHT", "HAS_QUERY_BIAS", "HAS_KEY_BIAS"), True)
-    options |= {"CEIL": False, "INTERPRETED": False}
+    options |= {"ROUNDING": "floor", "INTERPRETED": False}
     pointer = DTYPES[dtype]
     tensors = score_hidden.Tensors(*[pointer] * 6, "*fp32")  # type: ignore[call-arg]
     strides: dict[str, Any] = dict.fromkeys(score_hidden.Strides._fields, 1)
@@ -271,7 +271,7 @@ def _planned(name: str, kernel: Any, groups: dict[str, Any], options: dict[str, 
 
 def _select(num_keys: int) -> Variant:
     plan = select_topk.make_plan(1, num_keys)
-    constants = {"HAS_MASK": True, "CEIL": False, "STATIC": plan.static}
+    constants = {"HAS_MASK": True, "ROUNDING": "floor", "STATIC": plan.static}
     groups = {"memory": MEMORY, "outputs": OUTPUTS}
     kernel, warps = select_topk._select_kernel, plan.options["num_warps"]
     return Variant(f"select M={num_keys}", kernel, _MASKS, constants, warps, groups=groups)

@@ -32,7 +32,7 @@ def dart_select(
         text_mask: bool `[B, N]`, True = text.
         pivots: visual pivots.
         text_pivots: text pivots.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Returns:
         `Selection(mask, indices, scores)`; scores are `1 - cos` to the nearest pivot, 2 for visual pivots.

@@ -14,7 +14,7 @@ def greedy_max_min(features, r, *, mask=None, rounding="floor", backend=None):
         features: `[B, M, D]` or `[M, D]`.
         r: float in (0, 1] = fraction kept, int >= 1 = budget (clamped to the candidates).
         mask: bool `[B, M]`, True = candidate.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
         backend: only there so that the signature is the package's; the reference has none.
 
     Returns:
@@ -85,7 +85,7 @@ def greedy_dpp(features, quality, r, *, mask=None, rounding="floor", backend=Non
         quality: `[B, M]` or `[M]`.
         r: float in (0, 1] = fraction kept, int >= 1 = budget (clamped to the candidates).
         mask: bool `[B, M]`, True = candidate.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
         backend: only there so that the signature is the package's; the reference has none.
 
     Returns:

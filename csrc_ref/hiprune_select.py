@@ -14,7 +14,7 @@ def hiprune_select(object_attention, deep_attention, r, *, grid, alpha=0.1, roun
         r: float in (0, 1] = fraction kept, int >= 1 = budget.
         grid: `(h, w)`, `(t, h, w)`, or a list with one of these per image.
         alpha: share of anchors and their neighbours in the budget.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Returns:
         `Selection(mask, indices, scores)`; scores are the deep attention.

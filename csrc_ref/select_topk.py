@@ -20,7 +20,7 @@ def select_topk(scores, r, *, mask=None, rounding="floor"):
         scores: `[B, M]` or `[M]`; higher is better, equal scores (`-0 == +0`) go to the lower index, NaN ranks last.
         r: float in (0, 1] = fraction kept, int >= 1 = budget (clamped to the candidates).
         mask: bool like `scores`, True = candidate.
-        rounding: "floor" (paper) or "ceil" (release).
+        rounding: "floor" (paper), "ceil" (release) or "nearest" (half to even).
 
     Returns:
         `Selection(mask, indices, scores)`: bool like `scores`; int64 `[B, Kmax]` ascending, padded with -1; the scores
@@ -50,10 +50,10 @@ def _rank(score):
 
 
 def _count(r, num_candidates, rounding):
-    """`K_b` of the paper (floor) or of the release (ceil), at least 1.
+    """`K_b` of the paper (floor), of the release (ceil) or of other releases (nearest, half to even), at least 1.
 
     The ratio is a binary fraction beside the number that was written. Where `count / num_candidates` is `r` up to the
-    rounding of `1 - 0.8`, that count was meant: 0.29 of 100 is 29.
+    rounding of `1 - 0.8`, that count was meant: 0.29 of 100 is 29. So is a half where the ratio is one.
     """
     if num_candidates == 0:
         return 0
@@ -61,6 +61,9 @@ def _count(r, num_candidates, rounding):
         return min(r, num_candidates)
     product = Fraction(r) * num_candidates
     below, above = math.floor(product), math.ceil(product)
+    if rounding == "nearest":
+        is_half = _is_meant(2 * below + 1, 2 * num_candidates, r)
+        return max(1, round(Fraction(2 * below + 1, 2)) if is_half else round(product))
     if rounding == "ceil":
         return max(1, below if _is_meant(below, num_candidates, r) else above)
     return max(1, above if _is_meant(above, num_candidates, r) else below)

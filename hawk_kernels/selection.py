@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
-ROUNDINGS = ("floor", "ceil")
+ROUNDINGS = ("floor", "ceil", "nearest")
 
 # A row length below 2**31 times a numerator below 2**31 still fits into an int64 on a device.
 _MAX_DENOMINATOR = 2**31 - 1
@@ -48,21 +48,23 @@ def keep_fraction(keep_ratio: float, rounding: str) -> tuple[int, int]:
     0.29 is not a binary fraction, and `int(0.29 * 100)` is 28. Whoever writes `0.29` means 29/100, whoever writes
     `1 / 3` means a third, and whoever writes `1 - 0.8` means a fifth. So a ratio is read as the fraction with a
     denominator up to 2**25 that lies within the rounding error of such a subtraction, 2**-52. If there is none, its
-    neighbour below (`floor`) or above (`ceil`) among the fractions with denominators below 2**31 is taken instead,
-    which gives the count of the ratio itself for every row of fewer than 2**25 tokens.
+    neighbour below (`floor`) or above (`ceil`) among the fractions with denominators below 2**31 is taken instead, or
+    of these two the one with the larger denominator (`nearest`). This gives the count of the ratio itself for every row
+    of fewer than 2**25 tokens, and for `nearest`, which also compares with halves, of fewer than 2**24.
     """
     exact = Fraction(keep_ratio)
     tolerance = _ROUNDING if exact * 2**12 >= 1 else exact / 2**40
     meant = exact.limit_denominator(_MAX_SIMPLE_DENOMINATOR)
     if abs(meant - exact) > tolerance:
-        meant = _neighbour(exact, rounding)
+        steps = {"floor": (-1,), "ceil": (1,), "nearest": (-1, 1)}[rounding]
+        # of two neighbours one has a denominator above 2**30, so it lies between two tokens and no tie comes of it
+        meant = max((_neighbour(exact, step) for step in steps), key=lambda fraction: fraction.denominator)
     return meant.numerator, meant.denominator
 
 
-def _neighbour(exact: Fraction, rounding: str) -> Fraction:
-    """Return the nearest fraction not above (`floor`) or not below (`ceil`) `exact`, its denominator below 2**31."""
+def _neighbour(exact: Fraction, step: int) -> Fraction:
+    """Return the nearest fraction not above (-1) or not below (1) `exact`, its denominator below 2**31."""
     nearest = exact.limit_denominator(_MAX_DENOMINATOR)
-    step = 1 if rounding == "ceil" else -1
     if nearest == exact or (nearest > exact) == (step == 1):
         return nearest
     # p/q is on the other side of `exact`, and for its neighbour a/b on this side a * q - p * b = step
@@ -72,20 +74,40 @@ def _neighbour(exact: Fraction, rounding: str) -> Fraction:
 
 
 def kept_count(r: float | int, num_candidates: int, rounding: str = "floor") -> int:
-    """Count the tokens that are kept of `num_candidates`: `max(1, floor(r * num_candidates))`, at most all of them.
+    """Count the tokens that are kept of `num_candidates`: by default `max(1, floor(r * num_candidates))`, at most all.
 
     Args:
         r: a float in (0, 1] is the fraction that is kept, an int >= 1 a budget (clamped to the candidates).
         num_candidates: candidates in the row; a row without any keeps none.
-        rounding: "floor" (paper) or "ceil" (the authors' release).
+        rounding: "floor" (HAWK's paper), "ceil" (HAWK's release) or "nearest" (half to even, other releases).
     """
     if num_candidates == 0:
         return 0
     if isinstance(r, int):
         return min(r, num_candidates)
-    numerator, denominator = keep_fraction(r, rounding)
-    extra = denominator - 1 if rounding == "ceil" else 0
-    return max(1, (num_candidates * numerator + extra) // denominator)
+    return max(1, rounded_share(num_candidates, *keep_fraction(r, rounding), rounding))
+
+
+Count = TypeVar("Count", int, torch.SymInt, torch.Tensor)
+
+
+def rounded_share(num_candidates: Count, numerator: int, denominator: int, rounding: str) -> Count:
+    """Round `num_candidates * numerator / denominator` to an integer, with integers alone.
+
+    Args:
+        num_candidates: an int, also a symbolic one, or an int64 tensor; below 2**31.
+        numerator, denominator: below 2**31.
+        rounding: "floor", "ceil" or "nearest", which takes halves to the even neighbour.
+    """
+    product = num_candidates * numerator
+    if rounding == "ceil":
+        product = product + (denominator - 1)
+    quotient = product // denominator
+    if rounding == "nearest":
+        # doubled, an odd quotient's tie lies above the half and an even one's on it
+        doubled = (product - quotient * denominator) * 2 + quotient % 2
+        quotient = quotient + (doubled + denominator - 1) // (2 * denominator)
+    return quotient
 
 
 def kept_counts(r: float | int, num_candidates: torch.Tensor, rounding: str) -> torch.Tensor:
@@ -93,9 +115,7 @@ def kept_counts(r: float | int, num_candidates: torch.Tensor, rounding: str) -> 
     if isinstance(r, int):
         # a budget may be any int, a tensor's bounds may not
         return num_candidates.clamp(max=min(r, _MAX_DENOMINATOR))
-    numerator, denominator = keep_fraction(r, rounding)
-    extra = denominator - 1 if rounding == "ceil" else 0
-    counts = torch.div(num_candidates * numerator + extra, denominator, rounding_mode="floor")
+    counts = rounded_share(num_candidates, *keep_fraction(r, rounding), rounding)
     return torch.where(num_candidates > 0, counts.clamp(min=1), 0)
 
 

@@ -84,7 +84,9 @@ def check_normalize(normalize: object) -> None:
 def check_rounding(rounding: str) -> str:
     """Return `rounding`, or raise a ValueError if it is not a known name."""
     if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding: expected 'floor' (paper) or 'ceil' (release), got {rounding!r}")
+        raise ValueError(
+            f"rounding: expected 'floor' (paper) or 'ceil' (release) or 'nearest' (half to even), got {rounding!r}"
+        )
     return rounding
 
 

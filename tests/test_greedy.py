@@ -46,7 +46,7 @@ def problems(draw):
             features[row, token] = {"zero": 0.0, "nan": torch.nan, "inf": torch.inf}[kind]
     mask = torch.rand(batch, num_tokens, generator=generator) < 0.7 if draw(st.booleans()) else None
     r = draw(st.one_of(st.floats(0.01, 1.0), st.integers(1, num_tokens)))
-    return features, quality, r, mask, draw(st.sampled_from(["floor", "ceil"]))
+    return features, quality, r, mask, draw(st.sampled_from(["floor", "ceil", "nearest"]))
 
 
 def check_parity(function, problem, backend, device):

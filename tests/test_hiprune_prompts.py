@@ -99,7 +99,8 @@ def test_the_choice_in_a_batch_of_prompts(data, rows, copies, per_image):
             )
             runs[kind] = Recording(of_object, of_deep, all_pieces, (1, 2))
     method = HiPrune(
-        alpha=data.draw(st.sampled_from([0.1, 1.0, 2.5, 5.0])), rounding=data.draw(st.sampled_from(["floor", "ceil"]))
+        alpha=data.draw(st.sampled_from([0.1, 1.0, 2.5, 5.0])),
+        rounding=data.draw(st.sampled_from(["floor", "ceil", "nearest"])),
     )
     r = data.draw(st.integers(1, 20) | st.floats(0.05, 1.0))
     prompt = prompt_of(rows, copies)

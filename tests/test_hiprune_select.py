@@ -81,7 +81,7 @@ def test_matches_the_literal_reference(data):
     options = {
         "grid": grids,
         "alpha": data.draw(st.sampled_from([0, 0.1, 0.5, 1, 2.5, 5]) | st.floats(0, 5)),
-        "rounding": data.draw(st.sampled_from(["floor", "ceil"])),
+        "rounding": data.draw(st.sampled_from(["floor", "ceil", "nearest"])),
     }
     selection = hiprune_select(objects, deep, r, **options)
     expected = csrc_ref.hiprune_select(objects, deep, r, **options)

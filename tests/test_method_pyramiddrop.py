@@ -59,7 +59,7 @@ def test_its_stages_are_those_of_the_release():
 
 
 def test_what_it_cannot_do_is_refused():
-    with pytest.raises(ValueError, match=re.escape("rounding: expected 'floor' (paper) or 'ceil' (release), got 'up'")):
+    with pytest.raises(ValueError, match=re.escape("'nearest' (half to even), got 'up'")):
         resolve_method("pyramiddrop", {"rounding": "up"})
     with pytest.raises(ValueError, match="method: expected one for a text model of 1 layers, got 'pyramiddrop'"):
         prune(qwen_vl(layers=1), 0.3, method="pyramiddrop")

@@ -90,5 +90,5 @@ def test_its_stages_stand_where_those_of_the_release_stand():
 
 
 def test_options_are_checked():
-    with pytest.raises(ValueError, match=re.escape("rounding: expected 'floor' (paper) or 'ceil' (release), got 'up'")):
+    with pytest.raises(ValueError, match=re.escape("'nearest' (half to even), got 'up'")):
         resolve_method("sparsevlm", {"rounding": "up"})

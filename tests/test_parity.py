@@ -74,7 +74,7 @@ def test_every_number_of_queries(backend, num_queries, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rounding", ["floor", "ceil"])
+@pytest.mark.parametrize("rounding", ["floor", "ceil", "nearest"])
 @pytest.mark.parametrize("r", [1e-9, 0.07, 0.29, 0.5, 1.0, 1, 5, 37], ids=str)
 def test_every_budget(backend, rounding, r, device):
     for masked in (False, True):
@@ -282,7 +282,7 @@ def test_selection_is_a_stable_sort(backend, device, data):
     bits = st.lists(st.booleans(), min_size=num_keys, max_size=num_keys)
     mask = data.draw(st.none() | st.lists(bits, min_size=batch, max_size=batch).map(torch.tensor))
     r = data.draw(st.integers(1, num_keys) | st.floats(0.0, 1.0, exclude_min=True))
-    assert_exact(scores, r, backend, device, mask, data.draw(st.sampled_from(["floor", "ceil"])))
+    assert_exact(scores, r, backend, device, mask, data.draw(st.sampled_from(["floor", "ceil", "nearest"])))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -312,7 +312,7 @@ def test_scores_match_for_any_shape(backend, device, data):
         masked=True,
         seed=data.draw(st.integers(0, 1000)),
         normalize=data.draw(st.sampled_from(NORMALIZATIONS)),
-        rounding=data.draw(st.sampled_from(["floor", "ceil"])),
+        rounding=data.draw(st.sampled_from(["floor", "ceil", "nearest"])),
     )
     assert_matches_reference(case, run(case, backend, device))
 

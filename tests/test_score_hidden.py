@@ -145,7 +145,7 @@ def test_what_a_layer_may_leave_out(backend, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rounding", ["floor", "ceil"])
+@pytest.mark.parametrize("rounding", ["floor", "ceil", "nearest"])
 @pytest.mark.parametrize("r", [0.07, 1.0, 1, 5, 1000], ids=str)
 def test_every_budget(backend, rounding, r, device):
     check(HiddenCase(num_tokens=20, num_heads=2), backend, device, r=r, rounding=rounding)

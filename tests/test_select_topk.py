@@ -54,21 +54,28 @@ def test_a_ratio_of_any_precision_is_read_as_it_is_written():
 WRITTEN = st.builds(lambda digits, places: digits / 10**places, st.integers(1, 9999), st.just(4))
 COMPUTED = st.builds(lambda part, whole: 1 - min(part, whole - 1) / whole, st.integers(0, 999), st.integers(1, 1000))
 ANY = st.floats(0.0, 1.0, exclude_min=True)
-ROUNDINGS = st.sampled_from(["floor", "ceil"])
+ROUNDINGS = st.sampled_from(["floor", "ceil", "nearest"])
+
+
+def within_reach(num_candidates, rounding):
+    """Halves have twice the denominator, so rows are half as long where they count."""
+    return num_candidates // 2 if rounding == "nearest" else num_candidates
 
 
 @settings(max_examples=2000)
 @given(r=WRITTEN | COMPUTED | ANY, num_candidates=st.integers(0, 2**25 - 1), rounding=ROUNDINGS)
 def test_as_many_are_kept_as_the_reference_keeps(r, num_candidates, rounding):
+    num_candidates = within_reach(num_candidates, rounding)
     expected = reference_count(r, num_candidates, rounding)
     assert kept_count(r, num_candidates, rounding) == expected
     assert kept_counts(r, torch.tensor([num_candidates]), rounding).tolist() == [expected]
 
 
 @settings(max_examples=2000)
-@given(data=st.data(), num_candidates=st.integers(1, 2**25 - 1), rounding=ROUNDINGS)
+@given(data=st.data(), num_candidates=st.integers(0, 2**25 - 2), rounding=ROUNDINGS)
 def test_a_share_of_exactly_so_many_keeps_as_many(data, num_candidates, rounding):
     """Beside a whole number of tokens a step of the ratio matters, however small."""
+    num_candidates = within_reach(num_candidates, rounding) + 1
     count = data.draw(st.integers(1, num_candidates))
     r = count / num_candidates
     for _ in range(data.draw(st.integers(0, 4))):
@@ -84,9 +91,34 @@ def test_a_fixed_sample_of_ratios_and_lengths():
     generator = random.Random(0)
     for r in fractions | percentages | beside:
         for num_candidates in (1, 2, 3, 7, 100, 576, 1296, 16384, *(generator.randrange(1, 2**25) for _ in range(4))):
-            for rounding in ("floor", "ceil"):
-                expected = reference_count(r, num_candidates, rounding)
-                assert kept_count(r, num_candidates, rounding) == expected, (r, num_candidates, rounding)
+            for rounding in ("floor", "ceil", "nearest"):
+                length = within_reach(num_candidates, rounding)
+                expected = reference_count(r, length, rounding)
+                assert kept_count(r, length, rounding) == expected, (r, num_candidates, rounding)
+
+
+@pytest.mark.parametrize(
+    ("r", "num_candidates", "kept"),
+    [(0.5, 5, 2), (0.5, 7, 4), (0.5, 1, 1), (0.25, 10, 2), (0.75, 10, 8), (0.1 * 3, 5, 2), (0.5 + 1e-11, 5, 3)]
+    + [(0.5 - 1e-11, 7, 3), (1 / 3, 10, 3), (0.29, 50, 14), (7, 5, 5)],
+)
+def test_nearest_takes_halves_to_the_even_neighbour(r, num_candidates, kept):
+    """As Python's `round` does, which the releases call, but for a ratio as it was written: 0.1 * 3 means 0.3."""
+    assert kept_count(r, num_candidates, "nearest") == kept
+    assert reference_count(r, num_candidates, "nearest") == kept
+    scores = torch.arange(2.0 * num_candidates)
+    assert select_topk(scores, r, mask=scores < num_candidates, rounding="nearest").mask.sum() == kept
+
+
+@settings(max_examples=1000)
+@given(data=st.data(), whole=st.integers(1, 2**23))
+def test_beside_a_half_a_step_of_the_ratio_matters(data, whole):
+    """Ratios of half a token more than a whole number of them, and their neighbours."""
+    count = data.draw(st.integers(0, whole - 1))
+    r = (2 * count + 1) / (2 * whole)
+    for _ in range(data.draw(st.integers(0, 4))):
+        r = min(1.0, float(np.nextafter(r, data.draw(st.sampled_from([0.0, 1.0])))))
+    assert kept_count(r, whole, "nearest") == reference_count(r, whole, "nearest")
 
 
 @settings(max_examples=500)

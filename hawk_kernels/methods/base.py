@@ -40,7 +40,7 @@ class Method(ABC):
         ranks_by: which layer a stage after layer K asks, whose `view` the method then sees: the "next" one, K + 1,
             before it runs, as before the first layer; or the "last" one that sees every token, K.
         stage_options: names of options that only say what `stages` returns.
-        rounding: "floor" or "ceil", how a keep ratio becomes a number of tokens.
+        rounding: "floor", "ceil" or "nearest" (half to even), how a keep ratio becomes a number of tokens.
     """
 
     name: str
@@ -193,7 +193,7 @@ def select_in_segments(scores: torch.Tensor, r: float | int, segments: Segments,
         scores: float32 `[B, M]`.
         r: fraction kept of each segment, or its budget.
         segments: which tokens make up an image.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
     """
     of_segment = scores.reshape(-1)[segments.index]
     kept = select_topk(of_segment, r, mask=segments.mask, rounding=rounding).mask

@@ -31,7 +31,7 @@ class CDPruner(JointMethod):
 
     Args:
         negate: whether the least similar tokens count as the most relevant, as in the release for CLIP.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
         text: "mean" (paper) or "max", how the cosines with the text tokens become one number. With the maximum, which
             is ours, one word that names what a token shows makes it relevant.
         theta: None (paper), or how much relevance counts against diversity, in [0, 1): the quality of a token then is

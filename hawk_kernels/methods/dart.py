@@ -25,7 +25,7 @@ class Dart(JointMethod):
     Args:
         pivots: visual pivots, at least one.
         text_pivots: text pivots, 0 or more.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Raises:
         TypeError, ValueError: an option that is none of these.
@@ -95,7 +95,7 @@ def dart_select(
         text_mask: bool `[B, N]`, True = text token.
         pivots: visual pivots, at most the budget.
         text_pivots: text pivots, at most the text tokens.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Returns:
         `Selection(mask, indices, scores)`; scores are `1 - cos` to the nearest pivot, 2 for visual pivots.

@@ -19,7 +19,7 @@ class DivPrune(JointMethod):
     Models", CVPR 2025, arXiv 2503.02175, algorithm 1, and github vbdi/divprune).
 
     Args:
-        rounding: "floor" or "ceil"; the release rounds to the nearest.
+        rounding: "floor", "ceil" or "nearest" (half to even), as the release rounds.
 
     Raises:
         ValueError: an option that is none of these.

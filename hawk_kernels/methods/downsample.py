@@ -22,7 +22,7 @@ class Downsample(JointMethod):
     kept tokens of an `h x w` frame stand on `round(sqrt(k h / w))` evenly spaced lines, evenly spaced on each.
 
     Args:
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Raises:
         ValueError: an option that is none of these.

@@ -23,7 +23,7 @@ class FastV(Method):
 
     Args:
         layer: the last layer that reads every token, counted from 1.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Raises:
         TypeError, ValueError: an option that is none of these.

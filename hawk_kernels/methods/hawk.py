@@ -28,7 +28,7 @@ class Hawk(Method):
     Args:
         normalize: how scores are normalised over the visual tokens: "l2" (the authors' release), None (the paper's
             equation), "softmax" or "minmax"; "auto" is "l2" with the mean and "softmax" with the maximum.
-        rounding: "floor" (paper) or "ceil" (release).
+        rounding: "floor" (paper), "ceil" (release) or "nearest" (half to even).
         reduce: "mean" (paper) or "max" over the text. The maximum needs the queries and keys of every token.
 
     Raises:

@@ -29,7 +29,7 @@ class Heed(JointMethod):
     that the method was chosen on. docs/tinyvqa.md has what it was measured on.
 
     Args:
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Raises:
         ValueError: an option that is none of these.

@@ -26,7 +26,7 @@ class HiPrune(Method):
         alpha: share of the budget for anchors and their neighbours, in [0, 5].
         object_layer: encoder layer of the anchors, counted from 1; None takes the published one (9 of the 24 of CLIP-L,
             16 of the 32 of Qwen2.5-VL), in another CLIP the same share of its depth, in other encoders the middle.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Raises:
         TypeError, ValueError: an option that is none of these.

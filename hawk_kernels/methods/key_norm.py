@@ -22,7 +22,7 @@ class KeyNorm(Method):
 
     Args:
         keep: "longest" or "shortest".
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Raises:
         ValueError: an option that is none of these.

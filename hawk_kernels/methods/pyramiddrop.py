@@ -24,7 +24,7 @@ class PyramidDrop(Method):
     the kept tokens anew after each stage; here they keep the position ids that they had.
 
     Args:
-        rounding: "floor" (release) or "ceil".
+        rounding: "floor" (release), "ceil" or "nearest" (half to even).
 
     Raises:
         ValueError: another rounding.

@@ -26,7 +26,7 @@ class Random(Method):
 
     Args:
         seed: an int, 0 or more.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Raises:
         TypeError, ValueError: an option that is none of these.

@@ -29,7 +29,7 @@ class SparseVLM(Method):
     leaves a question of one word without raters. In layers with sliding windows the attention is that without windows.
 
     Args:
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Raises:
         ValueError: another rounding.

@@ -35,7 +35,7 @@ def greedy_max_min(
         r: float in (0, 1] is the fraction of candidates **kept**; int >= 1 is a budget, clamped to the candidates
             of a row under `mask` and an error above M without one.
         mask: bool `[B, M]` (`[M]` unbatched), True = candidate.
-        rounding: `"floor"` or `"ceil"`, how `r` becomes a number of tokens.
+        rounding: `"floor"`, `"ceil"` or `"nearest"` (half to even), how `r` becomes a number of tokens.
         backend: `None` chooses; `"triton"` or `"torch"` is used or refused, never replaced.
 
     Returns:

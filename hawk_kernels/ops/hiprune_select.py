@@ -44,7 +44,7 @@ def hiprune_select(
         grid: `(h, w)` of an image or `(t, h, w)` of a video, or one of these for each of a row's images, in order;
             the same for every row. The cells are the M tokens.
         alpha: share of the budget for anchors and buffers if no two of them coincide, in [0, 5]; at 5 all are anchors.
-        rounding: `"floor"` or `"ceil"`, how `r` becomes K.
+        rounding: `"floor"`, `"ceil"` or `"nearest"` (half to even), how `r` becomes K.
 
     Returns:
         `Selection(mask, indices, scores)`: bool `[B, M]`, int64 `[B, K]` ascending, and the deep attention as

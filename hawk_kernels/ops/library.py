@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hawk_kernels.selection import Fields, keep_fraction
+from hawk_kernels.selection import Fields, keep_fraction, rounded_share
 
 LIBRARY = torch.library.Library("hawk_kernels", "DEF")
 
@@ -54,7 +54,5 @@ def _width(num_keys: int, ratio: float, budget: int | torch.SymInt, rounding: st
     """Kmax, which is symbolic where the number of keys or the budget is."""
     if isinstance(budget, torch.SymInt) or budget:
         return torch.sym_min(budget, num_keys)
-    numerator, denominator = keep_fraction(float(ratio), rounding)
-    extra = denominator - 1 if rounding == "ceil" else 0
-    kept = torch.sym_max((num_keys * numerator + extra) // denominator, 1)
+    kept = torch.sym_max(rounded_share(num_keys, *keep_fraction(float(ratio), rounding), rounding), 1)
     return torch.sym_min(kept, num_keys)

@@ -61,7 +61,7 @@ def score_and_select(
         k_mask: bool `[B, M]` (`[M]` unbatched), True = this key is a candidate.
         normalize: `None`, `"l2"` (the authors' release), `"softmax"` or `"minmax"`.
         scale: default `D ** -0.5`.
-        rounding: `"floor"` (paper) or `"ceil"` (release).
+        rounding: `"floor"` (paper), `"ceil"` (release) or `"nearest"` (half to even).
         backend: `None` chooses; `"triton"` or `"torch"` is used or refused, never replaced.
 
     Returns:

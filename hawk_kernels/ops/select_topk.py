@@ -29,7 +29,7 @@ def select_topk(
             go to the lower index, NaN ranks last.
         r: as in `score_and_select`.
         mask: bool like `scores`, True = candidate; a token outside is never kept, whatever its score.
-        rounding: `"floor"` or `"ceil"`.
+        rounding: `"floor"`, `"ceil"` or `"nearest"` (half to even).
 
     Returns:
         `Selection(mask, indices, scores)` as `score_and_select`.

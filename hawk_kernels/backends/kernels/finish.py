@@ -180,7 +180,7 @@ def _importance_of(
 @triton.jit
 def select(
     phase, block, scores_ptr, mask, selected, histograms_ptr, counters_ptr, scored_ptr, num_arrivals, budget,
-    HAS_MASK: tl.constexpr, CEIL: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    HAS_MASK: tl.constexpr, ROUNDING: tl.constexpr, IN_REGISTERS: tl.constexpr,
     BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Run one program of a selecting phase of one row.
@@ -194,7 +194,7 @@ def select(
     wait_for(scored_ptr + phase, tl.where(phase == 0, num_arrivals, blocks))
     score = tl.load(scores_ptr + columns, mask=candidate, other=float("-inf"), cache_modifier=".cg")
     if IN_REGISTERS:
-        kept = budget_of(tl.sum(candidate.to(tl.int32), 0), budget, CEIL)
+        kept = budget_of(tl.sum(candidate.to(tl.int32), 0), budget, ROUNDING)
         select_in_registers(score, candidate, kept, selected, BLOCK)
         leave_row(counters_ptr, scored_ptr + 1, 1)
     else:
@@ -202,20 +202,21 @@ def select(
         suffixes_ptr = histograms_ptr + NUM_DIGITS * RADIX_BINS
         if phase == NUM_DIGITS - 1:
             write_block(
-                key, candidate, columns, block, histograms_ptr, suffixes_ptr, budget, selected, CEIL, BLOCK, NUM_BLOCKS
-            )
+                key, candidate, columns, block, histograms_ptr, suffixes_ptr, budget, selected, ROUNDING, BLOCK,
+                NUM_BLOCKS,
+            )  # fmt: skip
             leave_row(counters_ptr, scored_ptr + NUM_DIGITS, blocks)
         else:
             for DIGIT in tl.static_range(1, NUM_DIGITS):
                 if phase == DIGIT - 1:
-                    count_digit(key, candidate, block, histograms_ptr, suffixes_ptr, budget, CEIL, DIGIT)
+                    count_digit(key, candidate, block, histograms_ptr, suffixes_ptr, budget, ROUNDING, DIGIT)
             arrive(scored_ptr + phase + 1)
 
 
 @triton.jit
 def sum_and_select(
     index, batch, num_keys, width, logits, w, k_mask, budget, outputs, memory, LOGITS: tl.constexpr,
-    MODE: tl.constexpr, HAS_K_MASK: tl.constexpr, SELECT: tl.constexpr, CEIL: tl.constexpr, BLOCKS: tl.constexpr,
+    MODE: tl.constexpr, HAS_K_MASK: tl.constexpr, SELECT: tl.constexpr, ROUNDING: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Run the `index`-th program of the phases after the logits.
 
@@ -257,5 +258,5 @@ def sum_and_select(
                 Selected(outputs.mask + wide_row * num_keys, outputs.indices + wide_row * width, num_keys, width),
                 histograms_of_row(memory.words, row, num_keys, BLOCKS.row, BLOCKS.in_registers),
                 counters, counters + LOGITS + 1, sum_blocks, budget,
-                HAS_K_MASK, CEIL, BLOCKS.in_registers, BLOCKS.row, BLOCKS.num_blocks,
+                HAS_K_MASK, ROUNDING, BLOCKS.in_registers, BLOCKS.row, BLOCKS.num_blocks,
             )  # fmt: skip

@@ -50,15 +50,20 @@ def load_candidates(mask, columns, num_keys, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def budget_of(num_candidates, budget, CEIL: tl.constexpr):
+def budget_of(num_candidates, budget, ROUNDING: tl.constexpr):
     """Return how many tokens a row keeps, int32; this is `selection.kept_count` on the device."""
     if budget.count > 0:
         kept = tl.minimum(num_candidates, budget.count)
     else:
         product = num_candidates.to(tl.int64) * budget.numerator
-        if CEIL:
+        if ROUNDING == "ceil":
             product += budget.denominator - 1
-        kept = tl.maximum((product // budget.denominator).to(tl.int32), 1)
+        quotient = product // budget.denominator
+        if ROUNDING == "nearest":
+            doubled = (product - quotient * budget.denominator) * 2 + quotient % 2
+            # a tie goes up from an odd quotient alone
+            quotient += (doubled > budget.denominator).to(tl.int64)
+        kept = tl.maximum(quotient.to(tl.int32), 1)
     return tl.where(num_candidates > 0, kept, 0)
 
 
@@ -128,11 +133,11 @@ def clear_histograms(histograms_ptr):
 
 
 @triton.jit
-def _settled_digits(histograms_ptr, budget, CEIL: tl.constexpr, DIGITS: tl.constexpr):
+def _settled_digits(histograms_ptr, budget, ROUNDING: tl.constexpr, DIGITS: tl.constexpr):
     """Return the threshold by its first digits, the digits settled, what remains, and how many tokens the row keeps."""
     bins = tl.arange(0, RADIX_BINS)
     histogram = tl.load(histograms_ptr + bins, cache_modifier=".cg")
-    kept = budget_of(tl.sum(histogram, 0), budget, CEIL)
+    kept = budget_of(tl.sum(histogram, 0), budget, ROUNDING)
     zero = kept * 0
     threshold = zero.to(tl.uint32)
     settled = zero.to(tl.uint32)
@@ -152,13 +157,15 @@ def count_first_digit(key, candidate, histograms_ptr):
 
 
 @triton.jit
-def count_digit(key, candidate, block, histograms_ptr, suffixes_ptr, budget, CEIL: tl.constexpr, DIGIT: tl.constexpr):
+def count_digit(
+    key, candidate, block, histograms_ptr, suffixes_ptr, budget, ROUNDING: tl.constexpr, DIGIT: tl.constexpr
+):
     """Add a block's keys to the row's histogram of a lower digit, once those of all higher ones are complete.
 
     At the last digit also leave, for each of its values, how many keys of the block are at least that high: whatever
     the threshold turns out to be, two of these say how many of the block are above it and how many tie with it.
     """
-    threshold, settled, _, _ = _settled_digits(histograms_ptr, budget, CEIL, DIGIT)
+    threshold, settled, _, _ = _settled_digits(histograms_ptr, budget, ROUNDING, DIGIT)
     histogram = _digit_counts(key, candidate, settled, threshold, DIGIT)
     bins = tl.arange(0, RADIX_BINS)
     tl.atomic_add(histograms_ptr + DIGIT * RADIX_BINS + bins, histogram, mask=histogram > 0, sem="relaxed", scope="gpu")
@@ -172,13 +179,13 @@ def count_digit(key, candidate, block, histograms_ptr, suffixes_ptr, budget, CEI
 @triton.jit
 def write_block(
     key, candidate, columns, block, histograms_ptr, suffixes_ptr, budget, selected,
-    CEIL: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    ROUNDING: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Write mask and indices of a block's columns, once every block has counted every digit.
 
     `NUM_BLOCKS` is the number of blocks or a power of two above it.
     """
-    threshold, _, num_tied, kept = _settled_digits(histograms_ptr, budget, CEIL, NUM_DIGITS)
+    threshold, _, num_tied, kept = _settled_digits(histograms_ptr, budget, ROUNDING, NUM_DIGITS)
     blocks = tl.arange(0, NUM_BLOCKS)
     suffixes_ptr += blocks * SUFFIXES + (threshold & (RADIX_BINS - 1)).to(tl.int32)
     reaching = tl.sum(tl.load(suffixes_ptr, mask=blocks < block, other=0, cache_modifier=".cg"), 0)

@@ -195,7 +195,7 @@ def _score_and_select_kernel(
     batch, num_heads, num_heads_per_group, num_queries, num_keys,
     num_query_parts, queries_per_part, num_tiles, keys_per_program,
     width, numerator: tl.int64, denominator: tl.int64, budget, scale,
-    HAS_Q_MASK: tl.constexpr, HAS_K_MASK: tl.constexpr, CEIL: tl.constexpr, INTERPRETED: tl.constexpr,
+    HAS_Q_MASK: tl.constexpr, HAS_K_MASK: tl.constexpr, ROUNDING: tl.constexpr, INTERPRETED: tl.constexpr,
     STRIDE_UNIT: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     # Named, because Triton 3.6 takes a nested tuple that is passed on unnamed for a tuple of values.
@@ -275,7 +275,7 @@ def _score_and_select_kernel(
             ticket - first_summing, batch, num_keys, width,
             Logits(c_ptr, statistics_ptr, num_c_rows, num_tiles, num_parts * num_tiles), w, k_mask,
             Budget(numerator, denominator, budget), outputs, memory, _LOGITS,
-            STATIC.mode, HAS_K_MASK, STATIC.selects, CEIL, FINISH,
+            STATIC.mode, HAS_K_MASK, STATIC.selects, ROUNDING, FINISH,
         )  # fmt: skip
 
 
@@ -363,7 +363,7 @@ def score_and_select(
     )
     if batch and num_keys:
         keep = keep_arguments(r, rounding)
-        _launch(q, k, w, q_mask, k_mask, normalize, scale, selection, True, keep, rounding == "ceil", config)
+        _launch(q, k, w, q_mask, k_mask, normalize, scale, selection, True, keep, rounding, config)
     return selection
 
 
@@ -382,7 +382,7 @@ def score_tokens(
     scores = torch.empty((batch, num_keys), dtype=torch.float32, device=k.device)
     if batch and num_keys:
         unselected = Selection(scores, scores, scores)
-        _launch(q, k, w, q_mask, k_mask, normalize, scale, unselected, False, (1, 1, 0), False, config)
+        _launch(q, k, w, q_mask, k_mask, normalize, scale, unselected, False, (1, 1, 0), "floor", config)
     return scores
 
 
@@ -397,7 +397,7 @@ def _launch(
     selection: Selection,
     selects: bool,
     keep: tuple[int, int, int],
-    ceil: bool,
+    rounding: str,
     config: ScoreConfig | None,
 ) -> None:
     device = k.device
@@ -420,7 +420,7 @@ def _launch(
             q if q_mask is None else q_mask, k if k_mask is None else k_mask, *q_mask_strides, *k_mask_strides,
             q_strides[0] // unit, q_strides[1] // unit, k_strides[0] // unit, k_strides[1] // unit,
             *plan.sizes, indices.shape[-1], *keep, scale,
-            HAS_Q_MASK=q_mask is not None, HAS_K_MASK=k_mask is not None, CEIL=ceil,
+            HAS_Q_MASK=q_mask is not None, HAS_K_MASK=k_mask is not None, ROUNDING=rounding,
             INTERPRETED=device.type == "cpu", STRIDE_UNIT=unit, STATIC=plan.static, **plan.options,
         )  # fmt: skip
 

@@ -198,7 +198,7 @@ def _score_hidden_kernel(
     batch, num_tokens, num_heads, num_heads_per_group, num_text_parts, num_tiles, tokens_per_program,
     width, numerator: tl.int64, denominator: tl.int64, budget, scale, epsilon,
     HAS_NORM_WEIGHT: tl.constexpr, HAS_QUERY_BIAS: tl.constexpr, HAS_KEY_BIAS: tl.constexpr,
-    CEIL: tl.constexpr, INTERPRETED: tl.constexpr, STATIC: tl.constexpr,
+    ROUNDING: tl.constexpr, INTERPRETED: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     ticket = draw_ticket(memory.counters)
     # Named, because Triton 3.6 takes a nested tuple that is passed on unnamed for a tuple of values.
@@ -310,7 +310,7 @@ def _score_hidden_kernel(
             ticket - first_summing, batch, num_tokens, width,
             Logits(c_ptr, statistics_ptr, num_c_rows, num_tiles, num_parts * num_tiles), w, k_mask,
             Budget(numerator, denominator, budget), outputs, memory, _LOGITS,
-            STATIC.mode, True, STATIC.selects, CEIL, FINISH,
+            STATIC.mode, True, STATIC.selects, ROUNDING, FINISH,
         )  # fmt: skip
 
 
@@ -404,8 +404,8 @@ def score_hidden_and_select(
         torch.empty((batch, num_tokens), dtype=torch.float32, device=x.device),
     )
     if batch and num_tokens:
-        keep, ceil = keep_arguments(r, rounding), rounding == "ceil"
-        _launch(x, layer, w, q_mask, k_mask, normalize, scale, selection, True, keep, ceil, config)
+        keep = keep_arguments(r, rounding)
+        _launch(x, layer, w, q_mask, k_mask, normalize, scale, selection, True, keep, rounding, config)
     return selection
 
 
@@ -423,7 +423,7 @@ def score_hidden(
     scores = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
     if scores.numel():
         nothing = Selection(scores, scores, scores)
-        _launch(x, layer, w, q_mask, k_mask, normalize, scale, nothing, False, (1, 1, 0), False, config)
+        _launch(x, layer, w, q_mask, k_mask, normalize, scale, nothing, False, (1, 1, 0), "floor", config)
     return scores
 
 
@@ -438,7 +438,7 @@ def _launch(
     selection: Selection,
     selects: bool,
     keep: tuple[int, int, int],
-    ceil: bool,
+    rounding: str,
     config: HiddenConfig | None,
 ) -> None:
     norm_weight, norm_eps, wq, bq, wk, bk, _ = layer
@@ -470,7 +470,7 @@ def _launch(
             q_mask, k_mask, *q_mask.stride(), *k_mask.stride(), x_strides[0],
             *plan.sizes, indices.shape[-1], *keep, scale, norm_eps,
             HAS_NORM_WEIGHT=norm_weight is not None, HAS_QUERY_BIAS=bq is not None, HAS_KEY_BIAS=bk is not None,
-            CEIL=ceil, INTERPRETED=x.device.type == "cpu", STATIC=plan.static, **plan.options,
+            ROUNDING=rounding, INTERPRETED=x.device.type == "cpu", STATIC=plan.static, **plan.options,
         )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ _VARYING = (
 def _select_kernel(
     scores_ptr, mask_ptr, memory, outputs, mask_stride_b, mask_stride_m,
     batch, num_keys, width, numerator: tl.int64, denominator: tl.int64, budget,
-    HAS_MASK: tl.constexpr, CEIL: tl.constexpr, STATIC: tl.constexpr,
+    HAS_MASK: tl.constexpr, ROUNDING: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     ticket = draw_ticket(memory.counters)
     blocks = tl.cdiv(num_keys, STATIC.row)
@@ -68,7 +68,7 @@ def _select_kernel(
                 phase - 1, block, outputs.scores + start, mask,
                 Selected(outputs.mask + start, indices_ptr, num_keys, width), histograms_ptr,
                 counters, counters + _SCORES, blocks, Budget(numerator, denominator, budget),
-                HAS_MASK, CEIL, STATIC.in_registers, STATIC.row, STATIC.num_blocks,
+                HAS_MASK, ROUNDING, STATIC.in_registers, STATIC.row, STATIC.num_blocks,
             )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def select_topk(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None,
                 Memory(floats, words, launch_counters(num_counters(batch), scores.device)),
                 Outputs(out_scores, keep, indices), *((0, 0) if mask is None else mask.stride()),
                 *plan.sizes, indices.shape[1], *keep_arguments(r, rounding),
-                HAS_MASK=mask is not None, CEIL=rounding == "ceil", STATIC=plan.static, **plan.options,
+                HAS_MASK=mask is not None, ROUNDING=rounding, STATIC=plan.static, **plan.options,
             )  # fmt: skip
     return Selection(keep, indices, out_scores)
 
