@@ -248,7 +248,7 @@ def _hidden(
     shape = (num_tokens, hidden_size, num_heads, num_key_value_heads, head_dim)
     config = config_for(target, "score_hidden", Shape("fp32" if dtype == "fp32" else "half", 0, 1, num_tokens))
     plan = score_hidden.make_plan(1, *shape, mode, True, config)
-    options = dict.fromkeys(("HAS_NORM_WEIGHT", "HAS_QUERY_BIAS", "HAS_KEY_BIAS"), True)
+    options: dict[str, Any] = dict.fromkeys(("HAS_NORM_WEIGHT", "HAS_QUERY_BIAS", "HAS_KEY_BIAS"), True)
     options |= {"ROUNDING": "floor", "INTERPRETED": False}
     pointer = DTYPES[dtype]
     tensors = score_hidden.Tensors(*[pointer] * 6, "*fp32")  # type: ignore[call-arg]

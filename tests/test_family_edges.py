@@ -236,11 +236,11 @@ def test_images_are_those_of_the_encoder_where_its_lengths_fit():
     prompt = Prompt(ids, ids > 0, visual, ~visual, ["", ""], 9)
     kinds = {3: "image", 4: "video"}
     runs = [[3, 1, 1]] * 2
-    assert prompt.image_lengths() == runs
+    assert prompt.unit_lengths() == runs
     # one row of features for both rows of ids, as for beams, and a row for each
     once = {"image": [1, 2, 1], "video": [1]}
     for lengths in (once, {kind: each * 2 for kind, each in once.items()}):
-        assert prompt.with_images(lengths, kinds).image_lengths() == [[1, 2, 1, 1]] * 2
+        assert prompt.with_images(lengths, kinds).unit_lengths() == [[1, 2, 1, 1]] * 2
     assert [image.tolist() for image in prompt.with_images({"image": [2, 2], "video": [1]}, kinds).images(1)] == [
         [1, 2],
         [3, 5],
@@ -256,7 +256,7 @@ def test_images_are_those_of_the_encoder_where_its_lengths_fit():
         {"image": []},
         {},
     ):
-        assert prompt.with_images(lengths, kinds).image_lengths() == runs
+        assert prompt.with_images(lengths, kinds).unit_lengths() == runs
 
 
 # what comes out last before RoPE, and norms that queries and keys share or that come after RoPE

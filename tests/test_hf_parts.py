@@ -221,7 +221,7 @@ def test_images_are_runs_of_one_placeholder():
     visual = np.isin(ids, (3, 4))
     prompt = Prompt(ids, ids > 0, visual, ~visual, ["given"], 8)
     assert [image.tolist() for image in prompt.images(0)] == [[1, 2], [4], [5, 6]]
-    assert prompt.image_lengths() == [[2, 1, 2]]
+    assert prompt.unit_lengths() == [[2, 1, 2]]
     assert prompt.ends_in_text(1)
     assert not prompt.ends_in_text(2)
 

@@ -65,7 +65,7 @@ class LayerView(PrefillView):
         prompt: where text queries and visual tokens stand.
         projections: queries and keys of the scoring layer.
         head_weights: float32 `[H]`, or None.
-        budgets: tokens kept of each image of each row, or None for one budget for each row.
+        budgets: tokens kept of each image or tile of each row, or None for one budget for each row.
         context: what else is known.
     """
 
@@ -112,17 +112,13 @@ class LayerView(PrefillView):
         if self._budgets is None:
             return None
         width = self._filled.shape[1]
-        lengths = self._prompt.image_lengths()
-        longest = max(length for row in lengths for length in row)
-        index, mask = [], []
-        for row, images in enumerate(lengths):
-            start = row * width
-            for length in images:
-                index.append(np.minimum(start + np.arange(longest), self._filled.size - 1))
-                mask.append(np.arange(longest) < length)
-                start += length
+        units = [row * width + place for row, places in enumerate(_places(self._prompt)) for place in places]
+        lengths = np.array([[len(unit)] for unit in units])
+        mask = np.arange(lengths.max()) < lengths
+        index = np.zeros(mask.shape, dtype=np.int64)
+        index[mask] = np.concatenate(units)
         kept_per_row = max(sum(row) for row in self._budgets)
-        return Segments(upload(np.stack(index), self._device), upload(np.stack(mask), self._device), kept_per_row)
+        return Segments(upload(index, self._device), upload(mask, self._device), kept_per_row)
 
     def hidden_states(self) -> HiddenStates | None:
         plain = self._projections.plain()
@@ -309,7 +305,7 @@ class Chooser:
     Attributes:
         method: scores and selects.
         keep_ratio: the fraction kept, the budget, or a number on the way to a budget.
-        per_image: whether each image has a budget of its own.
+        per_image: whether each image has a budget of its own, or each tile of a prompt that knows its tiles.
         head_weights: float32 `[H]`, or None.
     """
 
@@ -343,7 +339,7 @@ class Chooser:
         """
         if self.method.uses_text:
             _check_text(prompt)
-        whole = prompt
+        whole, prompt = prompt, prompt.candidates()
         if context.attention is not None:
             prompt = prompt.with_separators(context.attention.is_separator)
         lengths, all_lengths = self.lengths(prompt), self.lengths(whole)
@@ -398,8 +394,10 @@ class Chooser:
         """Select as many tokens of each row or image as its own budget says, by one selection for each budget."""
         _, filled = padded_positions(prompt.visual)
         of_token = np.zeros(filled.shape, dtype=np.int64)
-        for row, (lengths, of_row) in enumerate(zip(self.lengths(prompt), budgets, strict=True)):
-            of_token[row, filled[row]] = np.repeat(of_row, lengths)
+        units = _places(prompt) if self.per_image else [[np.flatnonzero(row)] for row in filled]
+        for row, (places, of_row) in enumerate(zip(units, budgets, strict=True)):
+            for place, budget in zip(places, of_row, strict=True):
+                of_token[row, place] = budget
         chosen: Selection | None = None
         for budget in sorted({budget for row in budgets for budget in row if budget}):
             clamped = [[min(budget, length) for length in row] for row in self.lengths(prompt)]
@@ -414,10 +412,16 @@ class Chooser:
         return chosen
 
     def lengths(self, prompt: Prompt) -> list[list[int]]:
-        """Count the visual tokens that share a budget: those of each image, or those of each row."""
+        """Count the visual tokens that share a budget: those of each image or tile, or those of each row."""
         if self.per_image:
-            return prompt.image_lengths()
+            return prompt.unit_lengths()
         return [[int(count)] for count in prompt.visual.sum(axis=1)]
+
+
+def _places(prompt: Prompt) -> list[list[np.ndarray]]:
+    """Find, for each row and each of its images or tiles, the places of its tokens among the visual ones of the row."""
+    rank = np.cumsum(prompt.visual, axis=1) - 1
+    return [[rank[row, unit] for unit in prompt.units(row)] for row in range(len(prompt.ids))]
 
 
 def _undeclared(name: str, declaration: str) -> str:

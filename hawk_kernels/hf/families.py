@@ -56,6 +56,8 @@ class Family:
         encoded_whole: "image" where the encoder returns one entry for each image, however that is laid out in the
             prompt, and "video" likewise. Elsewhere an entry may be a tile or a frame, and an image is a run of
             placeholders.
+        tiles: "entries" where a picture is cut into tiles and the encoder returns one entry for each, or never cuts a
+            picture; "mosaic" where the tiles of a picture are laid out as one grid; None where neither is known.
         pair_masks: whether visual tokens see each other both ways, by masks over pairs of tokens that the multimodal
             model makes; elsewhere the text model makes its own masks.
         position_axes: rows of position ids that RoPE reads, where it reads several.
@@ -77,6 +79,7 @@ class Family:
     end_of_turn_ids: tuple[int, ...] = ()
     features: tuple[str, ...] = ("pixel_values", "pixel_values_videos")
     encoded_whole: tuple[str, ...] = ()
+    tiles: str | None = None
     pair_masks: bool = False
     position_axes: int = 3
     plain_rope: bool = True
@@ -171,8 +174,8 @@ FAMILIES: tuple[Family, ...] = (
         encoder=PackedEncoder,
     ),
     Family("aria", ("AriaForConditionalGeneration",)),
-    Family("aya_vision", ("AyaVisionForConditionalGeneration",), encoder=TileEncoder),
-    Family("cohere2_vision", ("Cohere2VisionForConditionalGeneration",), encoder=TileEncoder),
+    Family("aya_vision", ("AyaVisionForConditionalGeneration",), tiles="entries", encoder=TileEncoder),
+    Family("cohere2_vision", ("Cohere2VisionForConditionalGeneration",), tiles="entries", encoder=TileEncoder),
     Family("deepseek_vl", ("DeepseekVLForConditionalGeneration",), encoded_whole=_IMAGES, encoder=_IN_VISION_MODEL),
     Family(
         "deepseek_vl_hybrid",
@@ -233,7 +236,13 @@ FAMILIES: tuple[Family, ...] = (
         encoder=PackedEncoder,
     ),
     Family("got_ocr2", ("GotOcr2ForConditionalGeneration",)),
-    Family("granite_docling", ("GraniteDoclingForConditionalGeneration",), since="5.23", encoder=_IN_VISION_MODEL),
+    Family(
+        "granite_docling",
+        ("GraniteDoclingForConditionalGeneration",),
+        since="5.23",
+        tiles="entries",
+        encoder=_IN_VISION_MODEL,
+    ),
     Family(
         "hunyuan_vl",
         ("HunYuanVLForConditionalGeneration",),
@@ -250,8 +259,8 @@ FAMILIES: tuple[Family, ...] = (
         encoder=partial(PackedEncoder, tower="vision_model"),
     ),
     Family("idefics2", ("Idefics2ForConditionalGeneration",)),
-    Family("idefics3", ("Idefics3ForConditionalGeneration",), encoder=_IN_VISION_MODEL),
-    Family("internvl", ("InternVLForConditionalGeneration",), encoder=TileEncoder),
+    Family("idefics3", ("Idefics3ForConditionalGeneration",), tiles="entries", encoder=_IN_VISION_MODEL),
+    Family("internvl", ("InternVLForConditionalGeneration",), tiles="entries", encoder=TileEncoder),
     Family("janus", ("JanusForConditionalGeneration",), encoder=_IN_VISION_MODEL),
     Family(
         "kimi_k25", ("Kimi_K25ForConditionalGeneration",), since="5.17", plain_rope=False, projections=LatentProjections
@@ -276,11 +285,12 @@ FAMILIES: tuple[Family, ...] = (
         projections=partial(SeparateProjections, head_norms=("qk_norm", "qk_norm")),
         slot_limit=_before_temperature_rises,
     ),
-    Family("llava", ("LlavaForConditionalGeneration",), encoded_whole=_IMAGES, encoder=TileEncoder),
+    Family("llava", ("LlavaForConditionalGeneration",), encoded_whole=_IMAGES, tiles="entries", encoder=TileEncoder),
     Family(
         "llava_next",
         ("LlavaNextForConditionalGeneration",),
         encoded_whole=_IMAGES,
+        tiles="mosaic",
         encoder=partial(TileEncoder, images=any_resolution),
     ),
     Family(
@@ -288,6 +298,7 @@ FAMILIES: tuple[Family, ...] = (
         ("LlavaNextVideoForConditionalGeneration",),
         video=True,
         encoded_whole=_IMAGES_AND_VIDEOS,
+        tiles="mosaic",
         encoder=partial(TileEncoder, images=any_resolution),
     ),
     Family(
@@ -295,6 +306,7 @@ FAMILIES: tuple[Family, ...] = (
         ("LlavaOnevisionForConditionalGeneration",),
         video=True,
         encoded_whole=_IMAGES_AND_VIDEOS,
+        tiles="mosaic",
         encoder=partial(TileEncoder, images=any_resolution, videos=pooled_frames),
     ),
     Family("minicpmv4_6", ("MiniCPMV4_6ForConditionalGeneration",), since="5.10", video=True, without=_STATEFUL),
@@ -314,7 +326,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("perception_lm", ("PerceptionLMForConditionalGeneration",), since="5.23", video=True),
     Family("qianfan_ocr", ("QianfanOCRForConditionalGeneration",), since="5.10", encoder=TileEncoder),
-    Family("smolvlm", ("SmolVLMForConditionalGeneration",), encoder=_IN_VISION_MODEL),
+    Family("smolvlm", ("SmolVLMForConditionalGeneration",), tiles="entries", encoder=_IN_VISION_MODEL),
     Family("video_llama_3", ("VideoLlama3ForConditionalGeneration",), video=True, encoded_whole=_IMAGES_AND_VIDEOS),
     Family(
         "video_llava",

@@ -120,12 +120,26 @@ def frames_of_prompt(anatomy: Anatomy, prompt: Prompt, encoded: dict[str, Encode
     queues = {kind: _describing(kind, told, anatomy, prompt, copies) for kind in told}
     rows: list[list[list[Frame]]] = []
     for row in range(0, len(prompt.ids), copies):
+        if prompt.tiles is not None:
+            rows += [_frames_of_tiles(prompt, row)] * copies
+            continue
         images = []
         for image, seen in zip(prompt.whole_images(row), prompt.images(row), strict=True):
             frames = _taken(queues[anatomy.kinds[int(prompt.ids[row, image[0]])]], len(image))
             images.append(frames if frames and len(seen) == len(image) else _guessed(len(seen)))
         rows += [images] * copies
     return rows
+
+
+def _frames_of_tiles(prompt: Prompt, row: int) -> list[list[Frame]]:
+    """Find the grid of each tile of a row, as one frame."""
+    from hawk_kernels.hf.tiles import grids_of_tiles
+
+    lengths = [len(unit) for unit in prompt.candidates().units(row)]
+    return [
+        _guessed(length) if grid is None else [grid]
+        for grid, length in zip(grids_of_tiles(prompt, row), lengths, strict=True)
+    ]
 
 
 def _small(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -413,6 +413,8 @@ def packed_prompt(prompt: Prompt, kept: np.ndarray, length: int) -> Prompt:
         length=length - (prompt.ids.shape[1] - prompt.length),
         placeholders=packed(prompt.all_placeholders()),
         starts=starts,
+        tiles=None if prompt.tiles is None else packed(prompt.tiles + 1) - 1,
+        separators=None if prompt.separators is None else packed(prompt.separators),
     )
 
 

@@ -50,7 +50,11 @@ class Packing:
         source: int64 `[B, P]`, where in its row a packed token stood; 0 at padding.
         total: tokens of all rows without padding.
         is_full: whether no packed row has padding.
+        shift: how much lower the packed position ids are than those that the caller counts, for what follows the row,
+            `[..., B, 1]`; None where the tokens keep their position ids.
     """
+
+    shift: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -102,8 +106,10 @@ class Packing:
         whole = values.new_full((batch, full_length + 1), fill)
         return whole.scatter_(1, place.to(values.device), values)[:, :full_length].contiguous()
 
-    def pack_arguments(self, kwargs: dict[str, Any], axes: int = 3) -> tuple[dict[str, Any], torch.Tensor]:
-        """Pack the arguments of the text model, and find the position ids `[..., B, 1]` of what follows.
+    def pack_arguments(
+        self, kwargs: dict[str, Any], axes: int = 3, renumbers: bool = False
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """Pack the arguments of the text model, and find the position ids `[..., B, 1]` that the caller counts next.
 
         Every argument with one entry for each token is packed as the embeddings are. The mask is always given: without
         one, gaps in the position ids are taken for the ends of sequences that share a row.
@@ -111,9 +117,13 @@ class Packing:
         Args:
             kwargs: the arguments for the whole prompt.
             axes: rows of position ids that RoPE reads, where it reads several; one more row in front counts text.
+            renumbers: whether the tokens of a packed row are numbered one after the other from its first.
         """
         positions = self.position_ids
         following = positions[..., -1:] + 1
+        if renumbers:
+            positions = self._renumbered(positions)
+            self.shift = following - positions[..., -1:] - 1
         if positions.dim() == 3 and positions.shape[0] == axes + 1:
             # the first row only tells sequences of one row apart
             text = (self.mask.cumsum(-1) - 1).clamp(min=0).unsqueeze(0)
@@ -126,13 +136,24 @@ class Packing:
         others = {name: self._packed(value) for name, value in kwargs.items() if name not in packed}
         return {**others, **packed}, following
 
+    def _renumbered(self, positions: torch.Tensor) -> torch.Tensor:
+        """Number the tokens of each packed row from the position id of its first one on, `[..., B, P]`."""
+        place = (self.mask.cumsum(-1) - 1).clamp(min=0).to(positions)
+        begins = (self.length - self.mask.sum(-1, keepdim=True)).clamp(max=self.length - 1).to(positions.device)
+        return positions.gather(-1, begins.expand(*positions.shape[:-1], 1)) + place
+
     def _packed(self, value: Any) -> Any:
         has_tokens = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[:2] == self._kept.shape
         return self.pack(value) if has_tokens else value
 
 
 def pack_call(
-    anatomy: Anatomy, prompt: Prompt, kept: torch.Tensor, counts: list[int], kwargs: dict[str, Any]
+    anatomy: Anatomy,
+    prompt: Prompt,
+    kept: torch.Tensor,
+    counts: list[int],
+    kwargs: dict[str, Any],
+    renumbers: bool = False,
 ) -> tuple[Packing, dict[str, Any], torch.Tensor]:
     """Pack a call of the text model.
 
@@ -142,9 +163,10 @@ def pack_call(
         kept: bool `[B, T]`, the tokens that stay.
         counts: how many stay in each row.
         kwargs: the arguments of the call for the whole prompt.
+        renumbers: whether the tokens that stay are numbered anew.
 
     Returns:
-        How the tokens are packed, the packed arguments, and the position ids `[..., B, 1]` of what follows.
+        How the tokens are packed, the packed arguments, and the position ids `[..., B, 1]` that the caller counts next.
 
     Raises:
         ValueError: the caller wants router logits, which the model would weigh by the mask of the whole prompt; or
@@ -163,7 +185,7 @@ def pack_call(
             "tokens that stay by the attention_mask of the whole prompt, so leave the option out, or pass rows without "
             "padding and without a mask, of which equally many tokens stay"
         )
-    packed, following = packing.pack_arguments(kwargs, family.position_axes)
+    packed, following = packing.pack_arguments(kwargs, family.position_axes, renumbers)
     packed |= packed_features(kwargs, prompt, kept, packing)
     if family.pair_masks:
         packed["attention_mask"] = packed_pair_masks(
@@ -173,6 +195,26 @@ def pack_call(
             getattr(anatomy.text.config, "layer_types", None),
         )
     return packing, packed, following
+
+
+def check_renumbers(anatomy: Anatomy) -> None:
+    """Refuse `positions="packed"` for a family in which it has no meaning, or another one.
+
+    Raises:
+        TypeError: the position ids of visual tokens tell rows and columns, or windows are measured in the whole prompt.
+    """
+    family, text = anatomy.family, anatomy.text
+    expected = f"positions: expected 'original' for {family.model_type}, got 'packed'"
+    if any(hasattr(module, "get_rope_index") for module in (anatomy.multimodal, text)):
+        raise TypeError(
+            f"{expected}; its position ids tell time, row and column of a visual token, which have no packed form, and "
+            "no release renumbers them"
+        )
+    kinds = getattr(text.config, "layer_types", None) or []
+    if family.pair_masks and any("sliding" in kind for kind in kinds):
+        raise TypeError(
+            f"{expected}; the masks of its sliding windows are made for the whole prompt, so they would not follow"
+        )
 
 
 def slot_limit(anatomy: Anatomy) -> int | None:

@@ -100,7 +100,8 @@ class CallHooks:
         anatomy: the model's parts.
         chooser: chooses the tokens that stay before the first layer; None where all enter it.
         inside: drops or hides tokens after later layers, or None.
-        per_image: whether each image has a budget of its own.
+        budget: "shared", "per_image" or "per_tile".
+        renumbers: whether the tokens that stay after the choice before the first layer are numbered anew.
         query: the caller's choice of text queries, or None.
         publish: is called with the outcome of each prefill.
         ended: is called when the hooks are off.
@@ -122,7 +123,8 @@ class CallHooks:
         anatomy: Anatomy,
         chooser: Chooser | None,
         inside: InsideStack | None,
-        per_image: bool,
+        budget: str,
+        renumbers: bool,
         query: Query | None,
         publish: Callable[[Outcome], None],
         ended: Callable[[], None],
@@ -132,7 +134,8 @@ class CallHooks:
         self._query = query
         self._publish = publish
         self._inside = inside
-        self._sources = _Sources(anatomy, chooser, per_image)
+        self._renumbers = renumbers
+        self._sources = _Sources(anatomy, chooser, budget)
         self._records = CacheRecords(CachedPrompt)
         self._thread = _ThreadState()
         self.lifetime = Lifetime(self._attach, self._watch_generate, ended)
@@ -269,13 +272,14 @@ class CallHooks:
         positions = kwargs.get("position_ids")
         if positions is None:
             batch = None if input_ids is None else len(input_ids)
-            return (), {**kwargs, "position_ids": record.positions_for(cache, length, batch)}
+            positions = record.in_cache(record.positions_for(cache, length, batch))
+            return (), {**kwargs, "position_ids": positions}
         if length > 1:
             if isinstance(mask, torch.Tensor) and mask.dim() == 2:
                 record.check_length(cache, mask, length)
             else:
                 record.check_continues(cache, positions)
-        return None
+        return None if record.shift is None else ((), {**kwargs, "position_ids": record.in_cache(positions)})
 
     @outside_graphs
     def _read(self, kwargs: dict[str, Any], input_ids: torch.Tensor) -> _Prefill | None:
@@ -374,7 +378,10 @@ class CallHooks:
         kept, counts = prefill.kept[0]
         if counts == prompt.valid.sum(axis=1).tolist():
             return None
-        prefill.packing, packed, prefill.following = pack_call(self._anatomy, prompt, kept, counts, kwargs)
+        packed: dict[str, Any]
+        prefill.packing, packed, prefill.following = pack_call(
+            self._anatomy, prompt, kept, counts, kwargs, self._renumbers
+        )
         return packed
 
     def _enter_stack(
@@ -403,7 +410,7 @@ class CallHooks:
         passage = Passage(
             prompt=prompt,
             valid=own,
-            original=inside.chooser.lengths(whole),
+            original=inside.chooser.lengths(whole.candidates()),
             full_length=whole.ids.shape[1],
             chosen=partial(self._chosen_inside, prefill),
             embeds=kwargs["inputs_embeds"],
@@ -479,7 +486,7 @@ class CallHooks:
         budget = chooser.keep_ratio
         if not isinstance(budget, int):
             return
-        rows = prompt.image_lengths() if chooser.per_image else prompt.visual.sum(axis=1, keepdims=True).tolist()
+        rows = prompt.unit_lengths() if chooser.per_image else prompt.visual.sum(axis=1, keepdims=True).tolist()
         longest = max((length for row in rows for length in row), default=0)
         if budget * 100 < longest:
             self.tiny_budget = max(self.tiny_budget, longest)
@@ -520,6 +527,7 @@ class CallHooks:
                 next_position=prefill.following,
                 constant_mask=constant_mask(cache, packing.mask),
                 slot_limit=slot_limit(self._anatomy),
+                shift=packing.shift,
             )
             self._records.keep(cache, record)
         wanted = prefill.logits_to_keep
@@ -544,7 +552,7 @@ class CallHooks:
 class _Sources:
     """What is watched besides the prompt, for a method that asks: the vision encoder, the images, RoPE."""
 
-    def __init__(self, anatomy: Anatomy, chooser: Chooser | None, per_image: bool) -> None:
+    def __init__(self, anatomy: Anatomy, chooser: Chooser | None, budget: str) -> None:
         self._anatomy = anatomy
         self._chooser = chooser
         method = None if chooser is None else chooser.method
@@ -556,7 +564,8 @@ class _Sources:
         self._encoding = EncodingWatch(anatomy.multimodal)
         self._layers_before, _ = first_attention_layer(anatomy.text)
         self._uses_grids = method is not None and method.uses_grids
-        wants_images = self._uses_grids or per_image
+        wants_images = self._uses_grids or budget != "shared"
+        self._wants_tiles = budget == "per_tile"
         self._whole_kinds = anatomy.family.encoded_whole if wants_images else ()
 
     def attach(self) -> list[Handle]:
@@ -585,11 +594,15 @@ class _Sources:
         return self._encoding.encoded(arguments)
 
     def with_images(self, prompt: Prompt, encoded: dict[str, Encoded]) -> Prompt:
-        """Divide the prompt into images as the encoder did."""
-        if not self._whole_kinds:
-            return prompt
-        lengths = {kind: run.lengths for kind, run in encoded.items() if kind in self._whole_kinds}
-        return prompt.with_images(lengths, self._anatomy.kinds)
+        """Divide the prompt into images as the encoder did, and into tiles where these have budgets of their own."""
+        if self._whole_kinds:
+            lengths = {kind: run.lengths for kind, run in encoded.items() if kind in self._whole_kinds}
+            prompt = prompt.with_images(lengths, self._anatomy.kinds)
+        if self._wants_tiles:
+            from hawk_kernels.hf.tiles import with_tiles
+
+            prompt = with_tiles(self._anatomy, prompt, encoded)
+        return prompt
 
     def context(self, prefill: _Prefill, text_arguments: dict[str, Any]) -> Context:
         """Collect what the method may want to know before the first layer.

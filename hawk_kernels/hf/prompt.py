@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from hawk_kernels.hf.anatomy import Anatomy
-from hawk_kernels.hf.question import GIVEN, Query, text_queries
+from hawk_kernels.hf.question import GIVEN, NAMED_QUERIES, Query, text_queries
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Prompt:
             alone.
         starts: bool `[B, T]`, True at the first placeholder of each image or video. None means that each run of one
             placeholder id is an image or a video.
+        tiles: int64 `[B, T]`, which tile of its row a placeholder belongs to, counted from 0, -1 elsewhere. None means
+            that nobody asked for tiles.
+        separators: bool `[B, T]`, the placeholders that only separate visual tokens, such as image newlines. None means
+            that they are not known.
     """
 
     ids: np.ndarray
@@ -39,6 +44,8 @@ class Prompt:
     length: int
     placeholders: np.ndarray | None = None
     starts: np.ndarray | None = None
+    tiles: np.ndarray | None = None
+    separators: np.ndarray | None = None
 
     def all_placeholders(self) -> np.ndarray:
         """Mark where features of images and videos stand, bool `[B, T]`."""
@@ -104,9 +111,20 @@ class Prompt:
         """Find the positions of the visual tokens of each image or video of a row; an image may have none left."""
         return [image[self.visual[row, image]] for image in self.whole_images(row)]
 
-    def image_lengths(self) -> list[list[int]]:
-        """Count the visual tokens of each image of each row."""
-        return [[len(image) for image in self.images(row)] for row in range(len(self.ids))]
+    def units(self, row: int) -> list[np.ndarray]:
+        """Find the positions of the visual tokens of each image of a row, or of each tile where tiles are known."""
+        if self.tiles is None:
+            return self.images(row)
+        tiles = self.tiles[row]
+        return [np.flatnonzero(self.visual[row] & (tiles == tile)) for tile in range(int(tiles.max()) + 1)]
+
+    def unit_lengths(self) -> list[list[int]]:
+        """Count the visual tokens of each image, or of each tile where tiles are known, of each row."""
+        return [[len(unit) for unit in self.units(row)] for row in range(len(self.ids))]
+
+    def candidates(self) -> Prompt:
+        """Return the same prompt, in which known separators are no visual tokens."""
+        return self if self.separators is None else self.with_separators(self.separators)
 
 
 def padded_positions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +170,8 @@ def read_prompt(
         return None, None
     valid = _valid_tokens(arguments.get("attention_mask"), input_ids, cache)
     prompt_length = input_ids.shape[1] - guesses
-    queries = None if query is None else _given_queries(query, input_ids[:, :prompt_length])
+    find = NAMED_QUERIES[query] if isinstance(query, str) else text_queries
+    queries = None if query is None or isinstance(query, str) else _given_queries(query, input_ids[:, :prompt_length])
     length = cached if isinstance(cached, torch.Tensor) else None
     restarts = _restarts(arguments.get("position_ids"), valid, anatomy.family.position_axes)
     host_ids, host_valid, host_queries, host_length, host_restarts = _fetch(input_ids, valid, queries, length, restarts)
@@ -165,7 +184,7 @@ def read_prompt(
     if visual.any():
         _check_one_sample_a_row(arguments, host_restarts)
     if host_queries is None:
-        found, sources = text_queries(own_ids, own, visual, anatomy.markers)
+        found, sources = find(own_ids, own, visual, anatomy.markers)
     else:
         found, sources = host_queries.astype(bool) & own, [GIVEN] * len(host_ids)
     visual, found, placeholders = (np.pad(mask, ((0, 0), (0, guesses))) for mask in (visual, found, placeholders))
@@ -246,7 +265,9 @@ def _check_one_sample_a_row(arguments: dict[str, Any], restarts: np.ndarray | No
         )
 
 
-def _given_queries(query: Query, input_ids: torch.Tensor) -> torch.Tensor:
+def _given_queries(
+    query: torch.Tensor | Callable[[torch.Tensor], torch.Tensor], input_ids: torch.Tensor
+) -> torch.Tensor:
     mask = query(input_ids) if callable(query) else query
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         came = f"a tensor of {mask.dtype}" if isinstance(mask, torch.Tensor) else type(mask).__name__

@@ -16,8 +16,9 @@ from hawk_kernels.head_weights import resolve_head_weights
 from hawk_kernels.hf.anatomy import Anatomy, dissect
 from hawk_kernels.hf.choose_tokens import Chooser
 from hawk_kernels.hf.hooks import forget_compiled_call
+from hawk_kernels.hf.packing import check_renumbers
 from hawk_kernels.hf.prefill import CallHooks, Outcome
-from hawk_kernels.hf.question import ChatQuestion, Query
+from hawk_kernels.hf.question import NAMED_QUERIES, ChatQuestion, Query
 from hawk_kernels.hf.stats import PruningStats, Stage, sample_stats
 from hawk_kernels.methods import Method, resolve_method
 from hawk_kernels.validation import checked_keep_ratio
@@ -25,7 +26,8 @@ from hawk_kernels.validation import checked_keep_ratio
 if TYPE_CHECKING:
     from hawk_kernels.compile_ahead import WarmUp
 
-BUDGETS = ("shared", "per_image")
+BUDGETS = ("shared", "per_image", "per_tile")
+POSITIONS = ("original", "packed")
 KeepRatio = float | int | Mapping[int, float | int | tuple[str | Method, float | int]]
 """How much is kept: of all visual tokens, or stage by stage."""
 
@@ -34,11 +36,13 @@ def prune(
     model: nn.Module,
     keep_ratio: KeepRatio,
     *,
-    method: str | Method = "hawk",
+    method: str | Method | None = None,
     head_weights: str | Path | torch.Tensor | list[float] | None = None,
-    budget: str = "shared",
+    budget: str | None = None,
     query: Query | None = None,
     mode: str | None = None,
+    positions: str | None = None,
+    recipe: str | None = None,
     **options: Any,
 ) -> Pruning:
     """Prune the visual tokens of every prompt that `model` reads inside a `with` block (HAWK, arXiv 2604.07812).
@@ -68,15 +72,23 @@ def prune(
             `{layer: keep}` or `{layer: (method, keep)}`: after this layer, counted from 1, so much of the original
             visual tokens is left; layer 0 stands for before the first. Some methods have stages of their own, such as
             "fastv" after layer 2.
-        method: name of a method, or a method object.
+        method: name of a method, or a method object; None means "hawk".
         head_weights: None (the shipped registry), "uniform", a `[H]` tensor or sequence, or the path of a weights file.
-        budget: "shared" by all images of a row, or "per_image": `keep_ratio` applies to each image or video.
+        budget: "shared" (the same as None) by all images of a row; "per_image": `keep_ratio` applies to each image or
+            video; "per_tile": to each tile of a picture, where the family cuts pictures into tiles. There image
+            newlines belong to no tile's budget and stay.
         query: the text that ranks the visual tokens: a bool mask `[B, T]`, a callable from `input_ids` to one, or a
             processor or tokenizer, whose chat template shows where the user's last turn stands. By default it is the
             text after the last image up to the final end of turn or, where several turns stand there, the user's last.
+            "release" takes all turns that stand there, as the release of HAWK does.
         mode: what becomes of tokens that leave after a layer: "drop" takes them out of the sequence and the cache,
             "hide" masks them for later layers, which computes the same and saves nothing. None leaves it to the method;
             all of the package's drop. Tokens that leave before the first layer are always dropped.
+        positions: "original" (the same as None): the tokens that stay keep their position ids; "packed": they are
+            numbered anew, as in a prompt that never had the others, which is what releases for LLaVA do. For tokens
+            that leave before the first layer, in families whose position ids do not tell rows and columns.
+        recipe: name of a recipe, such as "divprune-release", which sets the method, its options, `budget`, `query` and
+            `positions` as the authors' release does; what you pass beside it counts more. docs/methods.md lists them.
         **options: the method's own, such as `normalize="l2"` and `rounding="floor"` of "hawk".
 
     Returns:
@@ -86,7 +98,23 @@ def prune(
         TypeError: a model that is not supported, an unknown option, or an argument of another type.
         ValueError: a value out of range, or a model whose head weights are not known.
     """
-    pruning = Pruning(model, keep_ratio, method, head_weights, budget, query, mode, options)
+    if recipe is not None:
+        from hawk_kernels.methods.recipes import followed
+
+        given: dict[str, Any] = {"method": method, "budget": budget, "query": query, "positions": positions}
+        given, options = followed(recipe, given, options)
+        method, budget, query, positions = given["method"], given["budget"], given["query"], given["positions"]
+    pruning = Pruning(
+        model,
+        keep_ratio,
+        "hawk" if method is None else method,
+        head_weights,
+        "shared" if budget is None else budget,
+        query,
+        mode,
+        "original" if positions is None else positions,
+        options,
+    )
     if keep_ratio == 1 and not isinstance(keep_ratio, float):
         warnings.warn("keep_ratio: the int 1 keeps a single visual token; the float 1.0 keeps all", stacklevel=2)
     return pruning
@@ -110,17 +138,25 @@ class Pruning:
         budget: str,
         query: Query | None,
         mode: str | None,
+        positions: str,
         options: dict[str, Any],
     ) -> None:
         self._anatomy = dissect(model)
         stages, self._mode = _stages(self._anatomy, keep_ratio, method, mode, options)
         if budget not in BUDGETS:
             raise ValueError(
-                f"budget: expected 'shared' or 'per_image', got {budget!r}; keep_ratio sets how many tokens stay"
+                f"budget: expected 'shared' or 'per_image' or 'per_tile', got {budget!r}; keep_ratio sets how many "
+                "tokens stay"
             )
+        if budget == "per_tile":
+            from hawk_kernels.hf.tiles import check_tiles
+
+            check_tiles(self._anatomy)
+        _check_positions(positions, self._anatomy, stages)
         query = _checked_query(query)
         weights, source = self._head_weights(stages, head_weights)
-        self._per_image = budget == "per_image"
+        self._budget, self._positions = budget, positions
+        self._per_image = budget != "shared"
         self._choosers = {stage.layer: Chooser(stage.method, stage.keep, self._per_image, weights) for stage in stages}
         self._stages, self._last = stages, stages[-1]
         self._query = query
@@ -137,6 +173,7 @@ class Pruning:
             keep_ratio=keep_of_last,
             budget=budget,
             mode=self._mode,
+            positions=positions,
         )
         self._was_compiled = False
         self._thread = _ThreadState()
@@ -297,7 +334,10 @@ class Pruning:
             later = (InnerStage(layer, chooser) for layer, chooser in self._choosers.items() if layer)
             inside = InsideStack(self._anatomy, tuple(later), self._mode)
         before = self._choosers.get(0)
-        return CallHooks(self._anatomy, before, inside, self._per_image, self._query, self._publish, self._ended)
+        renumbers = self._positions == "packed"
+        return CallHooks(
+            self._anatomy, before, inside, self._budget, renumbers, self._query, self._publish, self._ended
+        )
 
     def _head_weights(self, stages: tuple[Stage, ...], given: Any) -> tuple[torch.Tensor | None, str | None]:
         """Return the head weights that the methods read, and where they come from."""
@@ -355,13 +395,37 @@ def _stages(
     return stages, checked_mode(mode, stages)
 
 
+def _check_positions(positions: str, anatomy: Anatomy, stages: tuple[Stage, ...]) -> None:
+    if positions not in POSITIONS:
+        raise ValueError(
+            f"positions: expected 'original' or 'packed', got {positions!r}; 'packed' numbers the tokens that stay anew"
+        )
+    if positions == "original":
+        return
+    check_renumbers(anatomy)
+    last = stages[-1].layer
+    if last:
+        raise ValueError(
+            f"positions: expected 'original' with tokens that leave after layer {last}, got 'packed'; the layers up to "
+            "there have cached the keys of these tokens at their positions, so leave the argument out"
+        )
+
+
 def _checked_query(query: Any) -> Query | None:
+    if isinstance(query, str):
+        if query in NAMED_QUERIES:
+            return query
+        known = ", ".join(map(repr, NAMED_QUERIES))
+        raise ValueError(
+            f"query: expected {known}, a bool mask [B, T], a callable or a processor, got {query!r}; leave it out for "
+            "the text after the last image"
+        )
     if hasattr(query, "apply_chat_template"):
         return ChatQuestion(query)
     if query is None or callable(query) or isinstance(query, torch.Tensor):
         checked: Query | None = query
         return checked
     raise TypeError(
-        f"query: expected a bool mask [B, T], a callable or a processor, got {type(query).__name__}; "
+        f"query: expected 'release', a bool mask [B, T], a callable or a processor, got {type(query).__name__}; "
         "use torch.as_tensor, or leave it out for the text after the last image"
     )

@@ -52,10 +52,11 @@ class CachedPrompt:
         full_length: tokens of a row before pruning, padding included, `T`.
         mask: int64 `[B, P]`, the mask of the prompt's tokens that are in the cache.
         is_full: whether that mask is all ones.
-        next_position: `[..., B, 1]`, the position id of the first token after the prompt.
+        next_position: `[..., B, 1]`, the position id of the first token after the prompt, as the caller counts.
         constant_mask: `[B, max_cache_len]` for a cache of fixed size, where a mask that grows or a look at the cache's
             length would recompile every step; None for other caches.
         slot_limit: tokens that a row may have, counted before pruning; None means any number.
+        shift: `[..., B, 1]`, how much lower the position ids in the cache are than the caller's; None means not at all.
     """
 
     full_length: int
@@ -64,6 +65,7 @@ class CachedPrompt:
     next_position: torch.Tensor
     constant_mask: torch.Tensor | None
     slot_limit: int | None = None
+    shift: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -79,6 +81,8 @@ class CachedPrompt:
             self.next_position = self.next_position.index_select(-2, rows.to(self.next_position.device))
         if self.constant_mask is not None:
             self.constant_mask = self.constant_mask.index_select(0, rows.to(self.constant_mask.device))
+        if self.shift is not None:
+            self.shift = self.shift.index_select(-2, rows.to(self.shift.device))
 
     def mask_for(
         self, cache: Any, incoming: torch.Tensor | dict[str, Any] | None, batch: int, length: int
@@ -131,6 +135,18 @@ class CachedPrompt:
             raise ValueError(self._other_rows(batch))
         after = int(cache.get_seq_length()) - self.mask.shape[1]
         return self.next_position + torch.arange(after, after + length, device=self.next_position.device)
+
+    def in_cache(self, positions: torch.Tensor) -> torch.Tensor:
+        """Turn the caller's position ids of new tokens, `[..., 1 or B, length]`, into those that continue the cache.
+
+        Raises:
+            ValueError: the call has other rows than the prompt had.
+        """
+        if self.shift is None:
+            return positions
+        if positions.shape[-2] not in (1, self.num_rows):
+            raise ValueError(self._other_rows(positions.shape[-2]))
+        return positions - self.shift.to(positions)
 
     def check_length(self, cache: Any, attention_mask: torch.Tensor, length: int) -> None:
         """Refuse a 2-D mask that does not span the whole prompt and everything after it.

@@ -15,13 +15,14 @@ import torch
 
 from hawk_kernels.hf.families import KNOWN_VISION_ENDS, PUBLIC_VOCABULARY, REPLY_ENDS, VISION_ENDS
 
-Query = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
-"""What a caller may pass as `query=`: a bool mask `[B, T]`, or a callable from `input_ids` to one."""
+Query = str | torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+"""What a caller may pass as `query=`: a name, a bool mask `[B, T]`, or a callable from `input_ids` to one."""
 
 AFTER_LAST_VISUAL = "text after the last visual token"
 LAST_TURN = "last user turn after the last visual token"
 ALL_TEXT = "all text after the first token, because none follows the last visual token"
 ALL_TEXT_SINCE_IMAGE_TURN = "all text from the turn of the first image on, because none follows the last visual token"
+AS_RELEASED = "all text between the last image and the final end of turn, as in the release of HAWK"
 GIVEN = "given by query="
 NO_VISUAL = "none, no visual tokens"
 
@@ -97,6 +98,34 @@ def text_queries(
     return queries, found
 
 
+def released_queries(
+    ids: np.ndarray, valid: np.ndarray, visual: np.ndarray, markers: Markers
+) -> tuple[np.ndarray, list[str]]:
+    """Find the text tokens that HAWK's release ranks by.
+
+    These are all tokens after the last visual token (or after the token that closes the image) up to the final end of
+    turn, exclusive, or up to the end where no turn ends there. Unlike `text_queries`, this takes every turn that
+    follows the image, replies and the tokens that open and close turns included, and a row without text after the image
+    has none.
+
+    Args:
+        ids, valid, visual, markers: as in `text_queries`.
+
+    Returns:
+        bool `[B, T]`, and for each row a description of where they were found.
+    """
+    queries = np.zeros(ids.shape, dtype=bool)
+    for row in np.flatnonzero(visual.any(axis=1)):
+        after = _after_images(ids[row], valid[row], visual[row], markers)
+        ends = np.flatnonzero(np.isin(ids[row, after], markers.turn_ends + markers.reply_ends))
+        queries[row, after[: ends[-1]] if ends.size else after] = True
+    return queries, [AS_RELEASED if row.any() else NO_VISUAL for row in visual]
+
+
+NAMED_QUERIES = {"release": released_queries}
+"""What finds the text queries for each name that a caller may pass as `query=`."""
+
+
 class ChatQuestion:
     """Marks the user's last turn: a `query=` for `prune`, made from a processor or tokenizer with a chat template.
 
@@ -170,9 +199,7 @@ class ChatQuestion:
 
 def _question(ids: np.ndarray, valid: np.ndarray, visual: np.ndarray, markers: Markers) -> tuple[np.ndarray, str]:
     """Find the positions of one row's question, and describe where they were found."""
-    closed = visual | (np.isin(ids, markers.vision_ends) & valid)
-    start = np.flatnonzero(closed)[-1] + 1
-    following = start + np.flatnonzero(valid[start:])
+    following = _after_images(ids, valid, visual, markers)
     opening = partial(_opening, ids, valid, visual, markers)
     asked, is_one_of_several = _last_question(ids, following, opening, markers)
     if asked.size:
@@ -183,6 +210,14 @@ def _question(ids: np.ndarray, valid: np.ndarray, visual: np.ndarray, markers: M
     if ends.size and text[text > ends[-1]].size:
         return text[text > ends[-1]], ALL_TEXT_SINCE_IMAGE_TURN
     return text, ALL_TEXT
+
+
+def _after_images(ids: np.ndarray, valid: np.ndarray, visual: np.ndarray, markers: Markers) -> np.ndarray:
+    """Find the positions of one row's tokens after the last image and what closes it."""
+    closed = visual | (np.isin(ids, markers.vision_ends) & valid)
+    start = np.flatnonzero(closed)[-1] + 1
+    following: np.ndarray = start + np.flatnonzero(valid[start:])
+    return following
 
 
 def _opening(ids: np.ndarray, valid: np.ndarray, visual: np.ndarray, markers: Markers) -> np.ndarray:

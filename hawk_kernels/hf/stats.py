@@ -57,7 +57,8 @@ class SampleStats:
         prompt_tokens_before: tokens of the prompt without padding.
         prompt_tokens_after: tokens of the prompt that stayed, without padding.
         budget: how many visual tokens the row may keep.
-        budget_per_image: how many each of its images may keep, or None where the images share one budget.
+        budget_per_image: how many each of its images (or tiles, where these have budgets) may keep, or None where the
+            images share one budget.
         query_tokens: text tokens that ranked the visual ones.
         query_source: where these text tokens were found.
         reason: why nothing was dropped, or None.
@@ -87,8 +88,9 @@ class PruningStats:
         method_options: the options that the method was made with.
         head_weights: where the head weights come from, or None for a method without head weights.
         keep_ratio: fraction kept, or the budget; that of the last stage.
-        budget: "shared" or "per_image".
+        budget: "shared", "per_image" or "per_tile".
         mode: "drop" or "hide", what becomes of tokens that leave inside the stack.
+        positions: "original" or "packed", the position ids of the tokens that stayed.
         stages: after which layers tokens leave.
         cache_bytes_saved: bytes by which the cache of the whole batch was smaller, after the prompt, than without
             pruning; 0 for a cache of fixed size; None without a cache, or where its layers do not tell.
@@ -104,6 +106,7 @@ class PruningStats:
     keep_ratio: float | int
     budget: str
     mode: str = "drop"
+    positions: str = "original"
     stages: tuple[StageStats, ...] = ()
     cache_bytes_saved: int | None = None
     samples: tuple[SampleStats, ...] = field(default=())

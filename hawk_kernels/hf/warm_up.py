@@ -68,7 +68,7 @@ def warm_up(
     model: nn.Module,
     keep_ratio: float | int,
     *,
-    method: str | Method = "hawk",
+    method: str | Method | None = None,
     max_tokens: int = MOST_TOKENS,
     max_batch: int = MOST_BATCH,
     progress: bool = True,
@@ -83,7 +83,8 @@ def warm_up(
     Args:
         model: as for `prune`.
         keep_ratio: as for `prune`. What is compiled is the same for every ratio and budget.
-        method: name of a method, or a method object. One of your own is followed on tensors without data.
+        method: name of a method, or a method object; None means "hawk", or that of `recipe`. One of your own is
+            followed on tensors without data.
         max_tokens: the most tokens in a row of a batch.
         max_batch: the most rows.
         progress: whether a bar shows how far it is.

@@ -66,10 +66,10 @@ def selections(
         scores: float32 `[T]`.
         method: what chose.
         keep_ratio: that ran.
-        per_image: whether each image had a budget of its own.
+        per_image: whether each image, or each tile of a prompt that knows its tiles, had a budget of its own.
     """
     visual = prompt.visual[row]
-    units = prompt.images(row) if per_image else [np.flatnonzero(visual)]
+    units = prompt.units(row) if per_image else [np.flatnonzero(visual)]
     units = [unit for unit in units if len(unit)]
     unit_of, rank_of = np.full(len(visual), -1), np.full(len(visual), len(visual))
     for number, places in enumerate(units):

@@ -121,7 +121,7 @@ def _page(known: PrunedPrompt, regions: list[Regions], row: int, processor: Any,
     values, stats = known.values(row), known.stats
     prompt, sample = known.prompt, stats.samples[row]
     chosen = selections(
-        prompt, row, values.kept, values.scores, known.method, stats.keep_ratio, stats.budget == "per_image"
+        prompt, row, values.kept, values.scores, known.method, stats.keep_ratio, stats.budget != "shared"
     )
     positions = np.concatenate([image.positions for image in regions])
     bytes_per_token = None if _is_inside(known) else kv_bytes(known.anatomy.text)
@@ -276,7 +276,7 @@ def _facts(known: PrunedPrompt, row: int, bytes_per_token: int | None) -> str:
     if stats.head_weights:
         facts["Head weights"] = stats.head_weights
     if sample.budget_per_image:
-        facts["Budget of each image"] = ", ".join(map(str, sample.budget_per_image))
+        facts[f"Budget of each {stats.budget.removeprefix('per_')}"] = ", ".join(map(str, sample.budget_per_image))
     ids = {"Key-value cache saved": "saved", "Prompt tokens": "prompt"}
     return _table("Prompt and cache at the ratio shown", chosen, ids) + _table("What ran", facts)
 

@@ -207,7 +207,7 @@ class PromptAttention:
         object: float32 `[S]`, attention in the object layer received by the visual tokens of all rows that are cells of
             a grid, without padding.
         deep: the same in the deep layer.
-        grids: for each row and each of its images, the grids in it.
+        grids: for each row and each of its images (or tiles, where the prompt knows them), the grids in it.
         is_separator: bool `[B, T]`, True at visual tokens that are not cells, such as image newlines.
     """
 
@@ -264,8 +264,28 @@ def attention_of_prompt(recordings: dict[str, Recording], prompt: Prompt, kinds:
             next_place[source] += cells
             is_separator[row : row + copies, image] = np.concatenate([piece.is_separator for piece in inside])
             images.append(grids)
+        if prompt.tiles is not None:
+            images = _grids_of_tiles(prompt, row, images)
         rows += [images] * copies
         places += place_of_row * copies
     middle, deep = (torch.cat([getattr(run, name) for run in recordings.values()]) for name in ("object", "deep"))
     index = upload(np.concatenate(places), middle.device)
     return PromptAttention(middle[index], deep[index], rows, is_separator)
+
+
+def _grids_of_tiles(prompt: Prompt, row: int, images: list[list[Grid]]) -> list[list[Grid]]:
+    """Divide the grids of the images of a row into those of its tiles."""
+    from hawk_kernels.hf.tiles import grids_of_tiles
+
+    assert prompt.tiles is not None
+    cut = iter(grids_of_tiles(prompt, row))
+    divided = []
+    for positions, grids in zip(prompt.whole_images(row), images, strict=True):
+        tiles = [next(cut) for _ in np.unique(prompt.tiles[row, positions])]
+        # the whole picture comes first; after it either each tile has a grid, or all tiles have one
+        own = grids if len(grids) == len(tiles) else [*grids[:1], *[None] * (len(tiles) - 1)]
+        divided += [
+            [grid] if grid is not None else [(1, *shape)] if shape is not None else []
+            for grid, shape in zip(own, tiles, strict=True)
+        ]
+    return divided
