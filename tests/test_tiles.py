@@ -6,7 +6,6 @@ import torch
 
 from hawk_kernels import prune
 from hawk_kernels.hf.families import FAMILIES
-from hawk_kernels.methods import METHODS
 from hawk_kernels.selection import kept_count
 from tests.family_checks import generate, model_of, prompts
 from tests.method_checks import options_of
@@ -52,7 +51,7 @@ def test_tiles_of_a_mosaic_keep_their_own_budgets(method):
             assert base.sum() == grid[:, :2].sum() == grid[:, 2:4].sum() == 2
             assert grid[:, 4].all(), "newlines stay and count for no tile"
     # the newlines count for the tile before them
-    assert pruning.stats.samples[0].budget_per_image == [2, 2, 4] * (len(places) // 14 or 1) or row
+    assert [sample.budget_per_image for sample in pruning.stats.samples] == [[2, 2, 4, 2, 2, 4], [2, 2, 4]]
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
@@ -127,7 +126,7 @@ def test_a_tile_is_chosen_from_as_a_picture_of_its_own():
 
 
 def test_budgets_of_tiles_inside_the_stack():
-    model, inputs = tiny_model("llava_next", text_changes={"num_hidden_layers": 3}), None
+    model = tiny_model("llava_next", text_changes={"num_hidden_layers": 3})
     inputs = batch("llava_next", *prompts("llava_next")["padded batch"])
     with torch.no_grad(), prune(model, {0: 0.75, 1: 0.5}, method="key_norm", budget="per_tile") as pruning:
         model(**inputs)
@@ -154,6 +153,7 @@ def test_every_ratio_counts_for_each_tile():
 
 def test_families_without_tiles_are_refused_by_name():
     untiled = tiny_model("qwen2_5_vl")
-    with pytest.raises(TypeError, match="budget: expected .* for qwen2_5_vl, got 'per_tile'; .* tiles in .*llava_next"):
+    with pytest.raises(
+        TypeError, match=r"budget: expected .* for qwen2_5_vl, got 'per_tile'; .* tiles in .*llava_next"
+    ):
         prune(untiled, 0.5, method="random", budget="per_tile")
-    assert "random" in METHODS

@@ -56,8 +56,9 @@ class Family:
         encoded_whole: "image" where the encoder returns one entry for each image, however that is laid out in the
             prompt, and "video" likewise. Elsewhere an entry may be a tile or a frame, and an image is a run of
             placeholders.
-        tiles: "entries" where a picture is cut into tiles and the encoder returns one entry for each, or never cuts a
-            picture; "mosaic" where the tiles of a picture are laid out as one grid; None where neither is known.
+        tiles: where the tiles of a picture stand in the prompt: "runs" where text stands between them; "entries" where
+            they follow each other and the encoder returns one entry for each; "mosaic" where they are laid out as one
+            grid, line by line. None where that is not known.
         pair_masks: whether visual tokens see each other both ways, by masks over pairs of tokens that the multimodal
             model makes; elsewhere the text model makes its own masks.
         position_axes: rows of position ids that RoPE reads, where it reads several.
@@ -240,7 +241,7 @@ FAMILIES: tuple[Family, ...] = (
         "granite_docling",
         ("GraniteDoclingForConditionalGeneration",),
         since="5.23",
-        tiles="entries",
+        tiles="runs",
         encoder=_IN_VISION_MODEL,
     ),
     Family(
@@ -259,7 +260,7 @@ FAMILIES: tuple[Family, ...] = (
         encoder=partial(PackedEncoder, tower="vision_model"),
     ),
     Family("idefics2", ("Idefics2ForConditionalGeneration",)),
-    Family("idefics3", ("Idefics3ForConditionalGeneration",), tiles="entries", encoder=_IN_VISION_MODEL),
+    Family("idefics3", ("Idefics3ForConditionalGeneration",), tiles="runs", encoder=_IN_VISION_MODEL),
     Family("internvl", ("InternVLForConditionalGeneration",), tiles="entries", encoder=TileEncoder),
     Family("janus", ("JanusForConditionalGeneration",), encoder=_IN_VISION_MODEL),
     Family(
@@ -326,7 +327,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("perception_lm", ("PerceptionLMForConditionalGeneration",), since="5.23", video=True),
     Family("qianfan_ocr", ("QianfanOCRForConditionalGeneration",), since="5.10", encoder=TileEncoder),
-    Family("smolvlm", ("SmolVLMForConditionalGeneration",), tiles="entries", encoder=_IN_VISION_MODEL),
+    Family("smolvlm", ("SmolVLMForConditionalGeneration",), tiles="runs", encoder=_IN_VISION_MODEL),
     Family("video_llama_3", ("VideoLlama3ForConditionalGeneration",), video=True, encoded_whole=_IMAGES_AND_VIDEOS),
     Family(
         "video_llava",

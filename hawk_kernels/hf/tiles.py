@@ -1,6 +1,7 @@
 """Which tile of its picture each visual token comes from, for budgets of single tiles.
 
-Some encoders return one entry for each tile, and the prompt has these one after the other. LLaVA-NeXT and its like lay
+Some processors write text between the tiles. Some encoders return one entry for each tile, and the prompt has these one
+after the other. LLaVA-NeXT and its like lay
 the tiles of a picture out as one grid, line by line, with a newline after each: there the model itself is asked, by
 laying out numbers of tiles as it lays out their features.
 """
@@ -52,10 +53,15 @@ def with_tiles(anatomy: Anatomy, prompt: Prompt, encoded: dict[str, Encoded]) ->
     Raises:
         ValueError: the encoder tells no tiles, or others than the prompt has.
     """
-    layouts = {kind: deque(_layouts(anatomy, kind, run)) for kind, run in encoded.items()}
     placeholders = prompt.all_placeholders()
-    copies = prompt.copies_of_rows(sum(len(tiles) for queue in layouts.values() for tiles, _ in queue))
     numbers, separators = np.full(prompt.ids.shape, -1), np.zeros(prompt.ids.shape, dtype=bool)
+    if anatomy.family.tiles == "runs":
+        for row in range(len(prompt.ids)):
+            for number, run in enumerate(prompt.whole_images(row)):
+                numbers[row, run] = number
+        return replace(prompt, tiles=numbers, separators=separators)
+    layouts = {kind: deque(_layouts(anatomy, kind, run)) for kind, run in encoded.items()}
+    copies = prompt.copies_of_rows(sum(len(tiles) for queue in layouts.values() for tiles, _ in queue))
     for row in range(0, len(prompt.ids), copies):
         positions, before = np.flatnonzero(placeholders[row]), 0
         while positions.size:
