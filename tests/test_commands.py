@@ -99,6 +99,7 @@ def test_info_says_what_is_here_and_what_a_call_runs_on(capsys):
     assert "sm_90" in report["tuning_tables"]["shipped"]
     assert {weights["name"] for weights in report["head_weights"]} >= {"tinyvqa", "qwen2_5_vl_7b"}
     assert "hawk" in report["methods"]
+    assert "hawk-release" in report["recipes"]
     assert "qwen2_5_vl" in report["families"]
     assert main(["info"]) == 0
     text = capsys.readouterr().out

@@ -54,6 +54,7 @@ def collect() -> dict[str, Any]:
         "tuning_tables": _found(_tuning_tables),
         "head_weights": _found(_head_weights),
         "methods": _found(_methods),
+        "recipes": _found(_recipes),
         "families": _found(_families),
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
@@ -76,6 +77,7 @@ def describe(report: dict[str, Any]) -> str:
             lambda found: [f"{w['name']}: {w['model']}, {w['num_heads']} heads" for w in found],
         ),
         ("methods", "methods", lambda found: [", ".join(found)]),
+        ("recipes", "recipes", lambda found: [", ".join(found)]),
         ("families", "families", lambda found: [", ".join(found)]),
         (
             "environment",
@@ -207,6 +209,12 @@ def _methods() -> list[str]:
     from hawk_kernels.methods import METHODS
 
     return list(METHODS)
+
+
+def _recipes() -> list[str]:
+    from hawk_kernels.recipes import RECIPES
+
+    return list(RECIPES)
 
 
 def _families() -> list[str]:

@@ -326,7 +326,7 @@ FAMILIES: tuple[Family, ...] = (
         "paligemma", ("PaliGemmaForConditionalGeneration",), encoded_whole=_IMAGES, pair_masks=True, encoder=TileEncoder
     ),
     Family("perception_lm", ("PerceptionLMForConditionalGeneration",), since="5.23", video=True),
-    Family("qianfan_ocr", ("QianfanOCRForConditionalGeneration",), since="5.10", encoder=TileEncoder),
+    Family("qianfan_ocr", ("QianfanOCRForConditionalGeneration",), since="5.10", tiles="entries", encoder=TileEncoder),
     Family("smolvlm", ("SmolVLMForConditionalGeneration",), tiles="runs", encoder=_IN_VISION_MODEL),
     Family("video_llama_3", ("VideoLlama3ForConditionalGeneration",), video=True, encoded_whole=_IMAGES_AND_VIDEOS),
     Family(
@@ -336,7 +336,9 @@ FAMILIES: tuple[Family, ...] = (
         features=("pixel_values_images", "pixel_values_videos"),
         encoded_whole=_IMAGES,
     ),
-    Family("vipllava", ("VipLlavaForConditionalGeneration",), encoded_whole=_IMAGES, encoder=TileEncoder),
+    Family(
+        "vipllava", ("VipLlavaForConditionalGeneration",), encoded_whole=_IMAGES, tiles="entries", encoder=TileEncoder
+    ),
 )
 
 ENCODERS = {family.model_type: family.encoder for family in FAMILIES if family.encoder is not None}

@@ -99,7 +99,7 @@ def prune(
         ValueError: a value out of range, or a model whose head weights are not known.
     """
     if recipe is not None:
-        from hawk_kernels.methods.recipes import followed
+        from hawk_kernels.recipes import followed
 
         given: dict[str, Any] = {"method": method, "budget": budget, "query": query, "positions": positions}
         given, options = followed(recipe, given, options)
