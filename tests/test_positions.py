@@ -6,12 +6,16 @@ import pytest
 import torch
 
 from hawk_kernels import prune
+from hawk_kernels.hf.anatomy import dissect
 from tests.family_checks import TOLERANCE, assistant_of, generate, model_of, prompts, watched
+from tests.method_checks import families
 from tests.tiny_families import BY_NAME, batch, tiny_model
 from tests.tiny_models import words
 
 # full attention, sliding windows, convolutions between attention, images with newlines and tiles
 FAMILIES = ["llava", "llava_next", "internvl", "smolvlm", "mistral3", "lfm2_vl", "aya_vision"]
+
+WINDOWS_OF_THE_WHOLE_PROMPT = {"gemma3", "gemma4", "gemma4_unified"}
 
 
 def packed(model, **options):
@@ -44,12 +48,22 @@ def test_logits_and_tokens_are_those_of_the_short_prompt_without_position_ids(na
     assert torch.equal(said[:, kept.shape[1] :], generate(model, short, attention_mask=ones))
 
 
-def test_prefixes_that_see_each_other():
-    """PaliGemma tells by the pixels that its prompt sees itself both ways, so the others are hidden and not absent."""
-    model, inputs, _, kept, logits = shortened("paligemma", "padded batch")
-    positions = (kept.cumsum(1) - 1).clamp(min=0) + BY_NAME["paligemma"].first_position
-    expected = model(**{**inputs, "attention_mask": kept.long(), "position_ids": positions}).logits
-    assert (logits - expected)[kept].abs().max() < TOLERANCE
+@families(BY_NAME)
+def test_every_family_is_served_or_refused(name):
+    """Some heads want the pixels, and layers may hold state: there the others are hidden, or the text model is asked."""
+    model = model_of(name)
+    if hasattr(dissect(model).multimodal, "get_rope_index") or name in WINDOWS_OF_THE_WHOLE_PROMPT:
+        with pytest.raises(TypeError, match=f"positions: expected 'original' for {name}, got 'packed'"):
+            packed(model)
+        return
+    model, inputs, embeds, kept, logits = shortened(name)
+    if BY_NAME[name].hides:
+        positions = (kept.cumsum(1) - 1).clamp(min=0) + BY_NAME[name].first_position
+        expected = model(**{**inputs, "attention_mask": kept.long(), "position_ids": positions}).logits[kept]
+    else:
+        states = dissect(model).text(inputs_embeds=embeds[:, kept[0]]).last_hidden_state
+        expected = model.get_output_embeddings()(states)[0]
+    assert (logits[kept] - expected).abs().max() < TOLERANCE
 
 
 MODES = {
