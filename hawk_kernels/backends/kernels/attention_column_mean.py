@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hawk_kernels.backends.kernels.launch import on_device
+from hawk_kernels.backends.kernels.launch import launch, on_device
 from hawk_kernels.backends.kernels.views import stride_unit
 from hawk_kernels.backends.visibility import seeing_rows, segment_bounds
 
@@ -291,38 +291,45 @@ def attention_column_mean(
     row_flags, row_strides = (q, (0, 0)) if q_rows is None else (q_rows, q_rows.stride())
     unit = stride_unit(head_dim, *q.stride()[:2], *k.stride()[:2])
     strides = [stride // unit if axis < 2 else stride for of in (q, k) for axis, stride in enumerate(of.stride())]
-    shared = {
+    constants = {
         "HEAD_DIM": head_dim,
         "CAUSAL": causal,
         "SEGMENTED": bounds is not None,
         "HAS_Q_ROWS": q_rows is not None,
-        "UPCAST": k.device.type == "cpu",
-        "STRIDE_UNIT": unit,
-        "num_warps": config["num_warps"],
-        "enable_fp_fusion": True,
-        **config["blocks"],
     }
+    more = {"UPCAST": k.device.type == "cpu", "STRIDE_UNIT": unit, **config["blocks"]}
+    options = {"num_warps": config["num_warps"], "enable_fp_fusion": True}
+    is_maximum = reduction == "max"
+    sizes = (num_heads, num_heads // num_key_value_heads, num_queries, num_keys)
     with on_device(k.device):
-        _row_pass[(config["row_tiles"] * batch * num_heads, num_splits)](
-            q, k, row_flags, starts, ends, statistics[0], statistics[1],
-            *strides, *row_strides,
-            num_heads, num_heads // num_key_value_heads, num_queries, num_keys,
-            config["keys_per_split"], num_splits, scale * _LOG2_E,
-            **shared,
+        launch(
+            _row_pass, (config["row_tiles"] * batch * num_heads, num_splits),
+            (
+                q, k, row_flags, starts, ends, statistics[0], statistics[1], *strides, *row_strides, *sizes,
+                config["keys_per_split"], num_splits, scale * _LOG2_E,
+            ),
+            {**constants, **more}, options,
         )  # fmt: skip
-        _column_pass[(config["key_tiles"] * batch * num_heads, num_row_splits)](
-            q, k, row_flags, starts, ends, statistics[0], statistics[1], columns,
-            *strides, *row_strides,
-            num_heads, num_heads // num_key_value_heads, num_queries, num_keys,
-            config["rows_per_split"], num_row_splits, num_splits, scale * _LOG2_E,
-            MAXIMUM=reduction == "max", **shared,
+        launch(
+            _column_pass, (config["key_tiles"] * batch * num_heads, num_row_splits),
+            (
+                q, k, row_flags, starts, ends, statistics[0], statistics[1], columns, *strides, *row_strides, *sizes,
+                config["rows_per_split"], num_row_splits, num_splits, scale * _LOG2_E,
+            ),
+            {**constants, "MAXIMUM": is_maximum, **more}, options,
         )  # fmt: skip
-        _finish[(triton.cdiv(num_keys, _BLOCK_FINISH) * batch, num_heads // heads_per_program)](
-            columns, columns if head_weights is None else head_weights, counts, out,
-            0 if head_weights is None else head_weights.stride(0), counts.stride(0) if counts.shape[0] > 1 else 0,
-            num_heads, heads_per_program, num_row_splits, num_keys, num_queries,
-            MAXIMUM=reduction == "max", MEAN=reduction == "mean", HAS_COUNTS=is_counted,
-            HAS_WEIGHTS=head_weights is not None, BLOCK=_BLOCK_FINISH, num_warps=4, enable_fp_fusion=True,
+        launch(
+            _finish, (triton.cdiv(num_keys, _BLOCK_FINISH) * batch, num_heads // heads_per_program),
+            (
+                columns, columns if head_weights is None else head_weights, counts, out,
+                0 if head_weights is None else head_weights.stride(0), counts.stride(0) if counts.shape[0] > 1 else 0,
+                num_heads, heads_per_program, num_row_splits, num_keys, num_queries,
+            ),
+            {
+                "MAXIMUM": is_maximum, "MEAN": reduction == "mean", "HAS_COUNTS": is_counted,
+                "HAS_WEIGHTS": head_weights is not None, "BLOCK": _BLOCK_FINISH,
+            },
+            {"num_warps": 4, "enable_fp_fusion": True},
         )  # fmt: skip
     return out
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hawk_kernels.backends.kernels.launch import on_device
+from hawk_kernels.backends.kernels.launch import launch, on_device
 
 # Slots whose rows a program copies at once, and bytes of each: 16 KiB on their way.
 BLOCK_SLOTS = 16
@@ -174,15 +174,18 @@ def compact(
         keep_stride_t = keep_mask.stride(1)
         keep_is_aligned = keep_stride_t == 1 and (keep_mask.data_ptr() | keep_stride_b) % _MASK_ALIGNMENT == 0
         with on_device(device):
-            _compact_kernel[config["grid"]](
-                inputs_embeds, keep_mask, source if position_ids is None else position_ids,
-                packed, packed_positions, attention_mask, source,
-                *inputs_embeds.stride(), keep_stride_b, keep_stride_t,
-                *((0, 0, 0) if position_ids is None else position_ids.stride()), hidden_size, batch * length,
-                num_tokens, length, hidden_size, num_axes,
-                config["slots_per_program"], config["columns_per_program"],
-                HAS_POSITIONS=position_ids is not None, KEEP_IS_ALIGNED=keep_is_aligned,
-                **config["blocks"], num_warps=config["num_warps"],
+            launch(
+                _compact_kernel, config["grid"],
+                (
+                    inputs_embeds, keep_mask, source if position_ids is None else position_ids,
+                    packed, packed_positions, attention_mask, source,
+                    *inputs_embeds.stride(), keep_stride_b, keep_stride_t,
+                    *((0, 0, 0) if position_ids is None else position_ids.stride()), hidden_size, batch * length,
+                    num_tokens, length, hidden_size, num_axes,
+                    config["slots_per_program"], config["columns_per_program"],
+                ),
+                {"HAS_POSITIONS": position_ids is not None, "KEEP_IS_ALIGNED": keep_is_aligned, **config["blocks"]},
+                {"num_warps": config["num_warps"]},
             )  # fmt: skip
     return packed, packed_positions, attention_mask, source
 
