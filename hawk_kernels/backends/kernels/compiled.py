@@ -115,9 +115,7 @@ class _Variants:
         return self._compiled.get(key)
 
     def add(self, key: Key, owner: Any) -> Compiled:
-        compiled = Compiled(
-            self.kernel, owner, owner.run, owner.function, owner.packed_metadata, driver.active, key[0]
-        )
+        compiled = Compiled(self.kernel, owner, owner.run, owner.function, owner.packed_metadata, driver.active, key[0])
         with self._lock:
             if len(self._compiled) >= _MOST_VARIANTS:
                 self._compiled = {}
