@@ -10,10 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from triton.runtime.jit import JITFunction
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from bench import few_kernels
-from bench.pretended_driver import pretended_driver
+from bench.pretended_driver import SM_90, pretended_driver
 from hawk_kernels import (
     Layer,
     attention_column_mean,
@@ -113,11 +117,13 @@ def driver(monkeypatch, launched):
 
 @pytest.fixture
 def ordinarily(monkeypatch):
-    """Make a call take Triton's ordinary way."""
+    """Make a call as if none had been made before, and let it take Triton's ordinary way."""
 
     def run(call):
         with monkeypatch.context() as patched:
             patched.setattr(compiled, "_IS_KNOWN", False)
+            patched.setattr(PreparedCalls, "get", lambda *_: None)
+            patched.setattr(PreparedCalls, "add", lambda *_: None)
             return call()
 
     return run
@@ -284,6 +290,49 @@ def test_over_any_stream_of_prompts_the_same_kernels_are_launched(
     assert len(driver.variants) == num_variants
     assert sum(not launch.is_direct for launch in mixed) == num_variants
     assert num_variants < len(mixed) / 10
+
+
+def some_kernel(pointers, pointer, varying_ptr, number, varying, wide: tl.int64, real, SIZE: tl.constexpr):
+    """Has a parameter of each kind."""
+
+
+SOME_KERNEL = JITFunction(some_kernel, do_not_specialize=("varying_ptr", "varying", "wide"))
+INTEGERS = st.sampled_from([0, 1, 2, 15, 16, 17, 32, 48, 100, -16, -1, 2**31 - 1, 2**31, 2**31 + 1, 2**35, 2**35 + 1])
+POINTED = [made for dtype in (torch.float32, BF16) for made in (torch.ones(8, dtype=dtype), shifted(torch.ones(8, dtype=dtype)))]  # fmt: skip
+LAUNCHES = st.tuples(
+    st.tuples(
+        st.tuples(st.sampled_from(POINTED), INTEGERS), st.sampled_from(POINTED), st.sampled_from(POINTED),
+        INTEGERS, INTEGERS, INTEGERS, st.sampled_from([0.5, 1.0]),
+    ),
+    st.sampled_from([16, 32]),
+    st.sampled_from([4, 8]),
+)  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(one=LAUNCHES, other=LAUNCHES, alike=st.sets(st.integers(0, 8)))
+def test_a_key_tells_apart_what_triton_tells_apart(one, other, alike):
+    """Also of launches that are alike in all but a few arguments."""
+    bind = create_function_from_signature(SOME_KERNEL.signature, SOME_KERNEL.params, make_backend(SM_90))
+    values = [
+        one,
+        ([a if i in alike else b for i, (a, b) in enumerate(zip(one[0], other[0], strict=True))], *other[1:]),
+    ]
+    if 7 in alike:
+        values[1] = (values[1][0], one[1], values[1][2])
+    if 8 in alike:
+        values[1] = (*values[1][:2], one[2])
+    ours, tritons = [], []
+    with pretended_driver([], lambda *_: None):
+        for arguments, size, warps in values:
+            constants, options = {"SIZE": size}, {"num_warps": warps}
+            ours.append(compiled.variants_of(SOME_KERNEL).key(tuple(arguments), constants, options))
+            _, specialization, given_options = bind(*arguments, **constants, **options)
+            tritons.append((specialization, given_options))
+    assert ours[0] != ours[1] or tritons[0] == tritons[1]
+    # nor is a kernel looked up again where it is the same, but for integers whose type is written down
+    if values[0][0][5] == values[1][0][5]:
+        assert tritons[0] != tritons[1] or ours[0] == ours[1]
 
 
 @pytest.mark.parametrize("name", PREPARED)
@@ -475,7 +524,7 @@ def test_a_kernel_that_does_not_load_is_not_kept(driver, launched, monkeypatch):
 
 @pytest.mark.parametrize("name", PREPARED)
 def test_nothing_that_is_kept_holds_a_tensor(name, driver):
-    call, read = CALLS[name]
+    call, _ = CALLS[name]
     tensors = SimpleNamespace(**{key: value.clone() for key, value in TENSORS.items()})
     call(tensors)
     results = as_tuple(call(tensors))
