@@ -96,7 +96,7 @@ def driver(monkeypatch, launched):
     """A pretended driver, and jitted functions in place of interpreted ones; CPU tensors may ask for Triton."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(compiled, "_variants", {})
-    for module in (of_queries, of_hidden, of_scores):
+    for module in (of_queries, of_hidden, of_scores, of_embeds):
         for name in ("_prepared", "_prepared_scores"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, PreparedCalls())
@@ -185,7 +185,7 @@ CALLS = {
     "greedy_max_min": (lambda t: greedy_max_min(t.features, 0.2, backend="triton"), "features"),
     "greedy_dpp": (lambda t: greedy_dpp(t.features, t.quality, 0.2, backend="triton"), "features quality"),
 }
-PREPARED = ("score_and_select", "score_tokens", "score_hidden_and_select", "score_hidden", "select_topk")
+PREPARED = ("score_and_select", "score_tokens", "score_hidden_and_select", "score_hidden", "select_topk", "compact")
 ALIGNED = SimpleNamespace(**TENSORS)
 
 
@@ -298,7 +298,11 @@ def some_kernel(pointers, pointer, varying_ptr, number, varying, wide: tl.int64,
 
 SOME_KERNEL = JITFunction(some_kernel, do_not_specialize=("varying_ptr", "varying", "wide"))
 INTEGERS = st.sampled_from([0, 1, 2, 15, 16, 17, 32, 48, 100, -16, -1, 2**31 - 1, 2**31, 2**31 + 1, 2**35, 2**35 + 1])
-POINTED = [made for dtype in (torch.float32, BF16) for made in (torch.ones(8, dtype=dtype), shifted(torch.ones(8, dtype=dtype)))]  # fmt: skip
+POINTED = [
+    tensor
+    for dtype in (torch.float32, BF16)
+    for tensor in (torch.ones(8, dtype=dtype), shifted(torch.ones(8, dtype=dtype)))
+]
 LAUNCHES = st.tuples(
     st.tuples(
         st.tuples(st.sampled_from(POINTED), INTEGERS), st.sampled_from(POINTED), st.sampled_from(POINTED),
@@ -343,13 +347,22 @@ def test_a_second_call_neither_checks_nor_specialises(name, driver, launched, mo
     def refuse(*arguments, **options):
         raise AssertionError("this was done before")
 
-    for module in (of_queries, of_hidden, of_scores):
-        for function in ("_checked", "_check_tensors", "checked_keep", "check_rounding", "load_backend"):
+    for module in (of_queries, of_hidden, of_scores, of_embeds):
+        for function in (
+            "_checked",
+            "_check_tensors",
+            "_check_embeds",
+            "check_mask",
+            "checked_keep",
+            "check_rounding",
+            "load_backend",
+        ):
             if hasattr(module, function):
                 monkeypatch.setattr(module, function, refuse)
     for module in (kernels_of_queries, kernels_of_hidden, kernels_of_scores):
         monkeypatch.setattr(module, "make_plan", refuse)
         monkeypatch.setattr(module, "keep_arguments", refuse)
+    monkeypatch.setattr(compact_kernels, "launch_config", refuse)
     monkeypatch.setattr(compiled._Variants, "key", refuse)
     monkeypatch.setattr(driver, "get_current_target", refuse)
     launched.take()
@@ -597,7 +610,7 @@ class TestPreparedCalls:
     @pytest.mark.parametrize("name", PREPARED)
     def test_unbatched(self, name, driver, launched):
         call, _ = CALLS[name]
-        unbatched = {key: TENSORS[key][0] for key in ("q", "k", "x", "mask", "keep", "scores")}
+        unbatched = {key: TENSORS[key][0] for key in ("q", "k", "x", "mask", "keep", "scores", "positions")}
         batched = as_tuple(call(ALIGNED))
         for _ in range(2):
             for one, other in zip(as_tuple(call(SimpleNamespace(**TENSORS | unbatched))), batched, strict=True):
@@ -628,7 +641,18 @@ def test_variants_are_limited(driver, monkeypatch):
 
 
 def test_whatever_embeds_need_a_gradient_still_do(driver):
-    """`compact` is an operator with a gradient."""
-    embeds = torch.randn(1, 50, 32, requires_grad=True)
-    packed = of_embeds.compact(embeds, TENSORS["keep"], length=50, backend="triton")
-    assert packed.inputs_embeds.requires_grad
+    """`compact` is an operator with a gradient, whatever was prepared for embeddings without one."""
+    embeds = torch.randn(1, 50, 32)
+    for needs_grad in (False, True, False):
+        packed = compact(embeds.requires_grad_(needs_grad), TENSORS["keep"], length=50, backend="triton")
+        assert packed.inputs_embeds.requires_grad == needs_grad
+    with torch.no_grad():
+        assert not compact(embeds, TENSORS["keep"], length=50, backend="triton").inputs_embeds.requires_grad
+
+
+def test_a_row_that_is_too_long_for_its_length_is_refused_in_every_call(driver):
+    fits, does_not = torch.zeros(1, 50, dtype=torch.bool), torch.ones(1, 50, dtype=torch.bool)
+    for _ in range(2):
+        compact(TENSORS["x"], fits, length=3, backend="triton")
+        with pytest.raises(ValueError, match="length: expected at least 50"):
+            compact(TENSORS["x"], does_not, length=3, backend="triton")
