@@ -130,7 +130,7 @@ def nothing_kept() -> Iterator[None]:
 
 
 def parts_of(call: Callable[[], object]) -> dict[str, Callable[[], object]]:
-    """Return what a call does, ready to be done again: its launches, bare and direct, allocations, and prepared call."""
+    """Return what a call does, each part ready to be done again: launches, allocations, the prepared call."""
     launches: list[Callable[[], object]] = []
     direct: list[Callable[[], object]] = []
     allocations: list[Callable[[], object]] = []

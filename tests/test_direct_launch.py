@@ -38,6 +38,7 @@ from hawk_kernels.backends.kernels import greedy as greedy_kernels
 from hawk_kernels.backends.kernels import score_and_select as kernels_of_queries
 from hawk_kernels.backends.kernels import score_hidden as kernels_of_hidden
 from hawk_kernels.backends.kernels import select_topk as kernels_of_scores
+from hawk_kernels.ops import attention_column_mean as of_columns
 from hawk_kernels.ops import compact as of_embeds
 from hawk_kernels.ops import score_and_select as of_queries
 from hawk_kernels.ops import score_hidden as of_hidden
@@ -96,7 +97,7 @@ def driver(monkeypatch, launched):
     """A pretended driver, and jitted functions in place of interpreted ones; CPU tensors may ask for Triton."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(compiled, "_variants", {})
-    for module in (of_queries, of_hidden, of_scores, of_embeds):
+    for module in (of_columns, of_embeds, of_hidden, of_queries, of_scores):
         for name in ("_prepared", "_prepared_scores"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, PreparedCalls())
@@ -185,7 +186,15 @@ CALLS = {
     "greedy_max_min": (lambda t: greedy_max_min(t.features, 0.2, backend="triton"), "features"),
     "greedy_dpp": (lambda t: greedy_dpp(t.features, t.quality, 0.2, backend="triton"), "features quality"),
 }
-PREPARED = ("score_and_select", "score_tokens", "score_hidden_and_select", "score_hidden", "select_topk", "compact")
+PREPARED = (
+    "score_and_select",
+    "score_tokens",
+    "score_hidden_and_select",
+    "score_hidden",
+    "select_topk",
+    "compact",
+    "attention_column_mean",
+)
 ALIGNED = SimpleNamespace(**TENSORS)
 
 
@@ -347,7 +356,7 @@ def test_a_second_call_neither_checks_nor_specialises(name, driver, launched, mo
     def refuse(*arguments, **options):
         raise AssertionError("this was done before")
 
-    for module in (of_queries, of_hidden, of_scores, of_embeds):
+    for module in (of_columns, of_embeds, of_hidden, of_queries, of_scores):
         for function in (
             "_checked",
             "_check_tensors",
@@ -362,13 +371,15 @@ def test_a_second_call_neither_checks_nor_specialises(name, driver, launched, mo
     for module in (kernels_of_queries, kernels_of_hidden, kernels_of_scores):
         monkeypatch.setattr(module, "make_plan", refuse)
         monkeypatch.setattr(module, "keep_arguments", refuse)
-    monkeypatch.setattr(compact_kernels, "launch_config", refuse)
+    for module in (columns_kernels, compact_kernels):
+        monkeypatch.setattr(module, "launch_config", refuse)
     monkeypatch.setattr(compiled._Variants, "key", refuse)
     monkeypatch.setattr(driver, "get_current_target", refuse)
     launched.take()
     got = call(ALIGNED)
-    (launch,) = launched.take()
-    assert launch.is_direct
+    received = launched.take()
+    assert received
+    assert all(launch.is_direct for launch in received)
     for one, other in zip(as_tuple(got), as_tuple(expected), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
 
@@ -615,9 +626,12 @@ class TestPreparedCalls:
         for _ in range(2):
             for one, other in zip(as_tuple(call(SimpleNamespace(**TENSORS | unbatched))), batched, strict=True):
                 assert one.shape == other.shape[1:]
-        first, second, third = launched.take()
-        assert first.grid == second.grid == third.grid
-        assert third.is_direct
+        received = launched.take()
+        count = len(received) // 3
+        first, second, third = (received[start : start + count] for start in range(0, 3 * count, count))
+        assert [launch.grid for launch in first] == [launch.grid for launch in second]
+        assert [launch.grid for launch in first] == [launch.grid for launch in third]
+        assert all(launch.is_direct for launch in third)
 
     def test_they_are_limited(self):
         calls = PreparedCalls(limit=3)
