@@ -1,5 +1,6 @@
 """Launches that pass Triton by reach the driver as Triton's own do; a pretended driver receives both."""
 
+import ast
 import gc
 import random
 import threading
@@ -527,6 +528,9 @@ def test_a_kept_kernel_outlives_what_triton_forgets(driver, launched, monkeypatc
     call(ALIGNED)
     assert launched.take()[-1].is_direct
     assert not unloaded
+    # the pretended driver takes back what it made
+    kept = (variants._compiled.values() for variants in compiled._variants.values())
+    driver.variants.extend(one.owner for each in kept for one in each)
 
 
 def test_a_kernel_that_does_not_load_is_not_kept(driver, launched, monkeypatch):
@@ -644,6 +648,23 @@ class TestPreparedCalls:
         assert PreparedCalls.key(None, None, 0.2) is None
         assert PreparedCalls().get(None) is None
         assert PreparedCalls().get((["unhashable"],)) is None
+
+
+def test_every_launch_passes_through_one_function(repository):
+    """`kernel[grid](...)` stands in `launch.py` alone."""
+    for path in (repository / "hawk_kernels").rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        names = [node.func.value.id for node in calls if is_of_a_name(node.func)]
+        launches = [name for name in names if name == "kernel" or name.endswith("_kernel") or name in UNNAMED]
+        assert bool(launches) == (path.name == "launch.py"), f"{path}: launch {launches} by `launch.launch`"
+
+
+UNNAMED = ("_row_pass", "_column_pass", "_finish")
+
+
+def is_of_a_name(function):
+    """Say whether a function is looked up in something that has a name: `name[index]`."""
+    return isinstance(function, ast.Subscript) and isinstance(function.value, ast.Name)
 
 
 def test_variants_are_limited(driver, monkeypatch):
