@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from hawk_kernels.backends.choose import choose_backend, load_backend
+from hawk_kernels.backends.choose import PreparedCalls, choose_backend, load_backend, plain_signature
 from hawk_kernels.ops.library import LIBRARY, define
 from hawk_kernels.validation import check_mask, check_tensor, shape_of
 
+_prepared = PreparedCalls()
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -63,35 +65,55 @@ def compact(
         ValueError: a shape, device, range or name does not fit.
         ImportError: `backend="triton"` without Triton.
     """
-    _check_embeds(inputs_embeds)
-    check_tensor("keep_mask", keep_mask)
-    device, batched = inputs_embeds.device, inputs_embeds.dim() == 3
-    check_mask("keep_mask", keep_mask, tuple(inputs_embeds.shape[:-1]), "one entry a token", device)
-    if position_ids is not None:
-        _check_positions(position_ids, inputs_embeds)
-    backend = choose_backend(backend, device)
-    if not batched:
+    # A gradient needs the dispatcher, and a length that must be read takes longer than all that is kept here.
+    needs_grad = torch.is_grad_enabled() and getattr(inputs_embeds, "requires_grad", False)
+    is_plain = type(length) is int and not needs_grad
+    signature = plain_signature(inputs_embeds, keep_mask, position_ids) if is_plain else None
+    key = _prepared.key(signature, inputs_embeds, length, backend)
+    call = _prepared.get(key)
+    if call is None or length is None:
+        _check_embeds(inputs_embeds)
+        check_tensor("keep_mask", keep_mask)
+        device, batched = inputs_embeds.device, inputs_embeds.dim() == 3
+        check_mask("keep_mask", keep_mask, tuple(inputs_embeds.shape[:-1]), "one entry a token", device)
+        if position_ids is not None:
+            _check_positions(position_ids, inputs_embeds)
+        backend = choose_backend(backend, device)
+        rows, rows_mask, axes = _batched(inputs_embeds, keep_mask, position_ids)
+        if length is None:
+            length = _fullest_row(keep_mask)
+        else:
+            _check_length(length)
+        has_axes = position_ids is not None and position_ids.dim() == inputs_embeds.dim()
+        if key is None or backend != "triton":
+            embeds, positions, attention_mask, source = _compact(rows, rows_mask, axes, length, backend)
+            positions = positions if has_axes else positions[0]
+            if batched:
+                return Compacted(embeds, positions, attention_mask, source)
+            return Compacted(embeds[0], positions.squeeze(-2), attention_mask[0], source[0])
+        prepared: Callable[..., Any] = load_backend("triton", "compact").PreparedCall
+        call = prepared(rows, rows_mask, axes, length, batched, has_axes)
+        _prepared.add(key, call)
+    if keep_mask.is_cpu:
+        _check_fits(keep_mask, length)
+    return Compacted(*call(inputs_embeds, keep_mask, position_ids))
+
+
+def _batched(
+    inputs_embeds: torch.Tensor, keep_mask: torch.Tensor, position_ids: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return embeddings `[B, T, C]`, a mask `[B, T]` and positions `[A, B, T]` as views of valid arguments."""
+    if inputs_embeds.dim() == 2:
         inputs_embeds, keep_mask = inputs_embeds.unsqueeze(0), keep_mask.unsqueeze(0)
         position_ids = None if position_ids is None else position_ids.unsqueeze(-2)
-    if length is None:
-        length = _fullest_row(keep_mask)
-    else:
-        _check_length(length)
-
-    axes = None
     if position_ids is not None:
         axes = position_ids if position_ids.dim() == 3 else position_ids.unsqueeze(0)
-        axes = axes.expand(-1, *keep_mask.shape)
-    embeds, positions, attention_mask, source = _compact(inputs_embeds, keep_mask, axes, length, backend)
-    if position_ids is None or position_ids.dim() == 2:
-        positions = positions[0]
-    if batched:
-        return Compacted(embeds, positions, attention_mask, source)
-    return Compacted(embeds[0], positions.squeeze(-2), attention_mask[0], source[0])
+        position_ids = axes.expand(-1, *keep_mask.shape)
+    return inputs_embeds, keep_mask, position_ids
 
 
 def _fullest_row(keep_mask: torch.Tensor) -> int:
-    return int(keep_mask.sum(dim=1).max()) if keep_mask.shape[0] else 0
+    return int(keep_mask.sum(dim=-1).max()) if keep_mask.numel() else 0
 
 
 def _check_embeds(inputs_embeds: torch.Tensor) -> None:

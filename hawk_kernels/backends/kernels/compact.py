@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hawk_kernels.backends.kernels.launch import on_device
+from hawk_kernels.backends.kernels.launch import PreparedLaunch, on_device
 
 # Slots whose rows a program copies at once, and bytes of each: 16 KiB on their way.
 BLOCK_SLOTS = 16
@@ -156,35 +156,82 @@ def _compact_kernel(
             tl.store(packed, values, mask=inside[:, None] & used)
 
 
-def compact(
-    inputs_embeds: torch.Tensor, keep_mask: torch.Tensor, position_ids: torch.Tensor | None, length: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return packed embeddings `[B, T', C]`, positions `[A, B, T']`, mask and source `[B, T']` of valid arguments."""
-    batch, num_tokens, hidden_size = inputs_embeds.shape
-    device = inputs_embeds.device
-    num_axes, positions_dtype = (1, torch.int64) if position_ids is None else (len(position_ids), position_ids.dtype)
-    packed = torch.empty((batch, length, hidden_size), dtype=inputs_embeds.dtype, device=device)
-    packed_positions = torch.empty((num_axes, batch, length), dtype=positions_dtype, device=device)
-    attention_mask = torch.empty((batch, length), dtype=torch.int64, device=device)
-    source = torch.empty((batch, length), dtype=torch.int64, device=device)
-    if batch and length:
+class PreparedCall:
+    """A call of one signature and length, which can be made again with other tensors of it."""
+
+    def __init__(
+        self,
+        inputs_embeds: torch.Tensor,
+        keep_mask: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        length: int,
+        batched: bool = True,
+        has_axes: bool = True,
+    ) -> None:
+        """Prepare a call by valid embeddings `[B, T, C]`, a mask `[B, T]` and positions `[A, B, T]`.
+
+        The results have a batch axis if `batched`, and the positions an axis of RoPE's axes if `has_axes`.
+        """
+        batch, num_tokens, hidden_size = inputs_embeds.shape
+        num_axes = 1 if position_ids is None else len(position_ids)
+        self._device = inputs_embeds.device
+        self._dtype = inputs_embeds.dtype
+        self._positions_dtype = torch.int64 if position_ids is None else position_ids.dtype
+        self._shape = (batch, length) if batched else (length,)
+        self._packed_shape = (*self._shape, hidden_size)
+        self._positions_shape = (num_axes, *self._shape) if has_axes else self._shape
+        self._may_be_aligned = False
+        self._launches: dict[bool, PreparedLaunch] = {}
+        if batch == 0 or length == 0:
+            return
         config = launch_config(batch, num_tokens, length, hidden_size, inputs_embeds.element_size())
         # A single row is aligned whatever its length.
         keep_stride_b = keep_mask.stride(0) if batch > 1 else 0
         keep_stride_t = keep_mask.stride(1)
-        keep_is_aligned = keep_stride_t == 1 and (keep_mask.data_ptr() | keep_stride_b) % _MASK_ALIGNMENT == 0
-        with on_device(device):
-            _compact_kernel[config["grid"]](
-                inputs_embeds, keep_mask, source if position_ids is None else position_ids,
-                packed, packed_positions, attention_mask, source,
-                *inputs_embeds.stride(), keep_stride_b, keep_stride_t,
-                *((0, 0, 0) if position_ids is None else position_ids.stride()), hidden_size, batch * length,
-                num_tokens, length, hidden_size, num_axes,
-                config["slots_per_program"], config["columns_per_program"],
-                HAS_POSITIONS=position_ids is not None, KEEP_IS_ALIGNED=keep_is_aligned,
-                **config["blocks"], num_warps=config["num_warps"],
-            )  # fmt: skip
-    return packed, packed_positions, attention_mask, source
+        self._may_be_aligned = keep_stride_t == 1 and keep_stride_b % _MASK_ALIGNMENT == 0
+        numbers = (
+            *inputs_embeds.stride(), keep_stride_b, keep_stride_t,
+            *((0, 0, 0) if position_ids is None else position_ids.stride()), hidden_size, batch * length,
+            num_tokens, length, hidden_size, num_axes, config["slots_per_program"], config["columns_per_program"],
+        )  # fmt: skip
+
+        def arrange(
+            embeds: Any, packed_positions: Any, attention_mask: Any, source: Any,
+            packed: Any, keep_mask: Any, positions: Any,
+        ) -> tuple[Any, ...]:  # fmt: skip
+            return embeds, keep_mask, positions, packed, packed_positions, attention_mask, source, *numbers
+
+        has_positions = position_ids is not None
+        for is_aligned in (False, True):
+            constants = {"HAS_POSITIONS": has_positions, "KEEP_IS_ALIGNED": is_aligned, **config["blocks"]}
+            options = {"num_warps": config["num_warps"]}
+            # all but the packed embeddings, the mask and the positions are specialised
+            self._launches[is_aligned] = PreparedLaunch(config["grid"], arrange, constants, options, num_specialized=4)
+
+    def __call__(
+        self, inputs_embeds: torch.Tensor, keep_mask: torch.Tensor, position_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return packed embeddings `[B, T', C]`, positions `[A, B, T']`, mask and source `[B, T']`."""
+        device = self._device
+        packed = torch.empty(self._packed_shape, dtype=self._dtype, device=device)
+        packed_positions = torch.empty(self._positions_shape, dtype=self._positions_dtype, device=device)
+        attention_mask = torch.empty(self._shape, dtype=torch.int64, device=device)
+        source = torch.empty(self._shape, dtype=torch.int64, device=device)
+        if self._launches:
+            keep_is_aligned = self._may_be_aligned and keep_mask.data_ptr() % _MASK_ALIGNMENT == 0
+            with on_device(device):
+                self._launches[keep_is_aligned](
+                    _compact_kernel, inputs_embeds, packed_positions, attention_mask, source,
+                    packed, keep_mask, source if position_ids is None else position_ids,
+                )  # fmt: skip
+        return packed, packed_positions, attention_mask, source
+
+
+def compact(
+    inputs_embeds: torch.Tensor, keep_mask: torch.Tensor, position_ids: torch.Tensor | None, length: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return packed embeddings `[B, T', C]`, positions `[A, B, T']`, mask and source `[B, T']` of valid arguments."""
+    return PreparedCall(inputs_embeds, keep_mask, position_ids, length)(inputs_embeds, keep_mask, position_ids)
 
 
 def launch_config(batch: int, num_tokens: int, length: int, hidden_size: int, element_size: int) -> dict[str, Any]:
