@@ -147,10 +147,22 @@ class LayerView(PrefillView):
 
     def encoder_attention(self) -> EncoderAttention:
         recorded = self._context.attention
-        if recorded is None:
+        if recorded is None or "deep" not in recorded.values:
             raise ValueError(_undeclared("encoder_attention", "uses_encoder_attention = True"))
-        of_object, of_deep = (self._padded(x.to(self._device).unsqueeze(0)) for x in (recorded.object, recorded.deep))
+        of_object, of_deep = (self._of_cells(recorded.values[name]) for name in ("object", "deep"))
         return EncoderAttention(of_object, of_deep, recorded.grids)
+
+    def cls_attention(self) -> torch.Tensor:
+        recorded = self._context.attention
+        if recorded is None or "cls" not in recorded.values:
+            raise ValueError(_undeclared("cls_attention", "uses_cls_attention = True"))
+        return self._of_cells(recorded.values["cls"])
+
+    def encoder_features(self) -> torch.Tensor:
+        recorded = self._context.attention
+        if recorded is None or "features" not in recorded.values:
+            raise ValueError(_undeclared("encoder_features", "uses_encoder_features = True"))
+        return self._of_cells(recorded.values["features"])
 
     def text_keys(self) -> torch.Tensor:
         normalized, _ = self._normalized_text
@@ -228,6 +240,10 @@ class LayerView(PrefillView):
 
     def _gathered(self, states: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
         return states.flatten(0, 1).index_select(0, upload(rows, states.device)).to(self._device)
+
+    def _of_cells(self, recorded: torch.Tensor) -> torch.Tensor:
+        """Lay out what was recorded of the visual tokens of all rows, `[S, ...]`, as `[B, M, ...]`."""
+        return self._padded(recorded.to(self._device).unsqueeze(0))
 
     def _padded(self, tokens: torch.Tensor) -> torch.Tensor:
         """Lay `[1, S, ...]` out as `[B, M, ...]`; the padding repeats the first token."""

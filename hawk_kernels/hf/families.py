@@ -101,7 +101,8 @@ def _before_temperature_rises(text_config: Any) -> int | None:
 _IM_END = 151645
 _STATEFUL = ("prompt lookup", "assisted")
 _IMAGES, _IMAGES_AND_VIDEOS = ("image",), ("image", "video")
-_IN_VISION_MODEL = partial(TileEncoder, tower="vision_model")
+_WITH_ALIGNER = partial(TileEncoder, tower="vision_model", projector="aligner")
+_WITH_CONNECTOR = partial(TileEncoder, tower="vision_model", projector="connector")
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -173,7 +174,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("aria", ("AriaForConditionalGeneration",)),
     Family("aya_vision", ("AyaVisionForConditionalGeneration",), encoder=TileEncoder),
     Family("cohere2_vision", ("Cohere2VisionForConditionalGeneration",), encoder=TileEncoder),
-    Family("deepseek_vl", ("DeepseekVLForConditionalGeneration",), encoded_whole=_IMAGES, encoder=_IN_VISION_MODEL),
+    Family("deepseek_vl", ("DeepseekVLForConditionalGeneration",), encoded_whole=_IMAGES, encoder=_WITH_ALIGNER),
     Family(
         "deepseek_vl_hybrid",
         ("DeepseekVLHybridForConditionalGeneration",),
@@ -233,7 +234,12 @@ FAMILIES: tuple[Family, ...] = (
         encoder=PackedEncoder,
     ),
     Family("got_ocr2", ("GotOcr2ForConditionalGeneration",)),
-    Family("granite_docling", ("GraniteDoclingForConditionalGeneration",), since="5.23", encoder=_IN_VISION_MODEL),
+    Family(
+        "granite_docling",
+        ("GraniteDoclingForConditionalGeneration",),
+        since="5.23",
+        encoder=partial(TileEncoder, tower="vision_model", projector="vision_model.connector"),
+    ),
     Family(
         "hunyuan_vl",
         ("HunYuanVLForConditionalGeneration",),
@@ -250,9 +256,9 @@ FAMILIES: tuple[Family, ...] = (
         encoder=partial(PackedEncoder, tower="vision_model"),
     ),
     Family("idefics2", ("Idefics2ForConditionalGeneration",)),
-    Family("idefics3", ("Idefics3ForConditionalGeneration",), encoder=_IN_VISION_MODEL),
+    Family("idefics3", ("Idefics3ForConditionalGeneration",), encoder=_WITH_CONNECTOR),
     Family("internvl", ("InternVLForConditionalGeneration",), encoder=TileEncoder),
-    Family("janus", ("JanusForConditionalGeneration",), encoder=_IN_VISION_MODEL),
+    Family("janus", ("JanusForConditionalGeneration",), encoder=_WITH_ALIGNER),
     Family(
         "kimi_k25", ("Kimi_K25ForConditionalGeneration",), since="5.17", plain_rope=False, projections=LatentProjections
     ),
@@ -307,14 +313,18 @@ FAMILIES: tuple[Family, ...] = (
         since="5.17",
         projections=partial(SeparateProjections, head_norms=("qk_norm", "qk_norm")),
     ),
-    Family("ovis2", ("Ovis2ForConditionalGeneration",), encoder=TileEncoder),
+    Family(
+        "ovis2",
+        ("Ovis2ForConditionalGeneration",),
+        encoder=partial(TileEncoder, projector="vision_tower.head_linear"),
+    ),
     Family("paddleocr_vl", ("PaddleOCRVLForConditionalGeneration",)),
     Family(
         "paligemma", ("PaliGemmaForConditionalGeneration",), encoded_whole=_IMAGES, pair_masks=True, encoder=TileEncoder
     ),
     Family("perception_lm", ("PerceptionLMForConditionalGeneration",), since="5.23", video=True),
     Family("qianfan_ocr", ("QianfanOCRForConditionalGeneration",), since="5.10", encoder=TileEncoder),
-    Family("smolvlm", ("SmolVLMForConditionalGeneration",), encoder=_IN_VISION_MODEL),
+    Family("smolvlm", ("SmolVLMForConditionalGeneration",), encoder=_WITH_CONNECTOR),
     Family("video_llama_3", ("VideoLlama3ForConditionalGeneration",), video=True, encoded_whole=_IMAGES_AND_VIDEOS),
     Family(
         "video_llava",

@@ -480,7 +480,7 @@ class _Sources:
         self._rotates = method.uses_positions
         if self._rotates:
             check_rotates(anatomy, method.name)
-        self._recorder = recorder_for(anatomy, method) if method.uses_encoder_attention else None
+        self._recorder = recorder_for(anatomy, method) if method.reads_encoder() else None
         self._encoding = EncodingWatch(anatomy.multimodal)
         self._layers_before, _ = first_attention_layer(anatomy.text)
         self._uses_grids = method.uses_grids

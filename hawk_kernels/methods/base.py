@@ -29,6 +29,10 @@ class Method(ABC):
         uses_head_weights: whether it reads `PrefillView.head_weights`.
         uses_text: whether a row with visual tokens must have text queries.
         uses_encoder_attention: whether it calls `PrefillView.encoder_attention`, of the layer `object_layer`.
+        uses_cls_attention: whether it calls `PrefillView.cls_attention`.
+        cls_layer: the encoder layer of that attention, counted from 1; None means the last one that the visual tokens
+            come from, which in LLaVA is the layer before the last.
+        uses_encoder_features: whether it calls `PrefillView.encoder_features`.
         uses_grids: whether it calls `PrefillView.frames`.
         uses_positions: whether it asks for queries and keys after RoPE.
         hidden_from_layer: None for a method whose dropped tokens are removed before the first layer. Otherwise layers 1
@@ -45,6 +49,9 @@ class Method(ABC):
     uses_text: bool = False
     uses_encoder_attention: bool = False
     object_layer: int | None = None
+    uses_cls_attention: bool = False
+    cls_layer: int | None = None
+    uses_encoder_features: bool = False
     uses_grids: bool = False
     uses_positions: bool = False
     hidden_from_layer: int | None = None
@@ -64,6 +71,10 @@ class Method(ABC):
     def kept_count(self, r: float | int, num_candidates: int) -> int:
         """Return how many of `num_candidates` tokens `select` keeps."""
         return kept_count(r, num_candidates, self.rounding)
+
+    def reads_encoder(self) -> bool:
+        """Tell whether the vision encoder must be watched."""
+        return self.uses_encoder_attention or self.uses_cls_attention or self.uses_encoder_features
 
     def options(self) -> dict[str, object]:
         """Return the options that this method was made with, for statistics; `repr` of what JSON cannot hold."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -19,13 +20,13 @@ class PackedEncoder(VisionEncoder):
 
     Args:
         multimodal: the model that holds the encoder.
-        tower: name of the encoder in it.
+        tower: name of the encoder in it; its `merger` makes the embeddings.
     """
 
     projections: ClassVar[tuple[tuple[str, ...], ...]] = (("qkv",),)
 
     def __init__(self, multimodal: Any, tower: str = "visual") -> None:
-        super().__init__(multimodal, tower)
+        super().__init__(multimodal, tower, f"{tower}.merger")
         self._merge: int = self.tower.spatial_merge_size
         has_windows = hasattr(self.tower, "fullatt_block_indexes")
         self._window = self.tower.window_size // self._merge // self.tower.patch_size if has_windows else None
@@ -45,13 +46,32 @@ class PackedEncoder(VisionEncoder):
     def visual_tokens(
         self, kind: str, arguments: dict[str, Any], features: Any, received: torch.Tensor
     ) -> tuple[torch.Tensor, list[Piece]]:
-        grids = [(t, h // self._merge, w // self._merge) for t, h, w in arguments[f"{kind}_grid_thw"].tolist()]
+        grids = self._grids(kind, arguments)
         merged = torch.unflatten(received, 0, (-1, self._merge**2)).mean(dim=1)
-        if self._window is not None:
-            place = np.argsort(_window_order(grids, self._window))
-            merged = merged[upload(place, merged.device)]
-        # one piece for each frame, because some models set text between frames
-        return merged, [Piece.of_cells(h, w) for t, h, w in grids for _ in range(t)]
+        return self._in_order(merged, grids), _frames(grids)
+
+    def visual_rows(
+        self, kind: str, arguments: dict[str, Any], features: Any, entering: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[Piece]]:
+        grids = self._grids(kind, arguments)
+        rows = torch.cat([rows.flatten(0, -2) for rows in entering])
+        # GLM-4V merges patches before its merger, so that one row of its own enters for each visual token
+        return self._in_order(rows.reshape(sum(math.prod(grid) for grid in grids), -1), grids), _frames(grids)
+
+    def _grids(self, kind: str, arguments: dict[str, Any]) -> list[Grid]:
+        """Return the grid of visual tokens of each image or video."""
+        return [(t, h // self._merge, w // self._merge) for t, h, w in arguments[f"{kind}_grid_thw"].tolist()]
+
+    def _in_order(self, merged: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
+        """Turn the order of windows, in which the encoder works, into that of the visual tokens."""
+        if self._window is None:
+            return merged
+        return merged[upload(np.argsort(_window_order(grids, self._window)), merged.device)]
+
+
+def _frames(grids: list[Grid]) -> list[Piece]:
+    """Make one piece for each frame, because some models set text between frames."""
+    return [Piece.of_cells(h, w) for t, h, w in grids for _ in range(t)]
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
