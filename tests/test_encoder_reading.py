@@ -8,9 +8,8 @@ import torch
 from hawk_kernels import prune
 from hawk_kernels.hf.encoders.recorder import VisionRecorder
 from hawk_kernels.hf.families import ENCODERS
-from hawk_kernels.methods import Method
 from tests.encoder_oracles import eager_columns
-from tests.method_checks import CORE
+from tests.method_checks import CORE, Reads
 from tests.test_hiprune_families import GREEDY, KINDS, encode, model_of, pictures, prompts
 from tests.tiny_families import BY_NAME, batch, tiny_model
 from tests.tiny_models import IMAGE, VIDEO, Picture, question, qwen_batch, qwen_vl
@@ -21,20 +20,6 @@ READABLE = [
     for name, kind in KINDS
 ]
 every_kind = pytest.mark.parametrize(("name", "kind"), READABLE)
-
-
-class Reads(Method):
-    """Keeps the tokens of the highest CLS attention, and remembers what the view gave."""
-
-    name = "reads"
-    uses_cls_attention = uses_encoder_features = True
-
-    def __init__(self, cls_layer=None):
-        self.cls_layer = cls_layer
-
-    def score(self, view):
-        self._seen = view.cls_attention(), view.encoder_features(), view.candidates
-        return self._seen[0].masked_fill(~view.candidates, -torch.inf)
 
 
 def inputs_of(name, kind):
