@@ -14,7 +14,6 @@ from tests.method_checks import GivenView, against_its_reference, check_choice
 from tests.tiny_families import batch
 from tests.tiny_models import IMAGE, VIDEO, Picture, question, qwen_batch
 
-GRIDS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=2)
 IMAGES = st.lists(
     st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)).map(lambda x: [(x[1], x[2])] * x[0]),
     min_size=1,
