@@ -140,7 +140,7 @@ class Reads(Method):
 def encoder_of(model, inputs):
     """What the encoder tells of a batch: CLS attention `[B, M]`, features `[B, M, C]`, and which of the M count."""
     method = Reads()
-    with torch.no_grad(), prune(model, 1, method=method):
+    with torch.no_grad(), prune(model, 1.0, method=method):
         model(**inputs)
     return method._seen
 
