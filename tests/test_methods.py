@@ -15,6 +15,7 @@ from hawk_kernels.hf.rotary import rotary_of_first_layer
 from hawk_kernels.methods import METHODS, JointMethod, Method, register, resolve_method
 from hawk_kernels.selection import kept_count
 from tests.family_checks import model_of, needs, prompts, watched
+from tests.host_reads import HostReads
 from tests.method_checks import (
     GREEDY,
     RAGGED,
@@ -112,12 +113,24 @@ def test_other_families_keep_the_same_number(name, method):
 
 @every_method
 @torch.no_grad()
-def test_bfloat16_and_float64(method):
-    for dtype in (torch.bfloat16, torch.float64):
+def test_dtypes_of_models(method):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
         tiny = qwen_vl(layers=3, dtype=dtype)
         with prune(tiny, 0.3, method=method, **options_of(method)) as pruning:
             assert tiny(**qwen_batch(*RAGGED, dtype=dtype)).logits.isfinite().all()
         assert pruning.scores.dtype == torch.float32
+
+
+@every_budget
+@every_method
+@torch.no_grad()
+def test_no_method_waits_for_the_device(three_layers, method, budget):
+    folder = Path(hawk_kernels.methods.__file__).parent
+    files = tuple(f"{path.name}:" for path in folder.glob("*.py"))
+    inputs = qwen_batch(*RAGGED)
+    with prune(three_layers, 0.3, method=method, budget=budget, **options_of(method)), HostReads() as reads:
+        three_layers(**inputs)
+    assert not [place for place in reads.places if place.startswith(files)]
 
 
 @every_budget

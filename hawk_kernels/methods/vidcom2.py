@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-
+import numpy as np
 import torch
 
 from hawk_kernels.methods.base import JointMethod, candidates_of_units, of_rows, of_units, register
@@ -60,7 +59,9 @@ class VidCom2(JointMethod):
         if view.segments is None:
             units = [[frame for image in row for frame in image] for row in rows]
         sizes = [[height * width for height, width in frames] for frames in units]
-        frame_of, starts = (x.to(candidates.device, non_blocking=True) for x in _layout(sizes, candidates.shape[1]))
+        frame_of, starts = (
+            torch.from_numpy(x).to(candidates.device, non_blocking=True) for x in _layout(sizes, candidates.shape[1])
+        )
         of_video, likeness = likenesses(of_units(view.visual_embeddings(), view), frame_of, starts.shape[1], candidates)
         weights = frame_weights(of_video, frame_of, starts.shape[1], candidates)
         key = webster_key(-likeness, weights, frame_of, starts, candidates)
@@ -69,19 +70,18 @@ class VidCom2(JointMethod):
         return of_rows(Selection(kept.mask, kept.indices, scores), view)
 
 
-def _layout(sizes: list[list[int]], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _layout(sizes: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
     """Number the frames of each unit: the frame of each token, int64 `[U, width]`, and where frames start, `[U, T]`.
 
     Padding belongs to the last frame; a unit with fewer frames than others has empty ones at its end.
     """
     most = max(1, *(len(unit) for unit in sizes))
-    frame_of = torch.full((len(sizes), width), most - 1)
-    starts = torch.full((len(sizes), most), width)
+    frame_of = np.full((len(sizes), width), most - 1)
+    starts = np.full((len(sizes), most), width)
     for unit, lengths in enumerate(sizes):
-        begins = [0, *itertools.accumulate(lengths)][: len(lengths)]
-        starts[unit, : len(lengths)] = torch.tensor(begins, dtype=torch.int64)
-        inside = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-        frame_of[unit, : len(inside)] = inside
+        ends = np.cumsum(lengths)
+        starts[unit, : len(lengths)] = ends - lengths
+        frame_of[unit, : sum(lengths)] = np.repeat(np.arange(len(lengths)), lengths)
     return frame_of, starts
 
 
