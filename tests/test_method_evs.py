@@ -96,6 +96,35 @@ def test_a_video_whose_frames_repeat_keeps_the_first(name, token):
     assert pruning.keep_mask[0, visual].view(-1, 6).sum(dim=1).tolist() == [6, *[0] * (int(visual.sum()) // 6 - 1)]
 
 
+FRAMES = {
+    "qwen2_5_vl": [(2, 3)] * 6,
+    "glm4v": [(2, 3)] * 6,
+    "ernie4_5_vl_moe": [(2, 3)] * 3,
+    "llava_next_video": [(1, 1)] * 6,
+    "llava_onevision": [(1, 1)] * 7,
+    "video_llava": [(1, 10)] * 6,
+    "minicpmv4_6": [(3, 3)] * 6,
+    "video_llama_3": [(6, 6)],
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+@torch.no_grad()
+def test_the_frames_of_a_video(name):
+    needs(name)
+
+    class Asks(EVS):
+        def score(self, view):
+            seen.append(view.frames())
+            return super().score(view)
+
+    seen = []
+    tiny, inputs = model_of(name), batch(name, question(Picture(2, 3, frames=6)))
+    with prune(tiny, 0.5, method=Asks()):
+        tiny(**inputs)
+    assert seen == [[[FRAMES[name]]]]
+
+
 @torch.no_grad()
 def test_nothing_but_the_pictures_counts(three_layers):
     kept = []

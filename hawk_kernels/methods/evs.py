@@ -25,8 +25,8 @@ class EVS(Method):
     smaller than the first frames, which are all that a still image has, an even grid of them stays: cells with even
     line and column first, as in ordered dithering.
 
-    The frames are known of families that tell their grids, such as Qwen2-VL to Qwen3.5 and GLM-4V. Elsewhere an image
-    or video is one frame.
+    The frames are known of families that tell grids or the number of frames: all that take videos as such but Gemma 4,
+    Perception LM and VideoLLaMA 3, where a video is one frame.
 
     Args:
         rounding: "floor" or "ceil"; the release rounds down.

@@ -25,15 +25,14 @@ class VidCom2(JointMethod):
     With `g(d) = sum_a exp(-d^2 / 2a)` over `a = 1/8, 1/4, 1/2, 1, 2`, a token's likeness is
     `g(|x[i] - c|) + g(|x[i] - c[t]|)`. A frame's uniqueness is `u[t] = -mean_i g(|x[i] - c|)` over its tokens, and of
     `T` frames with `p = softmax(u / 0.01)` each keeps `r (1 + p[t] - 1/T)` of its tokens (Liu et al., "Video
-    Compression Commander: Plug-and-Play Inference Acceleration for Video Large Language Models", EMNLP 2025,
-    arXiv 2505.14454, and github xuyang-liu16/VidCom2).
+    Compression Commander: Plug-and-Play Inference Acceleration for Video Large Language Models", arXiv 2505.14454, and
+    github xuyang-liu16/VidCom2).
 
     The release rounds each frame's share by itself, keeps at least one token of each, and lets the total come out as it
     may. Here the budget is met exactly: shares are rounded by Webster's method, which gives the counts of the release
     wherever these add up to the budget, and every frame keeps one token if the budget allows. What a full frame cannot
-    take goes to the others. A still image is a video of one frame, which keeps its most unusual tokens. The frames are
-    known of families that tell their grids; elsewhere an image or video is one frame. Images that share a budget are
-    frames of one video.
+    take goes to the others. A still image is a video of one frame, which keeps its most unusual tokens. Where the
+    frames are not known (see `EVS`), a video is one. Images that share a budget are frames of one video.
 
     Args:
         rounding: "floor" or "ceil", for the whole budget.

@@ -26,10 +26,10 @@ class VisPruner(JointMethod):
     before the ones between (Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token
     Pruning in VLMs", ICCV 2025, arXiv 2412.01818, and github Theia-4869/VisPruner).
 
-    The release mixes up images that it gets in one batch, which its own evaluation never does; here each is thinned out
-    by itself. It prunes each tile of LLaVA-NeXT alone; here all tiles of an image compete. An encoder without a CLS
-    token ranks by the attention that a token receives from all others, see `PrefillView.cls_attention`. Memory grows
-    with the square of the number of visual tokens.
+    The code of the release thins out one image at a time; here those of a batch are thinned out at once, each by
+    itself, and the tiles of an image, such as those of LLaVA-NeXT, compete. An encoder without a CLS token ranks by the
+    attention that a token receives from all others, see `PrefillView.cls_attention`. Memory grows with the square of
+    the number of visual tokens.
 
     Args:
         important: share of the budget that attention takes, in [0, 1].
