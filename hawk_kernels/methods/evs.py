@@ -46,19 +46,22 @@ class EVS(Method):
         self.rounding = rounding
 
     def score(self, view: PrefillView) -> torch.Tensor:
-        candidates, embeddings = view.candidates, view.visual_embeddings().float()
+        candidates, embeddings = view.candidates, view.visual_embeddings()
         placed = [_earlier_and_dither(images, candidates.shape[1]) for images in view.frames()]
-        earlier, dither = (
-            torch.from_numpy(np.stack(arrays)).to(candidates.device, non_blocking=True)
-            for arrays in zip(*placed, strict=True)
+        earlier, dither = (np.stack(arrays) for arrays in zip(*placed, strict=True))
+        starts = np.arange(len(earlier))[:, None] * earlier.shape[1]
+        now, before = (
+            torch.from_numpy(places).to(candidates.device, non_blocking=True)
+            for places in (np.flatnonzero(earlier >= 0), (earlier + starts)[earlier >= 0])
         )
-        length = embeddings.norm(dim=-1, keepdim=True)
-        unit = embeddings / length.clamp(min=1e-12)
-        before = unit.gather(1, earlier.clamp(min=0).unsqueeze(-1).expand_as(unit))
-        changed = (1 - (unit * before).sum(dim=-1)).clamp(max=2)
-        scores = torch.where(earlier < 0, 3 - dither, changed)
+        tokens = embeddings.flatten(0, 1)
+        one, other = (tokens.index_select(0, places).float() for places in (now, before))
+        same = torch.cosine_similarity(one, other, dim=-1)
+        first = torch.from_numpy(3 - dither).to(candidates.device, non_blocking=True)
+        scores = first.flatten().scatter_(0, now, (1 - same).clamp(max=2)).view(candidates.shape)
         # a first frame is compared with nothing, so that NaN would not show
-        scores = scores.masked_fill(~length.squeeze(-1).isfinite(), torch.nan)
+        least, largest = torch.aminmax(embeddings, dim=-1)
+        scores = scores.masked_fill(~(least.isfinite() & largest.isfinite()), torch.nan)
         return scores.masked_fill(~candidates, -torch.inf)
 
 

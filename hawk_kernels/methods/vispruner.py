@@ -91,7 +91,7 @@ class VisPruner(JointMethod):
 
         unit = features.masked_fill(~features.isfinite().all(dim=-1, keepdim=True), 0)
         unit = torch.nn.functional.normalize(unit, dim=-1)
-        cosine = unit @ unit.transpose(1, 2)
+        cosine = (unit @ unit.transpose(1, 2)).flatten(0, 1)
 
         # what is left of the longest unit is an upper bound for all
         longest = kept_count(r, length, self.rounding)
@@ -100,15 +100,16 @@ class VisPruner(JointMethod):
         # the tokens after the important ones, the one with the largest attention first
         places = first + torch.arange(widths[0], device=first.device)
         queue = order.argsort(dim=1).gather(1, places.clamp(max=length - 1))
-        rows = torch.arange(units, device=first.device).view(-1, 1, 1)
+        starts = torch.arange(units, device=first.device).unsqueeze(1) * length
         for width in widths[1:]:
             evens, odds = queue[:, ::2], queue[:, 1::2]
             even_place, odd_place = (torch.arange(x.shape[1], device=x.device) for x in (evens, odds))
             is_even, is_odd = 2 * even_place < left, 2 * odd_place + 1 < left
-            likeness = cosine[rows, evens.unsqueeze(2), odds.unsqueeze(1)]
-            likeness = likeness.masked_fill(~is_odd.unsqueeze(1), -torch.inf)
-            # the only token left is compared with none
-            likeness = torch.nn.functional.pad(likeness, (0, 1), value=-torch.inf).amax(dim=2)
+            # whole rows and a bias are cheaper to read than single columns
+            among = torch.where(is_odd, odds, length)
+            bias = cosine.new_full((units, length + 1), -torch.inf).scatter_(1, among, 0)[:, :length]
+            rows = cosine.index_select(0, (evens + starts).flatten()).view(units, -1, length)
+            likeness = rows.add_(bias.unsqueeze(1)).amax(dim=2)
             num_even = (left + 1) // 2
             gone = torch.minimum((left - rest).clamp(min=0, max=self.step), num_even)
             place = rank(order_key(likeness, is_even)) - gone
