@@ -60,8 +60,8 @@ def test_ragged_rows_keep_what_the_reference_keeps(rows, r, seed, per_image, opt
 
 
 def test_a_shorter_row_may_need_more_rounds_than_a_longer_one():
-    lengths, r = [60, 59], 0.05
-    features, attention = torch.randn(2, 60, 4), torch.rand(2, 60)
+    lengths, r = [60, *[59] * 12], 0.05
+    features, attention = torch.randn(13, 60, 4), torch.rand(13, 60)
     found = VisPruner().select(GivenView(lengths, features=features, attention=attention), r)
     for row, length in enumerate(lengths):
         expected = vispruner_select(attention[row, :length], features[row, :length], r)
