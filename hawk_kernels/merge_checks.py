@@ -44,17 +44,21 @@ def check_merge(name: str, merge: object, rows: tuple[int, ...], device: torch.d
             )
 
 
-def check_entries(name: str, merge: Merge, kept: torch.Tensor, ordered: bool = True) -> None:
+def check_entries(
+    name: str, merge: Merge, kept: torch.Tensor, sources: torch.Tensor | None = None, ordered: bool = True
+) -> None:
     """Check the entries of a map `[B, E]` on a CPU, where reading them costs no synchronisation.
 
     Args:
         name: what errors call the map.
         merge: the map.
         kept: bool `[B, T]`, the tokens that stay.
+        sources: bool `[B, T]`, the tokens that may be added; None means all.
         ordered: whether the targets have to ascend.
 
     Raises:
-        ValueError: a target or source that no row has, a target that is dropped, or targets out of order.
+        ValueError: a target or source that no row has, a source that may not be added, a target that is dropped, or
+            targets out of order.
     """
     num_tokens = kept.shape[1]
     listed = merge.target != -1
@@ -75,6 +79,14 @@ def check_entries(name: str, merge: Merge, kept: torch.Tensor, ordered: bool = T
             f"{name}.target: expected kept tokens, got {int(merge.target[row, entry])} in row {row}, which is dropped; "
             "a target of -1 is padding"
         )
+    if sources is not None:
+        padding = listed & ~sources.gather(1, torch.where(listed, merge.source, 0))
+        if padding.any():
+            row, entry = (int(place) for place in padding.nonzero()[0])
+            raise ValueError(
+                f"{name}.source: expected visual tokens of the row, got {int(merge.source[row, entry])} in row {row}, "
+                "which is padding; view.candidates marks the visual tokens"
+            )
     places = torch.where(listed, merge.target, LAST_PLACE)
     if ordered and bool((places[:, 1:] < places[:, :-1]).any()):
         raise ValueError(

@@ -22,6 +22,7 @@ from hawk_kernels.hf.rotary import Rotary
 from hawk_kernels.methods import Method
 from hawk_kernels.methods.base import checked_selection
 from hawk_kernels.methods.prefill_view import EncoderAttention, HiddenStates, LastQuery, PrefillView, Segments
+from hawk_kernels.selection import Merge
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,12 @@ class LayerView(PrefillView):
             raise ValueError(_undeclared("encoder_features", "uses_encoder_features = True"))
         return self._of_cells(recorded.values["features"])
 
+    def encoder_keys(self) -> torch.Tensor:
+        recorded = self._context.attention
+        if recorded is None or "keys" not in recorded.values:
+            raise ValueError(_undeclared("encoder_keys", "uses_encoder_keys = True"))
+        return self._of_cells(recorded.values["keys"])
+
     def text_keys(self) -> torch.Tensor:
         normalized, _ = self._normalized_text
         return self._projections.keys(normalized).to(self._device).transpose(1, 2)
@@ -262,12 +269,14 @@ class Choice:
         counts: how many stay in each row, known on the host.
         scores: float32 `[B, T]`, `-inf` where nothing was scored.
         budgets: visual tokens kept, for each row a list with one entry for each image, or a single one for the row.
+        merge: makes kept tokens sums of visual tokens, by places among the T, targets ascending; None means none.
     """
 
     kept: torch.Tensor
     counts: list[int]
     scores: torch.Tensor
     budgets: list[list[int]]
+    merge: Merge | None = None
 
 
 @dataclass(frozen=True)
@@ -311,6 +320,12 @@ class Chooser:
         view = LayerView(states.detach(), prompt, projections, self.head_weights, segments, context)
         selection = checked_selection(self.method.name, self.method.select(view, self.keep_ratio), view.candidates)
 
+        if selection.merge is not None and self.method.hidden_from_layer is not None:
+            raise ValueError(
+                f"method {self.method.name!r}: expected a Selection without a merge map from a method that chooses "
+                "inside the stack, whose later layers read every token; return one without, or choose before the first "
+                "layer"
+            )
         device, length = states.device, states.shape[1]
         positions, filled = padded_positions(prompt.visual)
         # padding of rows with fewer visual tokens lands in one column after the end
@@ -326,7 +341,8 @@ class Chooser:
             [budget + visual - length for budget, visual, length in zip(*row, strict=True)]
             for row in zip(budgets, all_lengths, lengths, strict=True)
         ]
-        return Choice(kept[:, :-1].contiguous(), counts.tolist(), scores[:, :-1].contiguous(), stayed)
+        merge = None if selection.merge is None else _in_prompt(selection.merge, positions, filled, device)
+        return Choice(kept[:, :-1].contiguous(), counts.tolist(), scores[:, :-1].contiguous(), stayed, merge)
 
     def _lengths(self, prompt: Prompt) -> list[list[int]]:
         """Count the visual tokens that share a budget: those of each image, or those of each row."""
@@ -337,6 +353,19 @@ class Chooser:
 
 def _undeclared(name: str, declaration: str) -> str:
     return f"cannot read {name} in a method that does not declare it; set {declaration} in its class"
+
+
+def _in_prompt(merge: Merge, positions: np.ndarray, filled: np.ndarray, device: torch.device) -> Merge:
+    """Turn places among the visual tokens `[B, M]` of a merge map into places in the prompt.
+
+    Entries that name no visual token, which only a CPU refuses, become padding.
+    """
+    target, source, weight = (part.to(device) for part in merge)
+    place, exists = upload(positions, device), upload(filled, device)
+    last = positions.shape[1] - 1
+    inside = [places.clamp(0, last) for places in (target, source)]
+    counts = (target == inside[0]) & (source == inside[1]) & exists.gather(1, inside[0]) & exists.gather(1, inside[1])
+    return Merge(torch.where(counts, place.gather(1, inside[0]), -1), place.gather(1, inside[1]), weight).ordered()
 
 
 def _check_text(prompt: Prompt) -> None:

@@ -339,6 +339,24 @@ FAMILIES: tuple[Family, ...] = (
 ENCODERS = {family.model_type: family.encoder for family in FAMILIES if family.encoder is not None}
 """Vision encoders whose attention can be read, by `model_type` of the family."""
 
+NO_ENCODER_STAGE: dict[tuple[str, ...], str] = {
+    (
+        "aya_vision",
+        "cohere2_vision",
+        "gemma3",
+        "granite_docling",
+        "idefics3",
+        "smolvlm",
+    ): "its projector makes one visual token of several rows that have to stand on a whole grid",
+    ("llava_onevision",): "it interpolates what the projector made, of videos and of pictures with many tiles",
+    ("ovis2",): "its projector gives logits over a visual vocabulary, from which the embedding is made later",
+    ("hyperclovax_vision_v2",): "a second projection follows its projector",
+}
+"""Families whose encoder can be read, but whose visual tokens are not what the projector makes of one row each."""
+
+MERGES_BEFORE_PROJECTOR = frozenset(ENCODERS) - {name for names in NO_ENCODER_STAGE for name in names}
+"""Families for methods of the stage "encoder"."""
+
 OUT_OF_REACH: dict[tuple[str, ...], str] = {
     (
         "blip",

@@ -24,7 +24,8 @@ from torch import nn
 
 from hawk_kernels.hf.anatomy import Anatomy, first_attention_layer
 from hawk_kernels.hf.choose_tokens import Choice, Chooser, Context
-from hawk_kernels.hf.encoders.recorder import attention_of_prompt, recorder_for
+from hawk_kernels.hf.encoder_stage import check_projector, merged_before_projector
+from hawk_kernels.hf.encoders.recorder import PromptAttention, VisionRecorder, attention_of_prompt, recorder_for
 from hawk_kernels.hf.hooks import (
     Handle,
     Lifetime,
@@ -57,6 +58,7 @@ from hawk_kernels.hf.pruned_cache import (
 )
 from hawk_kernels.hf.question import Query
 from hawk_kernels.hf.rotary import check_rotates, rotary_of_first_layer
+from hawk_kernels.selection import Merge
 
 
 @dataclass(frozen=True)
@@ -340,6 +342,7 @@ class CallHooks:
             masks.start(nn.functional.pad(valid[:, : prompt.length], (0, valid.shape[1] - prompt.length)))
         if earlier is not None:
             prefill.kept, prefill.counts = earlier.extended(valid, prompt.valid)
+            prefill.merge = earlier.merge
         elif not prompt.visual.any():
             prefill.kept, prefill.counts = valid, prompt.valid.sum(axis=1).tolist()
             if prefill.is_own:
@@ -355,8 +358,12 @@ class CallHooks:
         if masks is not None:
             masks.mask(valid & ~prefill.kept)
             return None
+        merge, merges_before = prefill.merge, self._chooser.method.stage == "encoder"
+        if merge is not None and merges_before:
+            embeds = self._sources.merged_before_projector(prefill, prefill.kept, merge, embeds)
+            kwargs = {**kwargs, "inputs_embeds": embeds}
         prefill.packing, packed, prefill.following = pack_call(
-            self._anatomy, prompt, prefill.kept, prefill.counts, kwargs
+            self._anatomy, prompt, prefill.kept, prefill.counts, kwargs, merge, embeds_are_merged=merges_before
         )
         return packed
 
@@ -381,7 +388,7 @@ class CallHooks:
         self.has_chosen = True
         self._note_nan(choice.scores, prompt)
         self._note_budget(prompt)
-        prefill.kept, prefill.counts = choice.kept, choice.counts
+        prefill.kept, prefill.counts, prefill.merge = choice.kept, choice.counts, choice.merge
         if prefill.is_own:
             own = slice(None), slice(prompt.length)
             query_mask = upload(prompt.query, states.device)
@@ -441,7 +448,9 @@ class CallHooks:
         if cache is not None and not prefill.keeps_everything:
             guard(cache)
         if cache is None and prefill.earlier is None:
-            self._thread.uncached.append(UncachedPrompt(prompt, prefill.features, prefill.kept, prefill.counts))
+            self._thread.uncached.append(
+                UncachedPrompt(prompt, prefill.features, prefill.kept, prefill.counts, prefill.merge)
+            )
         if packing is None or prefill.following is None:
             return None
         if cache is not None:
@@ -481,6 +490,8 @@ class _Sources:
         if self._rotates:
             check_rotates(anatomy, method.name)
         self._recorder = recorder_for(anatomy, method) if method.reads_encoder() else None
+        if method.stage == "encoder":
+            check_projector(anatomy, method.name)
         self._encoding = EncodingWatch(anatomy.multimodal)
         self._layers_before, _ = first_attention_layer(anatomy.text)
         self._uses_grids = method.uses_grids
@@ -530,14 +541,27 @@ class _Sources:
 
             states = partial(input_of_first_attention, self._anatomy, text_arguments)
         if self._recorder is not None:
-            recordings = self._recorder.recordings(prefill.arguments)
-            attention = attention_of_prompt(recordings, prefill.prompt, self._anatomy.kinds)
+            attention = self._attention(self._recorder, prefill)
         if self._uses_grids:
             frames = partial(frames_of_prompt, self._anatomy, prefill.prompt, prefill.encoded)
         if self._rotates:
             embeds = text_arguments["inputs_embeds"]
             rotary = rotary_of_first_layer(self._anatomy, embeds, text_arguments.get("position_ids"))
         return Context(attention=attention, frames=frames, rotary=rotary, states=states)
+
+    def merged_before_projector(
+        self, prefill: _Prefill, kept: torch.Tensor, merge: Merge, inputs_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the embeddings with those of kept visual tokens made of merged rows of the encoder."""
+        recorder = self._recorder
+        assert recorder is not None
+        recorded = self._attention(recorder, prefill)
+        return merged_before_projector(
+            inputs_embeds, prefill.prompt, kept, prefill.counts, merge, recorded, recorder.encoder
+        )
+
+    def _attention(self, recorder: VisionRecorder, prefill: _Prefill) -> PromptAttention:
+        return attention_of_prompt(recorder.recordings(prefill.arguments), prefill.prompt, self._anatomy.kinds)
 
 
 @dataclass
@@ -546,8 +570,9 @@ class _Prefill:
 
     `is_own` is false for a prompt that is not the one which `generate` was called with. `earlier` is the prompt of
     which this one is a later step, where there is no cache. At the text model `encoded` is filled in; then `kept` and
-    `counts`, the tokens that stay and their number in each row; and where some were dropped, how the rest are packed
-    and the position ids of what follows. `logits_to_keep` is how many logits at the end the caller wants, 0 for all.
+    `counts`, the tokens that stay and their number in each row, and `merge`, which makes them sums; and where some were
+    dropped or merged, how the rest are packed and the position ids of what follows. `logits_to_keep` is how many logits
+    at the end the caller wants, 0 for all.
     """
 
     prompt: Prompt
@@ -559,12 +584,16 @@ class _Prefill:
     encoded: dict[str, Encoded] = field(default_factory=dict)
     kept: torch.Tensor | None = None
     counts: list[int] = field(default_factory=list)
+    merge: Merge | None = None
     packing: Packing | None = None
     following: torch.Tensor | None = None
     logits_to_keep: int = 0
 
     @property
     def keeps_everything(self) -> bool:
+        """Tell whether the text model reads the prompt as it came."""
+        if self.merge is not None:
+            return False
         counts: list[int] = self.prompt.valid.sum(axis=1).tolist()
         return self.counts == counts
 

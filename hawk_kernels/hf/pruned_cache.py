@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from hawk_kernels.hf.prompt import Prompt
+from hawk_kernels.selection import Merge
 
 _ATTRIBUTE = "_hawk_kernels_prompt"
 _ROW_METHODS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
@@ -179,9 +180,18 @@ class UncachedPrompt:
         features: its images, held weakly.
         kept: bool `[B, T]`, the tokens that stayed.
         counts: how many stayed in each row.
+        merge: made kept tokens sums of visual tokens, which it does in each step; None means none.
     """
 
-    def __init__(self, prompt: Prompt, features: tuple[Any, ...], kept: torch.Tensor, counts: list[int]) -> None:
+    def __init__(
+        self,
+        prompt: Prompt,
+        features: tuple[Any, ...],
+        kept: torch.Tensor,
+        counts: list[int],
+        merge: Merge | None = None,
+    ) -> None:
+        self.merge = merge
         self._ids = prompt.ids
         self._features = [weakref.ref(feature) for feature in features]
         self._kept = kept

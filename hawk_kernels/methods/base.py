@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from hawk_kernels.merge_checks import check_entries, check_merge
 from hawk_kernels.methods.prefill_view import PrefillView, Segments
 from hawk_kernels.ops.select_topk import select_topk
 from hawk_kernels.selection import Selection, kept_count
@@ -33,6 +34,10 @@ class Method(ABC):
         cls_layer: the encoder layer of that attention, counted from 1; None means the last one that the visual tokens
             come from, which in LLaVA is the layer before the last.
         uses_encoder_features: whether it calls `PrefillView.encoder_features`.
+        uses_encoder_keys: whether it calls `PrefillView.encoder_keys`, of the layer `cls_layer`.
+        stage: where the merge map of its selections applies: "decoder" adds up the embeddings that enter the first
+            layer, "encoder" the rows that enter the projector, which then runs on the sums. The two differ where the
+            projector is not linear. Without a map a kept token has the same embedding either way.
         uses_grids: whether it calls `PrefillView.frames`.
         uses_positions: whether it asks for queries and keys after RoPE.
         hidden_from_layer: None for a method whose dropped tokens are removed before the first layer. Otherwise layers 1
@@ -52,6 +57,8 @@ class Method(ABC):
     uses_cls_attention: bool = False
     cls_layer: int | None = None
     uses_encoder_features: bool = False
+    uses_encoder_keys: bool = False
+    stage: str = "decoder"
     uses_grids: bool = False
     uses_positions: bool = False
     hidden_from_layer: int | None = None
@@ -74,7 +81,13 @@ class Method(ABC):
 
     def reads_encoder(self) -> bool:
         """Tell whether the vision encoder must be watched."""
-        return self.uses_encoder_attention or self.uses_cls_attention or self.uses_encoder_features
+        uses = (
+            self.uses_encoder_attention,
+            self.uses_cls_attention,
+            self.uses_encoder_features,
+            self.uses_encoder_keys,
+        )
+        return any(uses) or self.stage == "encoder"
 
     def options(self) -> dict[str, object]:
         """Return the options that this method was made with, for statistics; `repr` of what JSON cannot hold."""
@@ -229,7 +242,7 @@ def checked_selection(method: str, selection: object, candidates: torch.Tensor) 
 
     Raises:
         TypeError: not a `Selection`, or tensors of other dtypes.
-        ValueError: another shape than that of `candidates`, `[B, M]`.
+        ValueError: another shape than that of `candidates`, `[B, M]`, or on a CPU a merge map of other tokens.
     """
     if not isinstance(selection, Selection):
         raise TypeError(f"method {method!r}: expected a Selection, got {type(selection).__name__}; return one")
@@ -240,6 +253,11 @@ def checked_selection(method: str, selection: object, candidates: torch.Tensor) 
             f"{list(mask.shape)}; mark each visual token that stays"
         )
     checked_scores(method, selection.scores, candidates)
+    if selection.merge is not None:
+        name = f"method {method!r}: merge"
+        check_merge(name, selection.merge, tuple(candidates.shape), mask.device)
+        if mask.device.type == "cpu":
+            check_entries(name, selection.merge, mask, candidates, ordered=False)
     return selection
 
 

@@ -146,6 +146,15 @@ class PrefillView(ABC):
         """
 
     @abstractmethod
+    def encoder_keys(self) -> torch.Tensor:
+        """Return the keys of each visual token in layer `cls_layer` of the vision encoder, float32 `[B, M, H, D]`.
+
+        They are those before any rotation by position, which says where a patch stands and not what it shows. Where
+        several patches become one visual token, it is their mean. Finite but meaningless at padding. Only for a method
+        that declares `uses_encoder_keys`.
+        """
+
+    @abstractmethod
     def text_keys(self) -> torch.Tensor:
         """Return the keys of the text tokens `[B, Hkv, N, D]`; finite but meaningless at padding."""
 

@@ -93,6 +93,19 @@ class VisionEncoder(ABC):
         return self.received(layer, projected, arguments)
 
     @abstractmethod
+    def keys(self, layer: int, projected: list[torch.Tensor], arguments: dict[str, Any]) -> torch.Tensor:
+        """Return the keys of each token of the encoder before they are rotated by position, float32 `[..., H, D]`.
+
+        Args:
+            layer, projected, arguments: as in `received`.
+        """
+
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        """Run the projector on rows of visual tokens as `visual_rows` lays them out, `[K, C]` to `[K, hidden]`."""
+        projected: torch.Tensor = self.projector(rows)
+        return projected
+
+    @abstractmethod
     def visual_tokens(
         self, kind: str, arguments: dict[str, Any], features: Any, received: torch.Tensor
     ) -> tuple[torch.Tensor, list[Piece]]:

@@ -33,15 +33,18 @@ class PackedEncoder(VisionEncoder):
 
     def received(self, layer: int, projected: list[torch.Tensor], arguments: dict[str, Any]) -> torch.Tensor:
         attention: Any = self.attentions[layer - 1]
-        num_key_value_heads = getattr(attention, "num_key_value_heads", attention.num_heads)
-        heads = torch.unflatten(projected[0], -1, (attention.num_heads + 2 * num_key_value_heads, -1))
-        queries, keys, _ = torch.split(heads, [attention.num_heads, num_key_value_heads, num_key_value_heads], dim=1)
-        # GLM-OCR norms queries and keys before it rotates them
-        if hasattr(attention, "q_norm"):
-            queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+        queries, keys = _queries_and_keys(attention, projected)
         rotated = (_rotated(x, *arguments["position_embeddings"]).transpose(0, 1) for x in (queries, keys))
-        segments = arguments["cu_seqlens"].to(heads.device, torch.int32)
+        segments = arguments["cu_seqlens"].to(keys.device, torch.int32)
         return attention_column_mean(*rotated, cu_seqlens=segments, reduction="sum", scale=attention.scaling)
+
+    def keys(self, layer: int, projected: list[torch.Tensor], arguments: dict[str, Any]) -> torch.Tensor:
+        return _queries_and_keys(self.attentions[layer - 1], projected)[1].float()
+
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        # the merger sets the patches of a visual token side by side itself, after a norm of each
+        patches = rows if hasattr(self.tower, "downsample") else torch.unflatten(rows, 1, (self._merge**2, -1))
+        return super().project(patches.flatten(0, -2))
 
     def visual_tokens(
         self, kind: str, arguments: dict[str, Any], features: Any, received: torch.Tensor
@@ -72,6 +75,17 @@ class PackedEncoder(VisionEncoder):
 def _frames(grids: list[Grid]) -> list[Piece]:
     """Make one piece for each frame, because some models set text between frames."""
     return [Piece.of_cells(h, w) for t, h, w in grids for _ in range(t)]
+
+
+def _queries_and_keys(attention: Any, projected: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split what the joint projection returned into queries `[T, H, D]` and keys `[T, Hkv, D]`, not rotated yet."""
+    num_key_value_heads = getattr(attention, "num_key_value_heads", attention.num_heads)
+    heads = torch.unflatten(projected[0], -1, (attention.num_heads + 2 * num_key_value_heads, -1))
+    queries, keys, _ = torch.split(heads, [attention.num_heads, num_key_value_heads, num_key_value_heads], dim=1)
+    # GLM-OCR norms queries and keys before it rotates them
+    if hasattr(attention, "q_norm"):
+        queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+    return queries, keys
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -39,8 +39,8 @@ class Recording:
 
     Attributes:
         values: what is known of each visual token that is a cell of a grid, `[cells]` or `[cells, C]`, by name: the
-            attention received in the layers "object" and "deep", the attention of "cls", and the "features" that
-            entered the projector; only what the recorder was asked for.
+            attention received in the layers "object" and "deep", the attention of "cls", the "keys" `[cells, H, D]` of
+            the same layer, and the "features" that entered the projector; only what the recorder was asked for.
         pieces: what the visual tokens stand for, all of them.
         layers: the layers of the attention, counted from 1, in the order of their names in `values`.
     """
@@ -62,6 +62,7 @@ class VisionRecorder:
     Attributes:
         layers: the layers whose attention is measured, counted from 1, in the order of `reads`.
         tower: the vision encoder.
+        encoder: its anatomy.
 
     Raises:
         ValueError: a layer that the encoder does not have.
@@ -74,9 +75,10 @@ class VisionRecorder:
         cls_layer: int | None = None,
         reads: Sequence[str] = ("object", "deep"),
     ) -> None:
-        defaults = {"object": encoder.default_object_layer, "deep": encoder.deep_layer, "cls": encoder.deep_layer}
-        chosen = {"object": object_layer, "cls": cls_layer}
-        for name, layer in chosen.items():
+        deep = encoder.deep_layer
+        defaults = {"object": encoder.default_object_layer, "deep": deep, "cls": deep, "keys": deep}
+        chosen = {"object": object_layer, "cls": cls_layer, "keys": cls_layer}
+        for name, layer in (("object", object_layer), ("cls", cls_layer)):
             if layer is not None and layer > encoder.depth:
                 raise ValueError(
                     f"{name}_layer: expected 1 to {encoder.depth}, the layers of the vision encoder, got {layer}; "
@@ -86,36 +88,38 @@ class VisionRecorder:
         self.layers = tuple(self._layer_of.values())
         self._reads = set(reads)
         self._source = encoder.object_layer_source if object_layer is None else "the option object_layer"
-        self._encoder = encoder
+        self.encoder = encoder
         self.tower: nn.Module = encoder.tower
         self._thread = _ThreadState()
 
     def attach(self) -> list[Handle]:
         """Register the hooks; removing the handles ends the recording."""
-        multimodal = self._encoder.multimodal
+        multimodal = self.encoder.multimodal
         handles: list[Handle] = [
             WatchedMethod(multimodal, f"get_{kind}_features", partial(self._watch, kind))
             for kind in _KINDS
             if hasattr(multimodal, f"get_{kind}_features")
         ]
         for layer in sorted(set(self.layers)):
-            attention = self._encoder.attentions[layer - 1]
-            for place, module in enumerate(self._encoder.projecting(layer)):
+            attention = self.encoder.attentions[layer - 1]
+            for place, module in enumerate(self.encoder.projecting(layer)):
                 handles.append(module.register_forward_hook(partial(self._after_projection, (layer, place))))
             handles.append(attention.register_forward_hook(partial(self._after_attention, layer), with_kwargs=True))
         if "features" in self._reads:
-            handles.append(self._encoder.projector.register_forward_pre_hook(self._before_projector, with_kwargs=True))
+            handles.append(self.encoder.projector.register_forward_pre_hook(self._before_projector, with_kwargs=True))
         return handles
 
     def options(self) -> dict[str, int | str]:
         """Name the layers, for statistics."""
         found: dict[str, int | str] = {}
         for name, layer in self._layer_of.items():
+            if name == "keys":
+                continue
             found[f"{name}_layer"] = layer
             if name == "object":
                 found["object_layer_source"] = self._source
             elif name == "cls":
-                found["cls_queries"] = "CLS" if self._encoder.has_cls else "all tokens, as the encoder has no CLS"
+                found["cls_queries"] = "CLS" if self.encoder.has_cls else "all tokens, as the encoder has no CLS"
         return found
 
     def start(self) -> None:
@@ -171,7 +175,7 @@ class VisionRecorder:
 
     def _after_attention(self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         projected = self._thread.projected
-        outputs = [projected.pop((layer, place)) for place in range(len(self._encoder.projections))]
+        outputs = [projected.pop((layer, place)) for place in range(len(self.encoder.projections))]
         if not self._thread.is_encoding:
             return
         arguments = named(module, args, kwargs)
@@ -180,7 +184,8 @@ class VisionRecorder:
             # float64 models are measured in float32
             outputs = [x.float() if x.dtype == torch.float64 else x for x in outputs]
             # in a shallow encoder the object layer is the deep one
-            measures = {name: self._encoder.from_cls if name == "cls" else self._encoder.received for name in names}
+            special = {"cls": self.encoder.from_cls, "keys": self.encoder.keys}
+            measures = {name: special.get(name, self.encoder.received) for name in names}
             measured = {measure: measure(layer, outputs, arguments) for measure in dict.fromkeys(measures.values())}
         for name, measure in measures.items():
             self._thread.received[name].append(measured[measure])
@@ -198,13 +203,18 @@ class VisionRecorder:
             return
         values: dict[str, torch.Tensor] = {}
         pieces: list[Piece] = []
-        if self._layer_of:
-            measured = [torch.cat(received[name]) for name in self._layer_of]
+        statistics = [name for name in self._layer_of if name != "keys"]
+        if statistics:
+            measured = [torch.cat(received[name]) for name in statistics]
             together = torch.stack([one.to(measured[-1].device) for one in measured], dim=-1)
-            cells, pieces = self._encoder.visual_tokens(kind, arguments, features, together)
-            values = dict(zip(self._layer_of, cells.unbind(-1), strict=True))
+            cells, pieces = self.encoder.visual_tokens(kind, arguments, features, together)
+            values = dict(zip(statistics, cells.unbind(-1), strict=True))
+        if "keys" in self._reads:
+            keys = torch.cat(received["keys"])
+            cells, pieces = self.encoder.visual_tokens(kind, arguments, features, keys.flatten(-2))
+            values["keys"] = torch.unflatten(cells, -1, keys.shape[-2:])
         if "features" in self._reads:
-            values["features"], pieces = self._encoder.visual_rows(kind, arguments, features, entering)
+            values["features"], pieces = self.encoder.visual_rows(kind, arguments, features, entering)
         run = Recording(values, pieces, self.layers)
         self._thread.runs[kind] = run
         setattr(features, _ATTRIBUTE, run)
@@ -220,7 +230,8 @@ def recorder_for(anatomy: Anatomy, method: Method) -> VisionRecorder:
     reads = [
         *(("object", "deep") if method.uses_encoder_attention else ()),
         *(("cls",) if method.uses_cls_attention else ()),
-        *(("features",) if method.uses_encoder_features else ()),
+        *(("keys",) if method.uses_encoder_keys else ()),
+        *(("features",) if method.uses_encoder_features or method.stage == "encoder" else ()),
     ]
     make = anatomy.family.encoder
     if make is None:
@@ -247,8 +258,8 @@ class PromptAttention:
     """What was recorded, in the order of a prompt's visual tokens.
 
     Attributes:
-        values: as in `Recording`, `[S]` or `[S, C]`, of the visual tokens of all rows that are cells of a grid, without
-            padding.
+        values: as in `Recording`, with `S` in place of `cells`: the visual tokens of all rows that are cells of a grid,
+            without padding.
         grids: for each row and each of its images, the grids in it.
         is_separator: bool `[B, T]`, True at visual tokens that are not cells, such as image newlines.
     """

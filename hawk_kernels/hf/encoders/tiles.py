@@ -69,6 +69,9 @@ class TileEncoder(VisionEncoder):
         queries, keys = _heads(attention, projected, arguments)
         return attention_column_mean(queries[:, :, :1], keys, scale=attention.scale)
 
+    def keys(self, layer: int, projected: list[torch.Tensor], arguments: dict[str, Any]) -> torch.Tensor:
+        return _heads(self.attentions[layer - 1], projected, arguments)[1].transpose(1, 2).float()
+
     def visual_tokens(
         self, kind: str, arguments: dict[str, Any], features: Any, received: torch.Tensor
     ) -> tuple[torch.Tensor, list[Piece]]:
