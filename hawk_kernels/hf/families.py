@@ -102,7 +102,8 @@ _IM_END = 151645
 _STATEFUL = ("prompt lookup", "assisted")
 _IMAGES, _IMAGES_AND_VIDEOS = ("image",), ("image", "video")
 _WITH_ALIGNER = partial(TileEncoder, tower="vision_model", projector="aligner")
-_WITH_CONNECTOR = partial(TileEncoder, tower="vision_model", projector="connector")
+_MERGING_SQUARES = partial(TileEncoder, merges_squares=True)
+_WITH_CONNECTOR = partial(_MERGING_SQUARES, tower="vision_model", projector="connector")
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -172,8 +173,8 @@ FAMILIES: tuple[Family, ...] = (
         encoder=PackedEncoder,
     ),
     Family("aria", ("AriaForConditionalGeneration",)),
-    Family("aya_vision", ("AyaVisionForConditionalGeneration",), encoder=TileEncoder),
-    Family("cohere2_vision", ("Cohere2VisionForConditionalGeneration",), encoder=TileEncoder),
+    Family("aya_vision", ("AyaVisionForConditionalGeneration",), encoder=_MERGING_SQUARES),
+    Family("cohere2_vision", ("Cohere2VisionForConditionalGeneration",), encoder=_MERGING_SQUARES),
     Family("deepseek_vl", ("DeepseekVLForConditionalGeneration",), encoded_whole=_IMAGES, encoder=_WITH_ALIGNER),
     Family(
         "deepseek_vl_hybrid",
@@ -196,7 +197,7 @@ FAMILIES: tuple[Family, ...] = (
         encoder=PackedEncoder,
     ),
     Family("fast_vlm", ("FastVlmForConditionalGeneration",), encoded_whole=_IMAGES),
-    Family("gemma3", ("Gemma3ForConditionalGeneration",), pair_masks=True, encoder=TileEncoder),
+    Family("gemma3", ("Gemma3ForConditionalGeneration",), pair_masks=True, encoder=_MERGING_SQUARES),
     Family("gemma4", ("Gemma4ForConditionalGeneration",), video=True, pair_masks=True, plain_rope=False),
     Family(
         "gemma4_unified", ("Gemma4UnifiedForConditionalGeneration",), since="5.10", pair_masks=True, plain_rope=False
@@ -340,14 +341,7 @@ ENCODERS = {family.model_type: family.encoder for family in FAMILIES if family.e
 """Vision encoders whose attention can be read, by `model_type` of the family."""
 
 NO_ENCODER_STAGE: dict[tuple[str, ...], str] = {
-    (
-        "aya_vision",
-        "cohere2_vision",
-        "gemma3",
-        "granite_docling",
-        "idefics3",
-        "smolvlm",
-    ): "its projector makes one visual token of several rows that have to stand on a whole grid",
+    ("granite_docling",): "its projector takes the rows of several layers together",
     ("llava_onevision",): "it interpolates what the projector made, of videos and of pictures with many tiles",
     ("ovis2",): "its projector gives logits over a visual vocabulary, from which the embedding is made later",
     ("hyperclovax_vision_v2",): "a second projection follows its projector",

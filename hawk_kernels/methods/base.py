@@ -12,7 +12,8 @@ import torch
 from hawk_kernels.merge_checks import check_entries, check_merge
 from hawk_kernels.methods.prefill_view import PrefillView, Segments
 from hawk_kernels.ops.select_topk import select_topk
-from hawk_kernels.selection import Selection, kept_count
+from hawk_kernels.selection import Merge, Selection, kept_count
+from hawk_kernels.validation import as_written
 
 
 class Method(ABC):
@@ -112,6 +113,7 @@ class JointMethod(Method):
 MethodClass = TypeVar("MethodClass", bound=type[Method])
 
 METHODS: dict[str, type[Method]] = {}
+MERGINGS = ("paper", "release")
 
 
 def register(method: MethodClass) -> MethodClass:
@@ -281,6 +283,24 @@ def checked_int(value: object, least: int, expected: str, remedy: str) -> int:
     return number
 
 
+def checked_share(name: str, value: object, remedy: str) -> float:
+    """Return an option that is a share of the budget, in [0, 1)."""
+    expected = f"{name}: expected a float in [0, 1), a share of the budget"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{expected}, got {type(value).__name__}; {remedy}")
+    share = as_written(value)
+    if not 0 <= share < 1:
+        raise ValueError(f"{expected}, got {share}; {remedy}")
+    return share
+
+
+def checked_merging(merging: str) -> str:
+    """Return an option that names what merged tokens become."""
+    if merging not in MERGINGS:
+        raise ValueError(f"merging: expected 'paper' or 'release', got {merging!r}; the paper's are averages")
+    return merging
+
+
 def of_units(tensor: torch.Tensor, view: PrefillView) -> torch.Tensor:
     """Turn `[B, M, ...]` into `[U, L, ...]`, one row for each unit with a budget: a row of the batch, or an image."""
     return tensor if view.segments is None else tensor.flatten(0, 1)[view.segments.index]
@@ -299,4 +319,31 @@ def of_rows(selection: Selection, view: PrefillView) -> Selection:
     target = torch.where(mask, view.segments.index, shape.numel())
     scores = selection.scores.new_full((shape.numel() + 1,), -torch.inf)
     scores = scores.scatter_(0, target.reshape(-1), selection.scores.reshape(-1))[:-1].view(shape)
-    return merged_segments(selection.mask, scores, view.segments)
+    of_rows = merged_segments(selection.mask, scores, view.segments)
+    return (
+        of_rows if selection.merge is None else of_rows.merging(_merge_of_rows(selection.merge, view.segments, shape))
+    )
+
+
+def _merge_of_rows(merge: Merge, segments: Segments, shape: torch.Size) -> Merge:
+    """Turn a merge map of segments into one of rows `(B, M)`, which has padding for the entries of other rows."""
+    last = segments.index.shape[1] - 1
+    target, source = (segments.index.gather(1, places.clamp(0, last)).flatten() for places in merge[:2])
+    row = torch.arange(shape[0], device=target.device).unsqueeze(1)
+    is_own = (merge.target.flatten() >= 0) & (target // shape[1] == row)
+    weight = merge.weight.flatten().expand(shape[0], -1).contiguous()
+    return Merge(torch.where(is_own, target % shape[1], -1), torch.where(is_own, source % shape[1], 0), weight)
+
+
+def selected(kept: torch.Tensor, scores: torch.Tensor, width: int) -> Selection:
+    """Return the selection of the kept tokens.
+
+    Args:
+        kept: bool `[B, M]`.
+        scores: float32 `[B, M]`.
+        width: of the indices, at least as many as any row keeps.
+    """
+    slot = torch.where(kept, kept.cumsum(dim=1) - 1, width)
+    places = torch.arange(kept.shape[1], device=kept.device).expand_as(slot)
+    indices = slot.new_full((len(kept), width + 1), -1).scatter_(1, slot, places)[:, :width].contiguous()
+    return Selection(kept, indices, scores)

@@ -26,6 +26,7 @@ class TileEncoder(VisionEncoder):
         multimodal: the model that holds the encoder.
         tower: name of the encoder in it.
         projector: path in it of the module that turns the encoder's rows into embeddings.
+        merges_squares: whether the projector makes one visual token of each square of patches.
         images: how the tiles of images become visual tokens.
         videos: the same for frames.
 
@@ -42,8 +43,10 @@ class TileEncoder(VisionEncoder):
         projector: str = "multi_modal_projector",
         images: Layout = merged_tiles,
         videos: Layout = merged_tiles,
+        merges_squares: bool = False,
     ) -> None:
         super().__init__(multimodal, tower, projector)
+        self._merges_squares = merges_squares
         if "position_embeddings" in inspect.signature(self.attentions[0].forward).parameters:
             raise TypeError(
                 "method: expected one that leaves the vision encoder alone, got one that reads it, and this "
@@ -94,6 +97,18 @@ class TileEncoder(VisionEncoder):
             height, width = height // side, width // side
         tiles = Tiles(torch.unflatten(patches, 1, (height, width)), prefix, pixels, joins=True)
         return self._layouts[kind](tiles, self.multimodal, arguments, features)
+
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        if not self._merges_squares:
+            return super().project(rows)
+        # a square becomes the same token in any tile; only the projector of Gemma 3 takes no other than whole ones
+        tokens = getattr(self.projector, "tokens_per_side", 1)
+        count = len(rows)
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, -count % tokens**2))
+        channels = self.tower.config.hidden_size
+        side = math.isqrt(rows.shape[1] // channels)
+        squares = rows.view(-1, tokens, tokens, side, side, channels).transpose(2, 3)
+        return super().project(squares.reshape(-1, (tokens * side) ** 2, channels)).flatten(0, -2)[:count]
 
     def _patches(self, arguments: dict[str, Any]) -> tuple[torch.Size, int, int]:
         """Return the shape of what was encoded, and the rows and columns of patches of each tile."""
