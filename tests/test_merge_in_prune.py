@@ -1,7 +1,9 @@
 """`prune` with selections that carry a merge map: as if the unpruned model had been given the sums."""
 
 import re
+import sys
 from functools import lru_cache
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hawk_kernels.methods import Method, resolve_method
 from hawk_kernels.ops.select_topk import select_topk
 from hawk_kernels.selection import Merge
 from tests.family_checks import watched
+from tests.host_reads import HostReads
 from tests.method_checks import GREEDY, TOLERANCE, visual_tokens
 from tests.tiny_families import BY_NAME, batch, tiny_model
 from tests.tiny_models import BEGIN, END_OF_TURN, Picture, question, words
@@ -233,6 +236,22 @@ def test_a_method_that_chooses_inside_the_stack_cannot_merge():
     refused = pytest.raises(ValueError, match="method 'given': expected a Selection without a merge map")
     with torch.no_grad(), prune(model, 0.4, method=Given(entries(0, 1), layer=1)), refused:
         model(**inputs)
+
+
+@pytest.mark.parametrize("method", ["visionzip", "prumerge"])
+@pytest.mark.parametrize("budget", ["shared", "per_image"])
+def test_merging_reads_the_ids_and_nothing_else(method, budget, monkeypatch):
+    """Values that are read on a CPU alone, to check them, are left out, and kernels run as on a GPU."""
+    for module in (import_module("hawk_kernels.ops.compact"), import_module("hawk_kernels.methods.base")):
+        monkeypatch.setattr(module, "check_entries", lambda *_, **options: None)
+    monkeypatch.setattr(import_module("hawk_kernels.ops.compact"), "_check_fits", lambda *_: None)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("hawk_kernels.") and hasattr(module, "choose_backend"):
+            monkeypatch.setattr(module, "choose_backend", lambda *_: "triton")
+    model, inputs = model_of("llava"), ragged("llava")
+    with torch.no_grad(), prune(model, 0.4, method=method, budget=budget), HostReads() as reads:
+        model(**inputs)
+    assert reads.places == ["prompt.py: cpu"]
 
 
 def test_gradients_reach_what_was_merged():

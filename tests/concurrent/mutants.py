@@ -205,7 +205,9 @@ SLOW = [
         "slots, (tokens + tl.program_id(1)).to(",
         "compact",
     ),
-    Mutant("merge: sums one slot too early", "compact.py", "chosen, slots, 0", "chosen, slots - 1, 0", "compact merging"),
+    Mutant(
+        "merge: sums one slot too early", "compact.py", "chosen, slots, 0", "chosen, slots - 1, 0", "compact merging"
+    ),
     Mutant(
         "column mean: splits overlap", "attention_column_mean.py", "row_splits + split) *", "row_splits) *", "column"
     ),
