@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from hawk_kernels.selection import LAST_PLACE
+
 Entries = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Targets, sources and weights `[B, E]` of a merge map."""
 
@@ -39,7 +41,7 @@ def compact(
         positions = position_ids.gather(2, source.expand(len(position_ids), -1, -1)).masked_fill_(~is_token, 0)
     packed = _packed(inputs_embeds, source, is_token)
     if merge is not None and num_tokens:
-        packed = _merged(packed, inputs_embeds, slot, merge)
+        packed = _merged(packed, inputs_embeds, source, is_token, merge)
     return packed, positions, is_token.long(), source
 
 
@@ -63,16 +65,37 @@ def _rows(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return tensor.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden_size))
 
 
-def _merged(packed: torch.Tensor, inputs_embeds: torch.Tensor, slot: torch.Tensor, merge: Entries) -> torch.Tensor:
-    """Replace the rows `[B, T', C]` that are targets of a merge map by the sums of their entries."""
-    _, source, weight = merge
-    length = packed.shape[1]
-    place, counts = _places(slot, merge)
+def _merged(
+    packed: torch.Tensor, inputs_embeds: torch.Tensor, source: torch.Tensor, is_token: torch.Tensor, merge: Entries
+) -> torch.Tensor:
+    """Replace the rows `[B, T', C]` that are targets of a merge map by the sums of their entries.
+
+    Targets ascend, so that the entries of a slot stand together. Each slot is a bag of entries; entries without a slot,
+    padding among them, fall into the bags between and are left out.
+    """
+    target, added, weight = merge
+    (batch, num_entries), num_tokens = target.shape, inputs_embeds.shape[1]
+    if num_entries == 0 or packed.numel() == 0:
+        return packed
+    places = torch.where(target < 0, LAST_PLACE, target).contiguous()
+    begins = torch.searchsorted(places, source).masked_fill_(~is_token, 0)
+    ends = torch.searchsorted(places, source, right=True).masked_fill_(~is_token, 0)
+    starts = torch.arange(0, batch * num_entries, num_entries, device=target.device).unsqueeze(1)
+    bags = torch.nn.functional.pad(torch.stack([begins, ends], dim=2).flatten(1), (1, 0))
+    exists = (added >= 0) & (added < num_tokens)
+    rows = (
+        torch.where(exists, added, 0) + torch.arange(0, batch * num_tokens, num_tokens, device=target.device)[:, None]
+    )
     wide = _wide(packed)
-    added = _rows(inputs_embeds, source.clamp(0, slot.shape[1] - 1)).to(wide) * weight.to(wide).unsqueeze(-1)
-    place = torch.where(counts, place, length)
-    sums = _sums(added, place, length).to(packed.dtype)
-    return torch.where(_are_listed(place, length).unsqueeze(-1), sums, packed)
+    sums = torch.nn.functional.embedding_bag(
+        rows.flatten(),
+        inputs_embeds.flatten(0, 1).to(wide),
+        (bags + starts).flatten(),
+        mode="sum",
+        per_sample_weights=torch.where(exists, weight, 0).to(wide).flatten(),
+    )
+    sums = torch.unflatten(sums, 0, (batch, -1))[:, 1::2].to(packed.dtype)
+    return torch.where((ends > begins).unsqueeze(-1), sums, packed)
 
 
 def _places(slot: torch.Tensor, merge: Entries) -> tuple[torch.Tensor, torch.Tensor]:
