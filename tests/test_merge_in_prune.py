@@ -278,5 +278,10 @@ def test_a_selection_without_a_map_is_the_same_in_either_stage():
     assert torch.equal(*found)
 
 
+def test_an_unknown_stage_is_refused():
+    with pytest.raises(ValueError, match="stage: expected 'decoder' or 'encoder', got 'projector'; Merging must say"):
+        prune(model_of("llava"), 0.4, method=Merging(stage="projector"))
+
+
 def test_methods_of_the_package_merge_in_the_decoder_unless_they_say_otherwise():
     assert resolve_method("random", {}).stage == "decoder"

@@ -113,6 +113,7 @@ class JointMethod(Method):
 MethodClass = TypeVar("MethodClass", bound=type[Method])
 
 METHODS: dict[str, type[Method]] = {}
+STAGES = ("decoder", "encoder")
 MERGINGS = ("paper", "release")
 
 
@@ -176,6 +177,11 @@ def resolve_method(method: str | Method, options: dict[str, object]) -> Method:
         raise TypeError(
             f"method: expected a name or a method object, got {type(method).__name__}; derive it from "
             "hawk_kernels.methods.Method"
+        )
+    if method.stage not in STAGES:
+        raise ValueError(
+            f"stage: expected 'decoder' or 'encoder', got {method.stage!r}; {type(method).__name__} must say where its "
+            "merge maps apply"
         )
     if not isinstance(getattr(method, "name", None), str):
         raise ValueError(
@@ -319,10 +325,8 @@ def of_rows(selection: Selection, view: PrefillView) -> Selection:
     target = torch.where(mask, view.segments.index, shape.numel())
     scores = selection.scores.new_full((shape.numel() + 1,), -torch.inf)
     scores = scores.scatter_(0, target.reshape(-1), selection.scores.reshape(-1))[:-1].view(shape)
-    of_rows = merged_segments(selection.mask, scores, view.segments)
-    return (
-        of_rows if selection.merge is None else of_rows.merging(_merge_of_rows(selection.merge, view.segments, shape))
-    )
+    found = merged_segments(selection.mask, scores, view.segments)
+    return found if selection.merge is None else found.merging(_merge_of_rows(selection.merge, view.segments, shape))
 
 
 def _merge_of_rows(merge: Merge, segments: Segments, shape: torch.Size) -> Merge:
