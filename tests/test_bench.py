@@ -408,7 +408,7 @@ def _stage(name, code, seconds=30.0, **options):
 
 COMMANDS = [
     *("__main__", "attention_column_mean", "compact", "cpu_floor", "decode_overhead", "encoder_cost", "few_kernels"),
-    *("gpu", "greedy", "host_cost"),
+    *("gpu", "greedy", "host_cost", "in_stack"),
     *("model", "plots", "prefill", "report", "score_and_select", "support_table", "verify"),
     *("tinyvqa.evaluate", "tinyvqa.samples", "tinyvqa.table", "tinyvqa.train"),
 ]

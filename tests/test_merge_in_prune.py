@@ -185,8 +185,8 @@ class Given(Method):
 
     name = "given"
 
-    def __init__(self, merge, layer=None):
-        self.merge, self.hidden_from_layer = merge, layer
+    def __init__(self, merge):
+        self.merge = merge
 
     def score(self, view):
         return (-torch.arange(view.candidates.shape[1]).float()).expand(view.candidates.shape).contiguous()
@@ -234,7 +234,7 @@ def test_bad_maps_name_the_method(merge, error, message):
 def test_a_method_that_chooses_inside_the_stack_cannot_merge():
     model, inputs = model_of("qwen2_5_vl"), ragged("qwen2_5_vl")
     refused = pytest.raises(ValueError, match="method 'given': expected a Selection without a merge map")
-    with torch.no_grad(), prune(model, 0.4, method=Given(entries(0, 1), layer=1)), refused:
+    with torch.no_grad(), prune(model, {1: 0.4}, method=Given(entries(0, 1))), refused:
         model(**inputs)
 
 

@@ -271,10 +271,10 @@ def test_windows_shorter_than_the_prompt():
 
 
 def test_what_it_cannot_do_is_refused(three_layers):
-    with pytest.raises(ValueError, match=re.escape("layer: expected 1 to 2, since tokens are hidden from the layers")):
+    with pytest.raises(ValueError, match=re.escape("layer: expected 1 to 2, since tokens leave before the layer")):
         prune(three_layers, 0.3, method="fastv", layer=3)
     with pytest.raises(TypeError, match="qwen3_5 has layers without attention masks"):
-        prune(model_of("qwen3_5"), 0.3, method="fastv", layer=1)
+        prune(model_of("qwen3_5"), 0.3, method="fastv", layer=2, mode="hide")
     flash = qwen_vl(layers=3)
     with prune(flash, 0.3, method="fastv"):
         flash.model.language_model.config._attn_implementation = "flash_attention_2"

@@ -35,7 +35,7 @@ every_budget = pytest.mark.parametrize("budget", ["shared", "per_image"])
 REMOVING = [
     name
     for name, method in METHODS.items()
-    if resolve_method(name, {}).hidden_from_layer is None and method.stage == "decoder"
+    if list(resolve_method(name, {}).stages(0.3, 12)) == [0] and method.stage == "decoder"
 ]
 JOINT = [name for name, method in METHODS.items() if issubclass(method, JointMethod)]
 READING = [name for name, method in METHODS.items() if method.uses_text]

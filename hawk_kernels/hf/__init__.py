@@ -2,9 +2,10 @@
 
 - read: `prompt.py` fetches the prompt, `question.py` finds the text that ranks, `images.py` where images end.
 - score and choose: `choose_tokens.py` asks a method, which sees queries and keys by `projections.py`. It does not know
-  which layer it chooses before: `prefill.py` asks before the first, `layer_masks.py` inside the stack.
+  which layer it chooses before: `prefill.py` asks before the first, `inside_stack.py` before later ones.
 - pack: `packing.py` moves the tokens that stay together, and whatever else a call has for each token.
-- run: the model's own code; for choices inside the stack its later layers get masks from `layer_masks.py`.
+- run: the model's own code. Where tokens leave after a layer, `layer_cuts.py` cuts what the later layers are called
+  with, or `layer_masks.py` hides the tokens from them. `stages.py` reads the stages that a caller names.
 - unpack: `packing.py` spreads the hidden states out again, so that logits and labels keep the prompt's length.
 - decode: `pruned_cache.py` translates the caller's masks and positions to the shorter cache.
 

@@ -20,9 +20,16 @@ from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, padded_positions
 from hawk_kernels.hf.rotary import Rotary
 from hawk_kernels.methods import Method
-from hawk_kernels.methods.base import checked_selection
-from hawk_kernels.methods.prefill_view import EncoderAttention, HiddenStates, LastQuery, PrefillView, Segments
-from hawk_kernels.selection import Merge
+from hawk_kernels.methods.base import Falling, Keep, checked_selection
+from hawk_kernels.methods.prefill_view import (
+    EncoderAttention,
+    HiddenStates,
+    LastQuery,
+    LayerAttention,
+    PrefillView,
+    Segments,
+)
+from hawk_kernels.selection import Merge, Selection
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,8 @@ class Context:
         seen: which tokens the last one of each prompt sees in the scoring layer, bool `[B, T]`.
         scale: what the scoring layer multiplies its products by; None means `D ** -0.5`.
         states: computes what enters the scoring layer, `[B, T, hidden]`, where other layers come before it.
+        entered: the embeddings `[B, T, hidden]` that entered the text model and the prompt that they are of, inside the
+            stack.
     """
 
     attention: PromptAttention | None = None
@@ -44,6 +53,7 @@ class Context:
     seen: torch.Tensor | None = None
     scale: float | None = None
     states: Callable[[], torch.Tensor] | None = None
+    entered: tuple[torch.Tensor, Prompt] | None = None
 
 
 class LayerView(PrefillView):
@@ -188,7 +198,7 @@ class LayerView(PrefillView):
 
     def last_query(self) -> LastQuery:
         if self._context.seen is None:
-            raise ValueError(_undeclared("last_query", "hidden_from_layer"))
+            raise _inside_only("last_query")
         own = self._prompt.valid[:, : self._prompt.length]
         last = own.shape[1] - 1 - np.argmax(own[:, ::-1], axis=1, keepdims=True)
         normalized = self._projections.normalize(self._states.to(self._device))
@@ -201,8 +211,45 @@ class LayerView(PrefillView):
         # the last token sees itself
         source = torch.where(visible, everywhere, upload(last, self._device))
         keys = keys.gather(2, source[:, None, :, None].expand_as(keys))
-        scale = query.shape[-1] ** -0.5 if self._context.scale is None else self._context.scale
-        return LastQuery(query, keys, visible, self._visual_positions, scale)
+        return LastQuery(query, keys, visible, self._visual_positions, self._scale(query))
+
+    def layer_attention(self) -> LayerAttention:
+        if self._context.seen is None:
+            raise _inside_only("layer_attention")
+        prompt = self._prompt
+        own = prompt.valid & (np.arange(prompt.valid.shape[1]) < prompt.length)
+        place = np.cumsum(own).reshape(own.shape) - 1
+        lengths = own.sum(axis=1)
+        bounds = np.concatenate([[0], np.cumsum(lengths[lengths > 0])]).astype(np.int32)
+        rows = np.flatnonzero(own)
+        normalized = self._projections.normalize(self._gathered(self._states, rows)).unsqueeze(0)
+        length = own.shape[1]
+        positions = np.tile(np.arange(length), (len(own), 1))
+
+        def rotated(heads: torch.Tensor) -> torch.Tensor:
+            # the rotation of each row is its own, so the heads are laid out row by row for it
+            whole = heads.new_zeros(heads.shape[1], own.size, heads.shape[3])
+            at = upload(rows, heads.device)
+            whole = whole.index_copy(1, at, heads[0]).unflatten(1, own.shape).transpose(0, 1)
+            turned = self._rotated(whole, upload(positions, heads.device))
+            return turned.transpose(0, 1).flatten(1, 2).index_select(1, at).unsqueeze(0)
+
+        text, visual = (
+            upload(np.take_along_axis(place, padded_positions(mask)[0], axis=1), self._device)
+            for mask in (prompt.query, prompt.visual)
+        )
+        queries = rotated(self._queries(normalized))
+        keys = rotated(self._projections.keys(normalized).to(self._device).transpose(1, 2))
+        return LayerAttention(queries, keys, upload(bounds, self._device), text, visual, self._scale(queries))
+
+    def entered(self) -> PrefillView:
+        if self._context.entered is None:
+            return self
+        embeds, prompt = self._context.entered
+        return LayerView(embeds.detach(), prompt, self._projections, self._head_weights, None, Context())
+
+    def _scale(self, queries: torch.Tensor) -> float:
+        return float(queries.shape[-1] ** -0.5) if self._context.scale is None else self._context.scale
 
     def frames(self) -> list[list[list[tuple[int, int]]]]:
         if self._context.frames is None:
@@ -285,18 +332,25 @@ class Chooser:
 
     Attributes:
         method: scores and selects.
-        keep_ratio: the fraction kept, or the budget.
+        keep_ratio: the fraction kept, the budget, or a number on the way to a budget.
         per_image: whether each image has a budget of its own.
         head_weights: float32 `[H]`, or None.
     """
 
     method: Method
-    keep_ratio: float | int
+    keep_ratio: Keep
     per_image: bool = False
     head_weights: torch.Tensor | None = None
 
     @torch.no_grad()
-    def choose(self, states: torch.Tensor, prompt: Prompt, projections: LayerProjections, context: Context) -> Choice:
+    def choose(
+        self,
+        states: torch.Tensor,
+        prompt: Prompt,
+        projections: LayerProjections,
+        context: Context,
+        original: list[list[int]] | None = None,
+    ) -> Choice:
         """Score the visual tokens of a batch, some row of which has some, and select.
 
         Args:
@@ -305,6 +359,8 @@ class Chooser:
             prompt: where text queries and visual tokens stand.
             projections: queries and keys of the scoring layer.
             context: what else is known of the prompt.
+            original: how many visual tokens each row, or each image of it, had before any were dropped; None means as
+                many as now. The keep ratio is a fraction of these.
 
         Raises:
             ValueError: a row has visual tokens, but none of the text that the method needs.
@@ -314,18 +370,19 @@ class Chooser:
         whole = prompt
         if context.attention is not None:
             prompt = prompt.with_separators(context.attention.is_separator)
-        lengths, all_lengths = self._lengths(prompt), self._lengths(whole)
-        budgets = [[self.method.kept_count(self.keep_ratio, length) for length in row] for row in lengths]
-        segments = budgets if self.per_image else None
-        view = LayerView(states.detach(), prompt, projections, self.head_weights, segments, context)
-        selection = checked_selection(self.method.name, self.method.select(view, self.keep_ratio), view.candidates)
+        lengths, all_lengths = self.lengths(prompt), self.lengths(whole)
+        budgets = self._budgets(lengths, lengths if original is None else original)
 
-        if selection.merge is not None and self.method.hidden_from_layer is not None:
-            raise ValueError(
-                f"method {self.method.name!r}: expected a Selection without a merge map from a method that chooses "
-                "inside the stack, whose later layers read every token; return one without, or choose before the first "
-                "layer"
-            )
+        def view(budgets: list[list[int]]) -> LayerView:
+            of_images = budgets if self.per_image else None
+            return LayerView(states.detach(), prompt, projections, self.head_weights, of_images, context)
+
+        keep = self.keep_ratio
+        if not isinstance(keep, Falling) and budgets == self._budgets(lengths, lengths):
+            selection = self._selected(view(budgets), keep)
+        else:
+            selection = self._selected_by_budget(view, prompt, budgets)
+
         device, length = states.device, states.shape[1]
         positions, filled = padded_positions(prompt.visual)
         # padding of rows with fewer visual tokens lands in one column after the end
@@ -344,7 +401,51 @@ class Chooser:
         merge = None if selection.merge is None else _in_prompt(selection.merge, positions, filled, device)
         return Choice(kept[:, :-1].contiguous(), counts.tolist(), scores[:, :-1].contiguous(), stayed, merge)
 
-    def _lengths(self, prompt: Prompt) -> list[list[int]]:
+    def _budgets(self, lengths: list[list[int]], original: list[list[int]]) -> list[list[int]]:
+        """Count what each row or image of these lengths keeps, where the keep ratio is a fraction of `original`."""
+        return [
+            [min(length, self._count(whole)) for length, whole in zip(*row, strict=True)]
+            for row in zip(lengths, original, strict=True)
+        ]
+
+    def _count(self, num_candidates: int) -> int:
+        keep = self.keep_ratio
+        if isinstance(keep, Falling):
+            return keep.count(num_candidates, self.method.rounding)
+        return self.method.kept_count(keep, num_candidates)
+
+    def _selected(self, view: LayerView, keep_ratio: float | int) -> Selection:
+        return checked_selection(self.method.name, self.method.select(view, keep_ratio), view.candidates)
+
+    def _selected_by_budget(
+        self, view: Callable[[list[list[int]]], LayerView], prompt: Prompt, budgets: list[list[int]]
+    ) -> Selection:
+        """Select as many tokens of each row or image as its own budget says, by one selection for each budget."""
+        _, filled = padded_positions(prompt.visual)
+        of_token = np.zeros(filled.shape, dtype=np.int64)
+        for row, (lengths, of_row) in enumerate(zip(self.lengths(prompt), budgets, strict=True)):
+            of_token[row, filled[row]] = np.repeat(of_row, lengths)
+        chosen: Selection | None = None
+        merges = []
+        for budget in sorted({budget for row in budgets for budget in row if budget}):
+            clamped = [[min(budget, length) for length in row] for row in self.lengths(prompt)]
+            selection = self._selected(view(clamped), budget)
+            here = upload(of_token == budget, selection.mask.device)
+            if selection.merge is not None:
+                target, source, weight = selection.merge
+                is_here = (target >= 0) & here.gather(1, target.clamp(min=0))
+                merges.append(Merge(torch.where(is_here, target, -1), source, weight))
+            if chosen is None:
+                chosen = Selection(selection.mask & here, selection.indices, selection.scores)
+            else:
+                scores = torch.where(here, selection.scores, chosen.scores)
+                chosen = Selection(chosen.mask | (selection.mask & here), selection.indices, scores)
+        assert chosen is not None
+        if not merges:
+            return chosen
+        return chosen.merging(Merge(*(torch.cat(parts, dim=1) for parts in zip(*merges, strict=True))))
+
+    def lengths(self, prompt: Prompt) -> list[list[int]]:
         """Count the visual tokens that share a budget: those of each image, or those of each row."""
         if self.per_image:
             return prompt.image_lengths()
@@ -366,6 +467,13 @@ def _in_prompt(merge: Merge, positions: np.ndarray, filled: np.ndarray, device: 
     inside = [places.clamp(0, last) for places in (target, source)]
     counts = (target == inside[0]) & (source == inside[1]) & exists.gather(1, inside[0]) & exists.gather(1, inside[1])
     return Merge(torch.where(counts, place.gather(1, inside[0]), -1), place.gather(1, inside[1]), weight).ordered()
+
+
+def _inside_only(name: str) -> ValueError:
+    return ValueError(
+        f"cannot read {name} before the first layer; let `stages` of the method return layers after which tokens are "
+        "dropped, or call prune(model, {layer: keep})"
+    )
 
 
 def _check_text(prompt: Prompt) -> None:

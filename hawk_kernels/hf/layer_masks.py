@@ -1,222 +1,109 @@
-"""Choosing tokens inside the stack and masking them: later layers of the text model get masks without them.
+"""Hiding tokens inside the stack: the layers after a stage get masks without the dropped tokens.
 
-The sequence keeps its length. The layers after the one that ranks the tokens get an attention mask in which the columns
-of the dropped tokens are closed, in the prompt and in every later call over its cache.
+The sequence keeps its length. The layers after a stage get an attention mask in which the columns of the dropped tokens
+are closed, in the prompt and in every later call over its cache. This computes what dropping them computes, and saves
+nothing.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
-from hawk_kernels.hf.anatomy import Anatomy
-from hawk_kernels.hf.choose_tokens import Context
-from hawk_kernels.hf.hooks import Handle
-from hawk_kernels.hf.projections import LayerProjections
+from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.pruned_cache import CacheRecords
-from hawk_kernels.hf.rotary import rotary_of_layer
-
-_IMPLEMENTATIONS = ("sdpa", "eager")
-# from this version of transformers on, the hooks of a layer run outside what is computed again
-_HOOKS_OUTSIDE_CHECKPOINTS = (5, 18)
-# from what enters the ranking layer to the tokens that later layers do not see, bool [B, T]
-Choose = Callable[[torch.Tensor, LayerProjections, Context], torch.Tensor | None]
 
 
-class LayerMasks:
-    """Masks tokens in the later layers of a text model while its hooks are attached.
+class PromptMask:
+    """A prompt on its way through the layers, of which each stage hides more tokens.
 
     Args:
-        anatomy: the model's parts.
-        layer: the last layer that sees every token, counted from 1; what enters it ranks the tokens.
-        method: name of the method, for messages.
-
-    Raises:
-        ValueError: there is no such layer, or no layer after it.
-        TypeError: the model has layers that see tokens without attention.
+        text: the text model.
+        prompt: the prompt that enters it, on the host.
+        valid: bool `[B, T]`, its own tokens, False at padding and at guesses after its end.
     """
 
-    def __init__(self, anatomy: Anatomy, layer: int, method: str) -> None:
-        text: Any = anatomy.text
+    def __init__(self, text: Any, prompt: Prompt, valid: torch.Tensor) -> None:
         self._text = text
-        self._layers: list[Any] = list(text.layers)
-        depth = len(self._layers)
-        if layer >= depth:
-            remedy = f"pass layer={depth - 1} or less" if depth > 1 else "use another method"
-            raise ValueError(
-                f"layer: expected 1 to {depth - 1}, since tokens are hidden from the layers after it, got {layer} of "
-                f"{depth} layers; {remedy}"
-            )
-        if not all(hasattr(each, "self_attn") for each in self._layers[layer - 1 :]):
-            raise TypeError(
-                f"method: expected one that removes tokens before the first layer, got {method!r}; use 'hawk', as a "
-                f"{anatomy.family.model_type} has layers without attention masks, which see every token"
-            )
-        self._first = layer
-        self._projections = anatomy.family.projections(self._layers[layer - 1])
-        self._records = CacheRecords(_MaskedPrompt)
-        self._thread = _ThreadState()
+        self._entered = prompt
+        self.valid = valid
+        self._hidden: list[_Hidden] = []
+        # masks that were made for the prompt's layers: the given one, of which kind, and what became of it
+        self._made: list[tuple[Any, Any, torch.Tensor]] = []
 
-    def attach(self) -> list[Handle]:
-        """Register the hooks; removing the handles ends the masking."""
-        ranking = self._layers[self._first - 1]
-        handles: list[Handle] = [ranking.register_forward_pre_hook(self._before_ranking, with_kwargs=True)]
-        for index in range(self._first, len(self._layers)):
-            hook = partial(self._before_masked, index)
-            handles.append(self._layers[index].register_forward_pre_hook(hook, with_kwargs=True))
-        return handles
+    @property
+    def prompt(self) -> Prompt:
+        """Describe the tokens that are still seen, on the host, which waits for the device where some were hidden."""
+        if not self._hidden:
+            return self._entered
+        seen = ~self._hidden[-1].tokens.cpu().numpy()
+        return replace(self._entered, visual=self._entered.visual & seen, valid=self._entered.valid & seen)
 
-    def start(self, valid: torch.Tensor) -> None:
-        """Prepare for a prompt that is about to enter the text model, so far with nothing to mask.
+    def keep(self, first: int, kept: torch.Tensor, counts: list[int]) -> None:
+        """Hide all tokens but these, bool `[B, T]`, from the layers from index `first` on."""
+        hidden = self.valid & ~kept
+        if self._hidden:
+            hidden = hidden | self._hidden[-1].tokens
+        self.valid = self.valid & kept
+        self._hidden.append(_Hidden(first, hidden))
 
-        Args:
-            valid: bool `[B, T]`, its own tokens, False at padding and at guesses after its end.
+    def of_present(self, kept: torch.Tensor) -> torch.Tensor:
+        """Return a mask of the rows that entered, bool `[B, T]`, for the present ones, which are the same."""
+        return kept
 
-        Raises:
-            ValueError: an implementation of attention that takes no mask over pairs, or gradient checkpointing that
-                would compute the layers again without these masks.
-        """
-        implementation = self._text.config._attn_implementation
-        if implementation not in _IMPLEMENTATIONS:
-            raise ValueError(
-                f"attn_implementation: expected 'sdpa' or 'eager', whose masks can hide tokens from single layers, got "
-                f"{implementation!r}; call model.set_attn_implementation('sdpa')"
-            )
-        recomputes = any(getattr(each, "gradient_checkpointing", False) and each.training for each in self._layers)
-        if recomputes and torch.is_grad_enabled() and _version() < _HOOKS_OUTSIDE_CHECKPOINTS:
-            raise ValueError(
-                "cannot hide tokens from single layers with gradient checkpointing before transformers 5.18, which "
-                "computes the layers again without the masks; upgrade, or call model.gradient_checkpointing_disable()"
-            )
-        self._thread.begin(valid, is_prompt=True)
+    def of_whole(self, values: torch.Tensor, fill: Any) -> torch.Tensor:
+        """Return `[B, T]` of the present rows for the rows that entered, which are the same."""
+        return values
 
-    def choose_inside(self, choose: Choose) -> None:
-        """Let `choose` tell what to mask once the ranking layer is reached."""
-        self._thread.choose = choose
-
-    def mask(self, masked: torch.Tensor) -> None:
-        """Mask these tokens, bool `[B, T]`, which are known before the first layer."""
-        self._thread.masked = masked
-
-    def finish(self, cache: Any) -> None:
-        """Let `cache` keep what was masked in the prompt that has just left the text model."""
-        if cache is not None and self._thread.masked is not None:
-            self._records.keep(cache, _MaskedPrompt(self._thread.masked))
-        self._thread.begin(None, is_prompt=False)
-
-    def resume(self, cache: Any) -> None:
-        """Mask in a later call over `cache`, which is about to enter the text model, what was masked in its prompt."""
-        self._thread.begin(None, is_prompt=False)
-        record = self._records.of(cache)
-        self._thread.masked = None if record is None else record.masked
-
-    def _before_ranking(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        choose, valid = self._thread.choose, self._thread.valid
-        if choose is None or valid is None:
-            return
-        self._thread.choose = None
-        states = args[0] if args else kwargs["hidden_states"]
-        rotary = rotary_of_layer(layer, kwargs.get("position_embeddings"), states)
-        seen = _seen_by_last(kwargs.get("attention_mask"), valid)
-        scale = layer.self_attn.scaling * getattr(layer.self_attn, "qk_scale_factor", 1.0)
-        self._thread.masked = choose(states, self._projections, Context(rotary=rotary, seen=seen, scale=scale))
-
-    def _before_masked(
-        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        masked = self._thread.masked
-        if masked is None:
-            return None
-        states = args[0] if args else kwargs["hidden_states"]
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    def adapted(
+        self, index: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give a layer a mask without the tokens that are hidden from it."""
+        hidden = hidden_from(self._hidden, index)
+        if hidden is None:
+            return args, kwargs
+        states, mask, cache = states_of(args, kwargs), kwargs.get("attention_mask"), kwargs.get("past_key_values")
         length = states.shape[1]
         width, offset = (length, 0) if cache is None else cache.get_mask_sizes(length, index)
-        if not self._thread.is_prompt:
-            return args, {**kwargs, "attention_mask": self._closed(layer, mask, masked, states, width, offset)}
-        # most layers of a prompt share one mask
-        kind = (width, offset, states.device, _is_causal(layer))
-        for given, other_kind, made in self._thread.made:
+        # most layers share one mask
+        kind = (id(hidden), width, offset, states.device, is_causal(layer))
+        for given, other_kind, made in self._made:
             if given is mask and other_kind == kind:
                 return args, {**kwargs, "attention_mask": made}
-        made = self._closed(layer, mask, masked, states, width, offset)
-        self._thread.made.append((mask, kind, made))
+        made = closed(self._text, layer, mask, hidden, states, width, offset, is_prompt=True)
+        self._made.append((mask, kind, made))
         return args, {**kwargs, "attention_mask": made}
 
-    def _closed(
-        self, layer: Any, mask: torch.Tensor | None, masked: torch.Tensor, states: torch.Tensor, width: int, offset: int
-    ) -> torch.Tensor:
-        """Make the mask of a layer, `[B, 1, length, keys]`, with the columns of masked tokens closed.
+    def after(self, index: int, states: torch.Tensor) -> torch.Tensor | None:
+        """Leave what comes out of a layer as it is."""
+        return None
 
-        Args:
-            layer: whose mask it is.
-            mask: the layer's own, bool or additive; None means what the layer's attention takes it for.
-            masked: bool `[B, T]`.
-            states: what enters the layer, `[B, length, hidden]`.
-            width: keys of the layer.
-            offset: tokens before the first of its keys, over which a window has slid.
-
-        Raises:
-            ValueError: the call has other rows than the prompt.
-        """
-        device, length = states.device, states.shape[1]
-        if masked.shape[0] != states.shape[0]:
-            raise ValueError(
-                f"past_key_values: expected the {masked.shape[0]} rows of the prompt that was read into this cache, "
-                f"got {states.shape[0]}; call the cache's own batch_select_indices or batch_repeat_interleave, or "
-                "prefill again with the rows you need"
-            )
-        if mask is None:
-            row = torch.arange(length, device=device) + (0 if self._thread.is_prompt else width + offset - length)
-            last = row if _is_causal(layer) else torch.full_like(row, offset + width)
-            mask = (torch.arange(offset, offset + width, device=device) <= last.unsqueeze(1)).view(1, 1, length, width)
-            if self._text.config._attn_implementation == "eager":
-                lowest = torch.finfo(states.dtype).min
-                mask = torch.zeros(mask.shape, dtype=states.dtype, device=device).masked_fill_(~mask, lowest)
-        end = offset + mask.shape[-1]
-        columns = nn.functional.pad(masked.to(device), (0, max(0, end - masked.shape[1])))[:, None, None, offset:end]
-        if self._thread.is_prompt:
-            # a masked token still sees itself: a row that sees nothing at all would be NaN
-            itself = torch.eye(length, mask.shape[-1], dtype=torch.bool, device=device)
-            columns = columns & ~itself
-        return mask & ~columns if mask.dtype == torch.bool else mask.masked_fill(columns, torch.finfo(mask.dtype).min)
+    def keep_with(self, cache: Any, records: CacheRecords[MaskedPrompt]) -> None:
+        """Let `cache`, which the prompt has filled, keep what is hidden; None stands for no cache."""
+        if cache is not None and self._hidden:
+            records.keep(cache, MaskedPrompt(list(self._hidden)))
 
 
-def _version() -> tuple[int, ...]:
-    return tuple(map(int, transformers.__version__.split(".")[:2]))
+@dataclass(frozen=True)
+class _Hidden:
+    """Tokens that the layers from index `first` on do not see, bool `[B, T]`."""
 
-
-def _is_causal(layer: Any) -> bool:
-    """Tell whether no mask means causal attention; in a model that reads both ways, no mask shows all tokens."""
-    return bool(getattr(layer.self_attn, "is_causal", True))
-
-
-def _seen_by_last(mask: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
-    """Mark which tokens the last valid one of each row sees in a layer with this mask, bool `[B, T]`; all without."""
-    if mask is None:
-        return valid
-    length = valid.shape[1]
-    last = length - 1 - valid.flip(1).int().argmax(dim=1)
-    rows = mask[:, 0].expand(len(valid), -1, -1)[..., :length].to(valid.device)
-    row = rows.gather(1, last.view(-1, 1, 1).expand(-1, 1, length)).squeeze(1)
-    return valid & (row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2)
+    first: int
+    tokens: torch.Tensor
 
 
 @dataclass
-class _MaskedPrompt:
-    """The tokens of a cached prompt that later layers do not see, bool `[B, T]`."""
+class MaskedPrompt:
+    """The tokens of a cached prompt that later layers do not see, stage by stage."""
 
-    masked: torch.Tensor
+    hidden: list[_Hidden]
 
     @property
     def num_rows(self) -> int:
-        return self.masked.shape[0]
+        return self.hidden[0].tokens.shape[0]
 
     @property
     def grows(self) -> bool:
@@ -224,17 +111,112 @@ class _MaskedPrompt:
         return False
 
     def take_rows(self, rows: torch.Tensor) -> None:
-        self.masked = self.masked.index_select(0, rows.to(self.masked.device))
+        self.hidden = [
+            _Hidden(each.first, each.tokens.index_select(0, rows.to(each.tokens.device))) for each in self.hidden
+        ]
 
 
-class _ThreadState(threading.local):
-    def __init__(self) -> None:
-        self.begin(None, is_prompt=False)
+class LaterMask:
+    """A call over a cache of a prompt some of whose tokens are hidden from later layers."""
 
-    def begin(self, valid: torch.Tensor | None, is_prompt: bool) -> None:
-        """Forget the call before."""
-        self.valid, self.is_prompt = valid, is_prompt
-        self.choose: Choose | None = None
-        self.masked: torch.Tensor | None = None
-        # masks that were made for the prompt's layers: the given one, of which kind, and what became of it
-        self.made: list[tuple[Any, Any, torch.Tensor]] = []
+    def __init__(self, text: Any, record: MaskedPrompt, given: Any) -> None:
+        self._text, self._record = text, record
+
+    def adapted(
+        self, index: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give a layer a mask without the tokens that are hidden from it."""
+        hidden = hidden_from(self._record.hidden, index)
+        if hidden is None:
+            return args, kwargs
+        states = states_of(args, kwargs)
+        width, offset = kwargs["past_key_values"].get_mask_sizes(states.shape[1], index)
+        mask = kwargs.get("attention_mask")
+        made = closed(self._text, layer, mask, hidden, states, width, offset, is_prompt=False)
+        return args, {**kwargs, "attention_mask": made}
+
+
+def hidden_from(hidden: list[_Hidden], index: int) -> torch.Tensor | None:
+    """Return the tokens that the layer at `index` does not see, bool `[B, T]`, or None where it sees all."""
+    return next((each.tokens for each in reversed(hidden) if each.first <= index), None)
+
+
+def closed(
+    text: Any,
+    layer: Any,
+    mask: torch.Tensor | None,
+    hidden: torch.Tensor,
+    states: torch.Tensor,
+    width: int,
+    offset: int,
+    is_prompt: bool,
+) -> torch.Tensor:
+    """Make the mask of a layer, `[B, 1, length, keys]`, with the columns of hidden tokens closed.
+
+    Args:
+        text: the text model.
+        layer: whose mask it is.
+        mask: the layer's own, bool or additive; None means what the layer's attention takes it for.
+        hidden: bool `[B, T]`.
+        states: what enters the layer, `[B, length, hidden]`.
+        width: keys of the layer.
+        offset: tokens before the first of its keys, over which a window has slid.
+        is_prompt: whether the call is that of the prompt itself.
+
+    Raises:
+        ValueError: the call has other rows than the prompt.
+    """
+    device, length = states.device, states.shape[1]
+    check_rows(hidden.shape[0], states)
+    if mask is None:
+        row = torch.arange(length, device=device) + (0 if is_prompt else width + offset - length)
+        last = row if is_causal(layer) else torch.full_like(row, offset + width)
+        mask = (torch.arange(offset, offset + width, device=device) <= last.unsqueeze(1)).view(1, 1, length, width)
+        mask = for_attention(text, mask, states)
+    end = offset + mask.shape[-1]
+    columns = nn.functional.pad(hidden.to(device), (0, max(0, end - hidden.shape[1])))[:, None, None, offset:end]
+    if is_prompt:
+        # a hidden token still sees itself: a row that sees nothing at all would be NaN
+        itself = torch.eye(length, mask.shape[-1], dtype=torch.bool, device=device)
+        columns = columns & ~itself
+    return mask & ~columns if mask.dtype == torch.bool else mask.masked_fill(columns, torch.finfo(mask.dtype).min)
+
+
+def for_attention(text: Any, mask: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Make a bool mask one of numbers to add, where the text model's attention is eager."""
+    if mask.dtype != torch.bool or text.config._attn_implementation != "eager":
+        return mask
+    lowest = torch.finfo(states.dtype).min
+    return torch.zeros(mask.shape, dtype=states.dtype, device=states.device).masked_fill_(~mask, lowest)
+
+
+def is_causal(layer: Any) -> bool:
+    """Tell whether no mask means causal attention; in a model that reads both ways, no mask shows all tokens."""
+    return bool(getattr(layer.self_attn, "is_causal", True))
+
+
+def check_rows(rows: int, states: torch.Tensor) -> None:
+    """Refuse a call over a cache with other rows than the prompt had that was read into it.
+
+    Raises:
+        ValueError: `states`, `[B, length, hidden]`, has not `rows` rows.
+    """
+    if rows != states.shape[0]:
+        raise ValueError(
+            f"past_key_values: expected the {rows} rows of the prompt that was read into this cache, got "
+            f"{states.shape[0]}; call the cache's own batch_select_indices or batch_repeat_interleave, or prefill "
+            "again with the rows you need"
+        )
+
+
+def states_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return what enters a layer, `[B, T, hidden]`."""
+    states: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return states
+
+
+def with_states(
+    args: tuple[Any, ...], kwargs: dict[str, Any], states: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a layer with other states."""
+    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,21 @@ from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.pruned_cache import check_slots, fixed_size
 from hawk_kernels.ops.compact import compact
 from hawk_kernels.selection import Merge
+
+
+class Packed(Protocol):
+    """Where the tokens of packed rows came from.
+
+    Attributes:
+        mask: `[B, P]`, False or 0 at padding.
+        source: int64 `[B, P]`, where in its row a packed token stood; 0 at padding.
+    """
+
+    @property
+    def mask(self) -> torch.Tensor: ...
+
+    @property
+    def source(self) -> torch.Tensor: ...
 
 
 class Packing:
@@ -111,6 +126,14 @@ class Packing:
         """Spread `[B, P, hidden]` out to `[B, T, hidden]`, zero where a token was dropped."""
         restored: torch.Tensor = restore(hidden_states, self._kept.to(hidden_states.device))
         return restored
+
+    def spread(self, values: torch.Tensor, fill: Any) -> torch.Tensor:
+        """Spread `[B, P]` out to `[B, T]`, with `fill` where a token was dropped or is padding."""
+        batch, full_length = self._kept.shape
+        # padding lands in one column after the end
+        place = torch.where(self.mask.bool(), self.source, full_length)
+        whole = values.new_full((batch, full_length + 1), fill)
+        return whole.scatter_(1, place.to(values.device), values)[:, :full_length].contiguous()
 
     def pack_arguments(self, kwargs: dict[str, Any], axes: int = 3) -> tuple[dict[str, Any], torch.Tensor]:
         """Pack the arguments of the text model, and find the position ids `[..., B, 1]` of what follows.
@@ -260,10 +283,10 @@ def packed_pair_masks(masks: Any, packing: Packing, cache: Any, layer_types: lis
         ValueError: a mask that does not have 4 dimensions.
     """
     if not isinstance(masks, dict):
-        return _packed_pairs(masks, packing, _width(cache, packing.length, 0))
+        return packed_pairs(masks, packing, _width(cache, packing.length, 0))
     kinds = layer_types or []
     return {
-        kind: _packed_pairs(mask, packing, _width(cache, packing.length, kinds.index(kind) if kind in kinds else 0))
+        kind: packed_pairs(mask, packing, _width(cache, packing.length, kinds.index(kind) if kind in kinds else 0))
         for kind, mask in masks.items()
     }
 
@@ -272,7 +295,12 @@ def _width(cache: Any, length: int, layer: int) -> int:
     return length if cache is None else int(cache.get_mask_sizes(length, layer)[0])
 
 
-def _packed_pairs(mask: torch.Tensor | None, packing: Packing, width: int) -> torch.Tensor:
+def packed_pairs(mask: torch.Tensor | None, packing: Packed, width: int) -> torch.Tensor:
+    """Pack one mask over pairs of tokens, `[B or 1, 1, T, keys]` or None for a causal one, to `[B, 1, P, width]`.
+
+    Raises:
+        ValueError: a mask that does not have 4 dimensions.
+    """
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 4):
         # flex_attention has block masks, which are no tensors
         came = f"shape {list(mask.shape)}" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"

@@ -2,9 +2,9 @@
 
 Three modules are watched. The model that the caller calls tells how many logits are wanted. The multimodal model below
 it sees `input_ids`: there the prompt is read. The text model sees `inputs_embeds`: there tokens are scored, dropped and
-the rest packed, and there the masks of later calls are translated to the shorter cache. For a method that chooses
-inside the stack, `layer_masks` watches the layers as well. What happens between two hooks of one call is kept for each
-thread; what outlives a call is kept with the cache.
+the rest packed, and there the masks of later calls are translated to the shorter cache. For stages inside the stack,
+`inside_stack` watches the layers as well. What happens between two hooks of one call is kept for each thread; what
+outlives a call is kept with the cache.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -42,15 +42,17 @@ from hawk_kernels.hf.hooks import (
     visual_features,
 )
 from hawk_kernels.hf.images import Encoded, EncodingWatch, frames_of_prompt
-from hawk_kernels.hf.layer_masks import LayerMasks
 from hawk_kernels.hf.packing import Packing, pack_call, slot_limit
-from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, check_one_prefill, given_ids, read_prompt
 from hawk_kernels.hf.pruned_cache import (
     CachedPrompt,
     CacheRecords,
+    Kept,
     UncachedPrompt,
+    bytes_saved,
+    check_slots,
     constant_mask,
+    fixed_size,
     forget,
     guard,
     serve,
@@ -59,6 +61,9 @@ from hawk_kernels.hf.pruned_cache import (
 from hawk_kernels.hf.question import Query
 from hawk_kernels.hf.rotary import check_rotates, rotary_of_first_layer
 from hawk_kernels.selection import Merge
+
+if TYPE_CHECKING:
+    from hawk_kernels.hf.inside_stack import Chosen, InsideStack
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,9 @@ class Outcome:
         budgets: visual tokens kept, for each row a list with one entry for each image, or a single one for the row;
             None means all.
         reason: why the whole call was left alone, or None.
+        by_stage: the budgets of each stage so far; the last ones are `budgets`.
+        cache_bytes_saved: bytes by which the cache is smaller than that of the whole prompt; None without a cache, or
+            where its layers do not tell.
     """
 
     keep_mask: torch.Tensor
@@ -83,6 +91,8 @@ class Outcome:
     encoded: dict[str, Encoded]
     budgets: list[list[int]] | None
     reason: str | None
+    by_stage: tuple[list[list[int]], ...] = ()
+    cache_bytes_saved: int | None = None
 
 
 class CallHooks:
@@ -90,7 +100,9 @@ class CallHooks:
 
     Args:
         anatomy: the model's parts.
-        chooser: chooses the tokens that stay.
+        chooser: chooses the tokens that stay before the first layer; None where all enter it.
+        inside: drops or hides tokens after later layers, or None.
+        per_image: whether each image has a budget of its own.
         query: the caller's choice of text queries, or None.
         publish: is called with the outcome of each prefill.
         ended: is called when the hooks are off.
@@ -110,7 +122,9 @@ class CallHooks:
     def __init__(
         self,
         anatomy: Anatomy,
-        chooser: Chooser,
+        chooser: Chooser | None,
+        inside: InsideStack | None,
+        per_image: bool,
         query: Query | None,
         publish: Callable[[Outcome], None],
         ended: Callable[[], None],
@@ -119,9 +133,8 @@ class CallHooks:
         self._chooser = chooser
         self._query = query
         self._publish = publish
-        self._sources = _Sources(anatomy, chooser)
-        layer = chooser.method.hidden_from_layer
-        self._masks = None if layer is None else LayerMasks(anatomy, layer, chooser.method.name)
+        self._inside = inside
+        self._sources = _Sources(anatomy, chooser, per_image)
         self._records = CacheRecords(CachedPrompt)
         self._thread = _ThreadState()
         self.lifetime = Lifetime(self._attach, self._watch_generate, ended)
@@ -151,11 +164,10 @@ class CallHooks:
             )
         for module in watched:
             check_hooks_run(module)
-        method = self._chooser.method.name
-        if self._masks is not None:
+        if self._inside is not None:
             text: Any = parts.text
-            check_parts_run(text.layers, "the text model", method)
-        self._sources.check_hooks_run(method)
+            check_parts_run(text.layers, "the text model", self._inside.methods)
+        self._sources.check_hooks_run()
         return [
             parts.head.register_forward_pre_hook(self._before_head, with_kwargs=True),
             parts.head.register_forward_hook(self._after_head),
@@ -169,7 +181,7 @@ class CallHooks:
                 else []
             ),
             *self._sources.attach(),
-            *([] if self._masks is None else self._masks.attach()),
+            *([] if self._inside is None else self._inside.attach()),
         ]
 
     def _watch_generate(self) -> Handle:
@@ -191,8 +203,8 @@ class CallHooks:
         yield lambda output: None
 
     def options(self) -> dict[str, object]:
-        """Return what the method was made with and, where it reads the vision encoder, from which layers."""
-        return {**self._chooser.method.options(), **self._sources.options()}
+        """Return the layers that the method before the first layer reads instead of the first, where it does."""
+        return self._sources.options()
 
     @contextmanager
     def _around_generate(self, arguments: dict[str, Any]) -> Iterator[Callable[[Any], None]]:
@@ -315,8 +327,8 @@ class CallHooks:
                 packed = self._prefill(prefill, kwargs)
                 return None if packed is None else ((), packed)
         serve(cache, True)
-        if self._masks is not None:
-            self._masks.resume(cache)
+        if self._inside is not None:
+            self._inside.resume(cache, self._thread.mask, embeds.shape[1])
         record = self._records.of(cache)
         if record is None:
             return None
@@ -336,67 +348,127 @@ class CallHooks:
                 f"inputs_embeds: expected one embedding for each of the {list(prompt.ids.shape)} input_ids, got shape "
                 f"{list(embeds.shape)}; prune does not support a model that inserts tokens between the two"
             )
-        device, masks, earlier = embeds.device, self._masks, prefill.earlier
+        device, earlier = embeds.device, prefill.earlier
         valid = upload(prompt.valid, device) if prefill.valid is None else prefill.valid.to(device)
-        if masks is not None:
-            masks.start(nn.functional.pad(valid[:, : prompt.length], (0, valid.shape[1] - prompt.length)))
+        if self._inside is not None:
+            self._inside.resume(None, None, 0)
         if earlier is not None:
-            prefill.kept, prefill.counts = earlier.extended(valid, prompt.valid)
+            prefill.kept = earlier.extended(valid, prompt.valid)
             prefill.merge = earlier.merge
+            if prefill.keeps_everything:
+                return None
         elif not prompt.visual.any():
-            prefill.kept, prefill.counts = valid, prompt.valid.sum(axis=1).tolist()
+            prefill.kept = [(valid, prompt.valid.sum(axis=1).tolist())]
             if prefill.is_own:
                 self._leave_alone(valid, prompt, "no visual tokens")
-        elif masks is not None:
-            masks.choose_inside(partial(self._choose_inside, prefill, valid))
             return None
-        else:
+        entering = None if self._chooser is None else self._pack_before(self._chooser, prefill, kwargs)
+        if self._inside is None:
+            return entering
+        return self._enter_stack(self._inside, prefill, kwargs if entering is None else entering, valid)
+
+    def _pack_before(self, chooser: Chooser, prefill: _Prefill, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """Choose before the first layer and pack: the arguments for the tokens that stay, or None where all do."""
+        prompt = prefill.prompt
+        if prefill.earlier is None:
             context = self._sources.context(prefill, kwargs)
-            self._choose(prefill, embeds, self._anatomy.projections, context)
-        if prefill.keeps_everything or prefill.kept is None:
+            choice = chooser.choose(kwargs["inputs_embeds"], prompt, self._anatomy.projections, context)
+            self._note(prefill, chooser, choice, prompt, choice.kept, choice.scores)
+            prefill.merge = choice.merge
+        kept, counts = prefill.kept[0]
+        if prefill.merge is None and counts == prompt.valid.sum(axis=1).tolist():
             return None
-        if masks is not None:
-            masks.mask(valid & ~prefill.kept)
-            return None
-        merge, merges_before = prefill.merge, self._chooser.method.stage == "encoder"
+        merge, merges_before = prefill.merge, chooser.method.stage == "encoder"
         if merge is not None and merges_before:
-            embeds = self._sources.merged_before_projector(prefill, prefill.kept, merge, embeds)
+            embeds = self._sources.merged_before_projector(prefill, kept, counts, merge, kwargs["inputs_embeds"])
             kwargs = {**kwargs, "inputs_embeds": embeds}
         prefill.packing, packed, prefill.following = pack_call(
-            self._anatomy, prompt, prefill.kept, prefill.counts, kwargs, merge, embeds_are_merged=merges_before
+            self._anatomy, prompt, kept, counts, kwargs, merge, embeds_are_merged=merges_before
         )
         return packed
 
-    def _choose_inside(
+    def _enter_stack(
+        self,
+        inside: InsideStack,
+        prefill: _Prefill,
+        kwargs: dict[str, Any],
+        valid: torch.Tensor,
+    ) -> dict[str, Any]:
+        """Prepare the stages inside the stack for the tokens that enter it."""
+        from hawk_kernels.hf.inside_stack import Passage
+        from hawk_kernels.hf.layer_cuts import packed_prompt
+
+        whole, packing = prefill.prompt, prefill.packing
+        known = None if prefill.earlier is None else prefill.kept[0 if self._chooser is None else 1 :]
+        # guesses after the prompt are not its own
+        own = nn.functional.pad(valid[:, : whole.length], (0, valid.shape[1] - whole.length))
+        prompt = whole
+        if packing is not None:
+            kept, _ = prefill.kept[0]
+            own = packing.pack(own)
+            if known is None:
+                prompt = packed_prompt(whole, kept.cpu().numpy(), packing.length)
+            else:
+                known = [(packing.pack(kept), counts) for kept, counts in known]
+        passage = Passage(
+            prompt=prompt,
+            valid=own,
+            original=inside.chooser.lengths(whole),
+            full_length=whole.ids.shape[1],
+            chosen=partial(self._chosen_inside, prefill),
+            embeds=kwargs["inputs_embeds"],
+            known=known,
+        )
+        check_slots(slot_limit(self._anatomy), max(whole.ids.shape[1], fixed_size(kwargs.get("past_key_values"))))
+        return inside.enter(passage, kwargs)
+
+    def _chosen_inside(self, prefill: _Prefill, chosen: Chosen) -> None:
+        """Note what a stage inside the stack has chosen."""
+        if chosen.choice.merge is not None:
+            raise ValueError(
+                f"method {chosen.chooser.method.name!r}: expected a Selection without a merge map inside the stack, "
+                "got one with a map; return one without, or choose before the first layer"
+            )
+        kept, scores = chosen.kept, chosen.scores
+        if prefill.packing is not None:
+            kept, scores = prefill.packing.spread(kept, False), prefill.packing.spread(scores, -math.inf)
+        self._note(prefill, chosen.chooser, chosen.choice, chosen.prompt, kept, scores)
+
+    def _note(
         self,
         prefill: _Prefill,
-        valid: torch.Tensor,
-        states: torch.Tensor,
-        projections: LayerProjections,
-        context: Context,
-    ) -> torch.Tensor | None:
-        """Choose inside the stack: the tokens that later layers do not see, bool `[B, T]`, or None."""
-        choice = self._choose(prefill, states, projections, context)
-        return None if prefill.keeps_everything else valid & ~choice.kept
+        chooser: Chooser,
+        choice: Choice,
+        present: Prompt,
+        kept: torch.Tensor,
+        scores: torch.Tensor,
+    ) -> None:
+        """Note a choice and publish it.
 
-    def _choose(
-        self, prefill: _Prefill, states: torch.Tensor, projections: LayerProjections, context: Context
-    ) -> Choice:
-        """Choose by what enters the scoring layer, `[B, T, hidden]`, and publish the choice."""
+        Args:
+            prefill: the prompt.
+            chooser: what made the choice.
+            choice: in the rows of `present`.
+            present: the tokens that the choice was made from.
+            kept: bool `[B, T]`, the tokens that stay, in the rows of the whole prompt.
+            scores: float32 `[B, T]`, likewise.
+        """
         prompt = prefill.prompt
-        choice = self._chooser.choose(states, prompt, projections, context)
         self.has_chosen = True
-        self._note_nan(choice.scores, prompt)
-        self._note_budget(prompt)
-        prefill.kept, prefill.counts, prefill.merge = choice.kept, choice.counts, choice.merge
+        self._note_nan(choice.scores, present, chooser)
+        self._note_budget(prompt, chooser)
+        prefill.kept.append((kept, choice.counts))
         if prefill.is_own:
             own = slice(None), slice(prompt.length)
-            query_mask = upload(prompt.query, states.device)
-            masks = choice.kept[own], choice.scores[own], query_mask[own]
-            self._publish(Outcome(*masks, prompt, prefill.encoded, choice.budgets, reason=None))
-        return choice
+            query_mask = upload(prompt.query, kept.device)
+            by_stage = () if prefill.outcome is None else prefill.outcome.by_stage
+            masks = kept[own], scores[own], query_mask[own]
+            prefill.outcome = Outcome(
+                *masks, prompt, prefill.encoded, choice.budgets, reason=None, by_stage=(*by_stage, choice.budgets)
+            )
+            self._publish(prefill.outcome)
 
-    def _note_nan(self, scores: torch.Tensor, prompt: Prompt) -> None:
+    def _note_nan(self, scores: torch.Tensor, prompt: Prompt, chooser: Chooser) -> None:
         """Refuse scores that rank nothing; those on a device are judged on leaving, to make no call wait for it.
 
         Raises:
@@ -405,24 +477,24 @@ class CallHooks:
         if scores.device.type == "cpu":
             unranked = np.isnan(scores.detach().numpy()) | ~prompt.visual
             if (unranked.all(axis=1) & prompt.visual.any(axis=1)).any():
-                raise self.nan_error()
+                raise self.nan_error(chooser.method.name)
             return
         visual = upload(prompt.visual, scores.device)
         found = ((scores.isnan() | ~visual).all(dim=1) & visual.any(dim=1)).any()
         self.all_nan = found if self.all_nan is None else self.all_nan.to(found.device) | found
 
-    def nan_error(self) -> ValueError:
+    def nan_error(self, method: str) -> ValueError:
         """Make the error for scores that rank nothing."""
         return ValueError(
-            f"method {self._chooser.method.name!r}: expected finite scores, got NaN for every visual token of a row; "
+            f"method {method!r}: expected finite scores, got NaN for every visual token of a row; "
             "look for NaN in the weights of the model, or in what the method computes"
         )
 
-    def _note_budget(self, prompt: Prompt) -> None:
-        budget = self._chooser.keep_ratio
-        if isinstance(budget, float):
+    def _note_budget(self, prompt: Prompt, chooser: Chooser) -> None:
+        budget = chooser.keep_ratio
+        if not isinstance(budget, int):
             return
-        rows = prompt.image_lengths() if self._chooser.per_image else prompt.visual.sum(axis=1, keepdims=True).tolist()
+        rows = prompt.image_lengths() if chooser.per_image else prompt.visual.sum(axis=1, keepdims=True).tolist()
         longest = max((length for row in rows for length in row), default=0)
         if budget * 100 < longest:
             self.tiny_budget = max(self.tiny_budget, longest)
@@ -440,20 +512,22 @@ class CallHooks:
         if embeds is None or embeds.shape[1] == 1:
             return None
         prefill, self._thread.entered = self._thread.entered, None
-        if prefill is None or prefill.kept is None or output is None:
+        if prefill is None:
+            return None
+        unpack_inside = None
+        if self._inside is not None:
+            unpack_inside = self._inside.leave(None if output is None else output.past_key_values)
+        if output is None or not prefill.kept:
             return None
         prompt, packing, cache = prefill.prompt, prefill.packing, output.past_key_values
-        if self._masks is not None:
-            self._masks.finish(cache)
         if cache is not None and not prefill.keeps_everything:
             guard(cache)
         if cache is None and prefill.earlier is None:
-            self._thread.uncached.append(
-                UncachedPrompt(prompt, prefill.features, prefill.kept, prefill.counts, prefill.merge)
-            )
-        if packing is None or prefill.following is None:
-            return None
-        if cache is not None:
+            self._thread.uncached.append(UncachedPrompt(prompt, prefill.features, prefill.kept, prefill.merge))
+        if cache is not None and prefill.outcome is not None:
+            saved = bytes_saved(cache, prompt.ids.shape[1])
+            self._publish(replace(prefill.outcome, cache_bytes_saved=saved))
+        if packing is not None and prefill.following is not None and cache is not None:
             record = CachedPrompt(
                 full_length=prompt.ids.shape[1],
                 mask=packing.mask,
@@ -464,9 +538,11 @@ class CallHooks:
             )
             self._records.keep(cache, record)
         wanted = prefill.logits_to_keep
-        if wanted and prompt.ends_in_text(wanted):
+        if (packing is None and unpack_inside is None) or (wanted and prompt.ends_in_text(wanted)):
             return None
-        output["last_hidden_state"] = packing.unpack(output.last_hidden_state)
+        states = output.last_hidden_state
+        states = states if unpack_inside is None else unpack_inside(states)
+        output["last_hidden_state"] = states if packing is None else packing.unpack(states)
         return output
 
     def _after_multimodal(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -483,29 +559,30 @@ class CallHooks:
 class _Sources:
     """What is watched besides the prompt, for a method that asks: the vision encoder, the images, RoPE."""
 
-    def __init__(self, anatomy: Anatomy, chooser: Chooser) -> None:
-        method = chooser.method
+    def __init__(self, anatomy: Anatomy, chooser: Chooser | None, per_image: bool) -> None:
         self._anatomy = anatomy
-        self._rotates = method.uses_positions
-        if self._rotates:
+        self._chooser = chooser
+        method = None if chooser is None else chooser.method
+        self._rotates = method is not None and method.uses_positions
+        if method is not None and self._rotates:
             check_rotates(anatomy, method.name)
-        self._recorder = recorder_for(anatomy, method) if method.reads_encoder() else None
-        if method.stage == "encoder":
+        self._recorder = None if method is None or not method.reads_encoder() else recorder_for(anatomy, method)
+        if method is not None and method.stage == "encoder":
             check_projector(anatomy, method.name)
         self._encoding = EncodingWatch(anatomy.multimodal)
         self._layers_before, _ = first_attention_layer(anatomy.text)
-        self._uses_grids = method.uses_grids
-        wants_images = chooser.per_image or method.uses_grids
+        self._uses_grids = method is not None and method.uses_grids
+        wants_images = self._uses_grids or per_image
         self._whole_kinds = anatomy.family.encoded_whole if wants_images else ()
 
     def attach(self) -> list[Handle]:
         watches = (self._recorder, self._encoding)
         return [handle for watch in watches if watch is not None for handle in watch.attach()]
 
-    def check_hooks_run(self, method: str) -> None:
+    def check_hooks_run(self) -> None:
         """Refuse a vision encoder with compiled layers, where the method watches them."""
-        if self._recorder is not None:
-            check_parts_run(self._recorder.tower, "the vision encoder", method)
+        if self._recorder is not None and self._chooser is not None:
+            check_parts_run(self._recorder.tower, "the vision encoder", self._chooser.method.name)
 
     def start(self) -> None:
         """Forget what earlier calls of the multimodal model encoded."""
@@ -514,6 +591,8 @@ class _Sources:
         self._encoding.start()
 
     def options(self) -> dict[str, object]:
+        if self._chooser is None:
+            return {}
         ranking: dict[str, object] = {"ranking_layer": self._layers_before + 1} if self._layers_before else {}
         return ranking if self._recorder is None else {**ranking, **self._recorder.options()}
 
@@ -550,15 +629,13 @@ class _Sources:
         return Context(attention=attention, frames=frames, rotary=rotary, states=states)
 
     def merged_before_projector(
-        self, prefill: _Prefill, kept: torch.Tensor, merge: Merge, inputs_embeds: torch.Tensor
+        self, prefill: _Prefill, kept: torch.Tensor, counts: list[int], merge: Merge, inputs_embeds: torch.Tensor
     ) -> torch.Tensor:
         """Return the embeddings with those of kept visual tokens made of merged rows of the encoder."""
         recorder = self._recorder
         assert recorder is not None
         recorded = self._attention(recorder, prefill)
-        return merged_before_projector(
-            inputs_embeds, prefill.prompt, kept, prefill.counts, merge, recorded, recorder.encoder
-        )
+        return merged_before_projector(inputs_embeds, prefill.prompt, kept, counts, merge, recorded, recorder.encoder)
 
     def _attention(self, recorder: VisionRecorder, prefill: _Prefill) -> PromptAttention:
         return attention_of_prompt(recorder.recordings(prefill.arguments), prefill.prompt, self._anatomy.kinds)
@@ -569,10 +646,11 @@ class _Prefill:
     """A prompt on its way from the multimodal model to the text model and back.
 
     `is_own` is false for a prompt that is not the one which `generate` was called with. `earlier` is the prompt of
-    which this one is a later step, where there is no cache. At the text model `encoded` is filled in; then `kept` and
-    `counts`, the tokens that stay and their number in each row, and `merge`, which makes them sums; and where some were
-    dropped or merged, how the rest are packed and the position ids of what follows. `logits_to_keep` is how many logits
-    at the end the caller wants, 0 for all.
+    which this one is a later step, where there is no cache. At the text model `encoded` is filled in; then `kept`, the
+    tokens that stay after each stage and their number in each row, `merge`, which makes those before the first layer
+    sums, and the `outcome` so far; and where some were dropped or merged before the first layer, how the rest are
+    packed and the position ids of what follows. `logits_to_keep` is how many logits at the end the caller wants, 0 for
+    all.
     """
 
     prompt: Prompt
@@ -582,9 +660,9 @@ class _Prefill:
     is_own: bool
     earlier: UncachedPrompt | None
     encoded: dict[str, Encoded] = field(default_factory=dict)
-    kept: torch.Tensor | None = None
-    counts: list[int] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
     merge: Merge | None = None
+    outcome: Outcome | None = None
     packing: Packing | None = None
     following: torch.Tensor | None = None
     logits_to_keep: int = 0
@@ -595,7 +673,7 @@ class _Prefill:
         if self.merge is not None:
             return False
         counts: list[int] = self.prompt.valid.sum(axis=1).tolist()
-        return self.counts == counts
+        return self.kept[-1][1] == counts
 
 
 @dataclass

@@ -13,26 +13,29 @@ import torch
 from torch import nn
 
 from hawk_kernels.head_weights import resolve_head_weights
-from hawk_kernels.hf.anatomy import dissect
+from hawk_kernels.hf.anatomy import Anatomy, dissect
 from hawk_kernels.hf.choose_tokens import Chooser
 from hawk_kernels.hf.hooks import forget_compiled_call
 from hawk_kernels.hf.prefill import CallHooks, Outcome
 from hawk_kernels.hf.question import ChatQuestion, Query
-from hawk_kernels.hf.stats import PruningStats, sample_stats
+from hawk_kernels.hf.stats import PruningStats, Stage, sample_stats
 from hawk_kernels.methods import Method, resolve_method
 from hawk_kernels.validation import checked_keep_ratio
 
 BUDGETS = ("shared", "per_image")
+KeepRatio = float | int | Mapping[int, float | int | tuple[str | Method, float | int]]
+"""How much is kept: of all visual tokens, or stage by stage."""
 
 
 def prune(
     model: nn.Module,
-    keep_ratio: float | int,
+    keep_ratio: KeepRatio,
     *,
     method: str | Method = "hawk",
     head_weights: str | Path | torch.Tensor | list[float] | None = None,
     budget: str = "shared",
     query: Query | None = None,
+    mode: str | None = None,
     **options: Any,
 ) -> Pruning:
     """Prune the visual tokens of every prompt that `model` reads inside a `with` block (HAWK, arXiv 2604.07812).
@@ -58,13 +61,19 @@ def prune(
         model: a transformers model of a supported family (docs/families.md), as it is or inside a `PeftModel`, a
             `DistributedDataParallel` or what `torch.compile(model)` returns.
         keep_ratio: float in (0, 1], the fraction of the visual tokens that is kept, at least one; or an int, how many.
-            A row with fewer tokens than that keeps them all, as in `score_and_select` with a mask.
+            A row with fewer tokens than that keeps them all, as in `score_and_select` with a mask. Or stages
+            `{layer: keep}` or `{layer: (method, keep)}`: after this layer, counted from 1, so much of the original
+            visual tokens is left; layer 0 stands for before the first. Some methods have stages of their own, such as
+            "fastv" after layer 2.
         method: name of a method, or a method object.
         head_weights: None (the shipped registry), "uniform", a `[H]` tensor or sequence, or the path of a weights file.
         budget: "shared" by all images of a row, or "per_image": `keep_ratio` applies to each image or video.
         query: the text that ranks the visual tokens: a bool mask `[B, T]`, a callable from `input_ids` to one, or a
             processor or tokenizer, whose chat template shows where the user's last turn stands. By default it is the
             text after the last image up to the final end of turn or, where several turns stand there, the user's last.
+        mode: what becomes of tokens that leave after a layer: "drop" takes them out of the sequence and the cache,
+            "hide" masks them for later layers, which computes the same and saves nothing. None leaves it to the method;
+            all of the package's drop. Tokens that leave before the first layer are always dropped.
         **options: the method's own, such as `normalize="l2"` and `rounding="floor"` of "hawk".
 
     Returns:
@@ -74,7 +83,7 @@ def prune(
         TypeError: a model that is not supported, an unknown option, or an argument of another type.
         ValueError: a value out of range, or a model whose head weights are not known.
     """
-    pruning = Pruning(model, keep_ratio, method, head_weights, budget, query, options)
+    pruning = Pruning(model, keep_ratio, method, head_weights, budget, query, mode, options)
     if keep_ratio == 1 and not isinstance(keep_ratio, float):
         warnings.warn("keep_ratio: the int 1 keeps a single visual token; the float 1.0 keeps all", stacklevel=2)
     return pruning
@@ -92,40 +101,39 @@ class Pruning:
     def __init__(
         self,
         model: nn.Module,
-        keep_ratio: float | int,
+        keep_ratio: KeepRatio,
         method: str | Method,
         head_weights: Any,
         budget: str,
         query: Query | None,
+        mode: str | None,
         options: dict[str, Any],
     ) -> None:
         self._anatomy = dissect(model)
-        keep_ratio = checked_keep_ratio("keep_ratio", keep_ratio)
-        method = resolve_method(method, options)
+        stages, self._mode = _stages(self._anatomy, keep_ratio, method, mode, options)
         if budget not in BUDGETS:
             raise ValueError(
                 f"budget: expected 'shared' or 'per_image', got {budget!r}; keep_ratio sets how many tokens stay"
             )
         query = _checked_query(query)
-        weights, source = None, None
-        if method.uses_head_weights:
-            heads = self._anatomy.projections.num_heads
-            weights, source = resolve_head_weights(head_weights, self._anatomy.head.config, heads)
-        elif head_weights is not None:
-            raise TypeError(f"head_weights: method {method.name!r} uses none; leave the argument out")
-        self._method = method
+        weights, source = self._head_weights(stages, head_weights)
         self._per_image = budget == "per_image"
-        self._chooser = Chooser(method, keep_ratio, self._per_image, weights)
+        self._choosers = {stage.layer: Chooser(stage.method, stage.keep, self._per_image, weights) for stage in stages}
+        self._stages, self._last = stages, stages[-1]
         self._query = query
         self._hooks = self._made_hooks()
+        keep_of_last = self._last.keep
+        assert isinstance(keep_of_last, (float, int))
+        of_last = self._hooks.options() if self._last.layer == 0 else {}
         self._no_stats = PruningStats(
             model=type(self._anatomy.head).__name__,
             family=self._anatomy.family.model_type,
-            method=method.name,
-            method_options=self._hooks.options(),
+            method=self._last.method.name,
+            method_options={**self._last.method.options(), **of_last},
             head_weights=source,
-            keep_ratio=keep_ratio,
+            keep_ratio=keep_of_last,
             budget=budget,
+            mode=self._mode,
         )
         self._was_compiled = False
         self._thread = _ThreadState()
@@ -149,12 +157,19 @@ class Pruning:
     @property
     def stats(self) -> PruningStats:
         """Tell sample by sample how many tokens came and stayed, with which budget, and why any were left alone."""
-        outcome = self._outcome
+        outcome, stages = self._outcome, tuple(stage.stats() for stage in self._stages)
         if outcome is None:
-            return self._no_stats
+            return replace(self._no_stats, stages=stages)
         reason, prompt = outcome.reason, outcome.prompt
-        samples = () if prompt is None else sample_stats(prompt, outcome.budgets, self._per_image, reason)
-        return replace(self._no_stats, samples=samples, reason=reason)
+        text: Any = self._anatomy.text
+        by_stage = dict(zip(self._choosers, outcome.by_stage, strict=False))
+        samples = (
+            ()
+            if prompt is None
+            else sample_stats(prompt, outcome.budgets, self._per_image, reason, by_stage, len(text.layers))
+        )
+        saved = outcome.cache_bytes_saved
+        return replace(self._no_stats, samples=samples, reason=reason, stages=stages, cache_bytes_saved=saved)
 
     def overlay(self, image: Any, *, row: int = 0, processor: Any = None, title: str | None = None) -> Any:
         """Draw the last prompt: its pictures with the dropped tokens dimmed, and with the scores as heat.
@@ -213,8 +228,8 @@ class Pruning:
         outcome = self._outcome
         if outcome is None or outcome.prompt is None or not outcome.prompt.visual.any():
             return None
-        prompt, encoded = outcome.prompt, outcome.encoded
-        return PrunedPrompt(self._anatomy, prompt, encoded, outcome.keep_mask, outcome.scores, self.stats, self._method)
+        prompt, encoded, method = outcome.prompt, outcome.encoded, self._last.method
+        return PrunedPrompt(self._anatomy, prompt, encoded, outcome.keep_mask, outcome.scores, self.stats, method)
 
     def __enter__(self) -> Pruning:
         was_compiled = "_compiled_call" in vars(self._anatomy.head)
@@ -231,7 +246,7 @@ class Pruning:
         if exception[0] is not None:
             return
         if hooks.all_nan is not None and bool(hooks.all_nan):
-            raise hooks.nan_error()
+            raise hooks.nan_error(self._last.method.name)
         if ended and not hooks.lifetime.was_called:
             warnings.warn(
                 "prune: the model was not called inside the block, so nothing was pruned; put the call inside the "
@@ -244,15 +259,38 @@ class Pruning:
                 "empty; start with a new cache, or pass all images in the first call",
                 stacklevel=2,
             )
-        if hooks.tiny_budget and self._chooser.keep_ratio != 1:
+        if hooks.tiny_budget and self._last.keep != 1:
             warnings.warn(
-                f"keep_ratio: a budget of {self._chooser.keep_ratio} kept less than 1 % of {hooks.tiny_budget} visual "
+                f"keep_ratio: a budget of {self._last.keep} kept less than 1 % of {hooks.tiny_budget} visual "
                 "tokens; a float in (0, 1] is the fraction kept",
                 stacklevel=2,
             )
 
     def _made_hooks(self) -> CallHooks:
-        return CallHooks(self._anatomy, self._chooser, self._query, self._publish, self._ended)
+        inside = None
+        if self._last.layer:
+            from hawk_kernels.hf.inside_stack import InnerStage, InsideStack
+
+            later = (InnerStage(layer, chooser) for layer, chooser in self._choosers.items() if layer)
+            inside = InsideStack(self._anatomy, tuple(later), self._mode)
+        before = self._choosers.get(0)
+        return CallHooks(self._anatomy, before, inside, self._per_image, self._query, self._publish, self._ended)
+
+    def _head_weights(self, stages: tuple[Stage, ...], given: Any) -> tuple[torch.Tensor | None, str | None]:
+        """Return the head weights that the methods read, and where they come from."""
+        reading = [stage for stage in stages if stage.method.uses_head_weights]
+        if not reading:
+            if given is not None:
+                names = ", ".join(dict.fromkeys(repr(stage.method.name) for stage in stages))
+                raise TypeError(f"head_weights: method {names} uses none; leave the argument out")
+            return None, None
+        inner = [stage.layer for stage in reading if stage.layer]
+        if inner and given is None:
+            raise ValueError(
+                f"head_weights: expected those of layer {inner[0] + 1} for the stage after layer {inner[0]}, got None; "
+                "the shipped weights are those of the first layer, so pass head_weights='uniform' or a tensor"
+            )
+        return resolve_head_weights(given, self._anatomy.head.config, self._anatomy.projections.num_heads)
 
     def _ended(self) -> None:
         if not self._was_compiled:
@@ -271,6 +309,27 @@ class Pruning:
 
 class _ThreadState(threading.local):
     outcome: Outcome | None = None
+
+
+def _stages(
+    anatomy: Anatomy, keep_ratio: KeepRatio, method: str | Method, mode: str | None, options: dict[str, Any]
+) -> tuple[tuple[Stage, ...], str]:
+    """Return the stages of a pruning, ascending, and what becomes of tokens inside the stack."""
+    if isinstance(keep_ratio, Mapping):
+        from hawk_kernels.hf.stages import checked_mode, named_stages
+
+        stages = named_stages(keep_ratio, method, options)
+        return stages, checked_mode(mode, stages)
+    keep_ratio = checked_keep_ratio("keep_ratio", keep_ratio)
+    method = resolve_method(method, options)
+    text: Any = anatomy.text
+    by_layer = method.stages(keep_ratio, len(text.layers))
+    stages = tuple(Stage(layer, method, keep) for layer, keep in sorted(by_layer.items()))
+    if mode is None and list(by_layer) == [0]:
+        return stages, "drop"
+    from hawk_kernels.hf.stages import checked_mode
+
+    return stages, checked_mode(mode, stages)
 
 
 def _checked_query(query: Any) -> Query | None:

@@ -3,6 +3,7 @@
 The caller goes on counting the tokens of the whole prompt: masks and positions have its length. The cache is shorter.
 The record that translates between the two is an attribute of the cache object, so that copies of a cache and several
 caches at once each carry their own. It follows the rows of the cache when the caller reorders, selects or repeats them.
+A cache may carry one record of each kind: of what was dropped before the first layer, and of what inside the stack.
 Without a cache every step reads the whole prompt again, and must drop the same tokens.
 """
 
@@ -21,8 +22,12 @@ import torch
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.selection import Merge
 
-_ATTRIBUTE = "_hawk_kernels_prompt"
+_ATTRIBUTE = "_hawk_kernels_prompt_"
 _ROW_METHODS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
+
+
+# the tokens that stay, bool [B, T], and how many those are in each row
+Kept = tuple[torch.Tensor, list[int]]
 
 
 class RowRecord(Protocol):
@@ -178,24 +183,15 @@ class UncachedPrompt:
     Args:
         prompt: the prompt on the host.
         features: its images, held weakly.
-        kept: bool `[B, T]`, the tokens that stayed.
-        counts: how many stayed in each row.
+        kept: for each stage the tokens that stayed, bool `[B, T]`, and how many those are in each row.
         merge: made kept tokens sums of visual tokens, which it does in each step; None means none.
     """
 
-    def __init__(
-        self,
-        prompt: Prompt,
-        features: tuple[Any, ...],
-        kept: torch.Tensor,
-        counts: list[int],
-        merge: Merge | None = None,
-    ) -> None:
+    def __init__(self, prompt: Prompt, features: tuple[Any, ...], kept: list[Kept], merge: Merge | None = None) -> None:
         self.merge = merge
         self._ids = prompt.ids
         self._features = [weakref.ref(feature) for feature in features]
-        self._kept = kept
-        self._counts = np.array(counts)
+        self._kept = list(kept)
         self._length_now = prompt.ids.shape[1]
 
     def may_grow_into(self, input_ids: torch.Tensor, features: tuple[Any, ...]) -> bool:
@@ -213,11 +209,14 @@ class UncachedPrompt:
         self._length_now += int(grows)
         return grows
 
-    def extended(self, valid: torch.Tensor, host_valid: np.ndarray) -> tuple[torch.Tensor, list[int]]:
-        """Mark the tokens that stay, bool `[B, T]`, and count them in each row, generated tokens included."""
+    def extended(self, valid: torch.Tensor, host_valid: np.ndarray) -> list[Kept]:
+        """Mark and count what stays after each stage as `kept` does, generated tokens included."""
         start = self._ids.shape[1]
-        kept = torch.cat([self._kept, valid[:, start:]], dim=1)
-        return kept, (self._counts + host_valid[:, start:].sum(axis=1)).tolist()
+        new = host_valid[:, start:].sum(axis=1)
+        return [
+            (torch.cat([kept, valid[:, start:]], dim=1), (np.array(counts) + new).tolist())
+            for kept, counts in self._kept
+        ]
 
 
 _CONTINUE = (
@@ -242,6 +241,7 @@ class CacheRecords(Generic[_Record]):
 
     def __init__(self, kind: type[_Record]) -> None:
         self._kind = kind
+        self._attribute = _ATTRIBUTE + kind.__name__
         self._traces: deque[_Trace[_Record]] = deque(maxlen=8)
 
     def keep(self, cache: Any, record: _Record) -> None:
@@ -255,11 +255,11 @@ class CacheRecords(Generic[_Record]):
 
     def of(self, cache: Any) -> _Record | None:
         """Return the record of `cache`, if it has one."""
-        record = getattr(cache, _ATTRIBUTE, None)
+        record = getattr(cache, self._attribute, None)
         if isinstance(record, self._kind):
             # a growing cache that was reset is empty; the length of a cache of fixed size lives on the device
             return None if record.grows and cache.get_seq_length() == 0 else record
-        if cache is None or not self._traces or hasattr(cache, _ATTRIBUTE) or torch.compiler.is_compiling():
+        if cache is None or not self._traces or hasattr(cache, self._attribute) or torch.compiler.is_compiling():
             return None
         return self._recognised(cache)
 
@@ -273,23 +273,31 @@ class CacheRecords(Generic[_Record]):
         found = next((found for trace in list(self._traces) if (found := trace.record_of(cache)) is not None), None)
         if found is None:
             # so that no later call looks for it again
-            setattr(cache, _ATTRIBUTE, None)
+            setattr(cache, self._attribute, None)
         else:
             self._attach(cache, found)
         return found
 
     def _attach(self, cache: Any, record: _Record) -> None:
-        setattr(cache, _ATTRIBUTE, record)
+        setattr(cache, self._attribute, record)
         for name in _ROW_METHODS:
             if hasattr(type(cache), name) and name not in vars(cache):
                 setattr(cache, name, _FollowedRows(cache, name))
+
+
+def _records(cache: Any) -> list[RowRecord]:
+    """Collect what is kept with a cache, of each kind."""
+    kept = [value for name, value in vars(cache).items() if name.startswith(_ATTRIBUTE)]
+    return [record for record in kept if record is not None]
 
 
 def forget(cache: Any) -> None:
     """Drop what a prompt left with `cache`."""
     if cache is None:
         return
-    left = [name for name, value in vars(cache).items() if name == _ATTRIBUTE or isinstance(value, _FollowedRows)]
+    left = [
+        name for name, value in vars(cache).items() if name.startswith(_ATTRIBUTE) or isinstance(value, _FollowedRows)
+    ]
     for name in left:
         delattr(cache, name)
 
@@ -374,14 +382,13 @@ class _FollowedRows:
                 f"cannot call {self._name} on a shallow copy of a pruned cache that is gone; use copy.deepcopy"
             )
         getattr(type(cache), self._name)(cache, change)
-        record: RowRecord | None = getattr(cache, _ATTRIBUTE, None)
-        if record is None:
-            return
-        if self._name == "reorder_cache":
-            record.take_rows(change)
-            return
-        rows = torch.arange(record.num_rows, device=change.device if isinstance(change, torch.Tensor) else None)
-        record.take_rows(rows.repeat_interleave(change) if self._name == "batch_repeat_interleave" else rows[change])
+        for record in _records(cache):
+            if self._name == "reorder_cache":
+                record.take_rows(change)
+                continue
+            rows = torch.arange(record.num_rows, device=change.device if isinstance(change, torch.Tensor) else None)
+            repeats = self._name == "batch_repeat_interleave"
+            record.take_rows(rows.repeat_interleave(change) if repeats else rows[change])
 
 
 @dataclass(frozen=True)
@@ -390,7 +397,7 @@ class _Trace(Generic[_Record]):
 
     Attributes:
         record: of the prompt.
-        layer: index of the last layer that holds all tokens of the prompt.
+        layer: index of the last layer whose keys are those of all its tokens of the prompt.
         length: tokens of the prompt in that layer.
         keys: `[B, Hkv, D]`, the keys of the last token there, which depend on the whole prompt.
     """
@@ -402,11 +409,12 @@ class _Trace(Generic[_Record]):
 
     @classmethod
     def of(cls, cache: Any, record: _Record) -> _Trace[_Record] | None:
-        """Remember a cache that a prompt has just filled; None where no layer holds the whole prompt."""
-        length = int(cache.get_seq_length())
+        """Remember a cache that a prompt has just filled; None where every layer keeps a window of the prompt."""
         for layer in reversed(range(len(cache.layers))):
             keys = _keys(cache, layer)
-            if keys is not None and keys.shape[-2] == length:
+            # tokens that were dropped inside the stack leave later layers with fewer of them
+            length = 0 if keys is None else int(cache.layers[layer].get_seq_length())
+            if keys is not None and keys.shape[-2] == length > 0:
                 return cls(copy.copy(record), layer, length, keys[:, :, -1].detach().clone())
         return None
 
@@ -463,3 +471,29 @@ def fixed_size(cache: Any) -> int:
     # before transformers 5.18 a cache told the size of its first layer, which may be a window
     sizes = (layer.get_max_cache_shape() for layer in cache.layers if hasattr(layer, "get_max_cache_shape"))
     return max(map(int, sizes), default=-1)
+
+
+def bytes_saved(cache: Any, full_length: int) -> int | None:
+    """Count the bytes by which a cache that a prompt has just filled is smaller than that of the whole prompt.
+
+    Args:
+        cache: of `past_key_values`.
+        full_length: tokens of a row before any were dropped, padding included.
+
+    Returns:
+        The number, 0 for a cache of fixed size; None where no layer holds keys and values as they are.
+    """
+    if getattr(cache, "is_compileable", False):
+        return 0
+    saved, is_known = 0, False
+    for index, layer in enumerate(cache.layers):
+        keys, values = _keys(cache, index), getattr(layer, "values", None)
+        if keys is None or not keys.shape[-2] or not isinstance(values, torch.Tensor):
+            continue
+        is_known = True
+        whole = full_length
+        if getattr(layer, "is_sliding", False):
+            whole = min(whole, layer.sliding_window - 1)
+        held = keys.shape[-2]
+        saved += (whole - held) * (keys.nbytes + values.nbytes) // held
+    return saved if is_known else None

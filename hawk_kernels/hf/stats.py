@@ -3,9 +3,48 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from hawk_kernels.hf.prompt import Prompt
+from hawk_kernels.methods import Method
+from hawk_kernels.methods.base import Falling, Keep
+
+
+class Stage(NamedTuple):
+    """After which layer how much of the original visual tokens stays, and what chooses it.
+
+    Attributes:
+        layer: the last layer that sees what the stage drops, counted from 1; 0 stands for before the first.
+        method: chooses the tokens that stay.
+        keep: the fraction of the original visual tokens that stays, how many, or a number on the way to that.
+    """
+
+    layer: int
+    method: Method
+    keep: Keep
+
+    def stats(self) -> StageStats:
+        """Return the same for statistics."""
+        keep = str(self.keep) if isinstance(self.keep, Falling) else self.keep
+        return StageStats(self.layer, self.method.name, self.method.options(), keep)
+
+
+@dataclass(frozen=True)
+class StageStats:
+    """One stage of a pruning.
+
+    Attributes:
+        layer: the last layer that sees what the stage drops, counted from 1; 0 stands for before the first.
+        method: name of its method.
+        method_options: the options that the method was made with.
+        keep: the fraction of the original visual tokens that stays, or how many; in words for a number on the way to a
+            budget.
+    """
+
+    layer: int
+    method: str
+    method_options: dict[str, Any]
+    keep: float | int | str
 
 
 @dataclass(frozen=True)
@@ -22,6 +61,7 @@ class SampleStats:
         query_tokens: text tokens that ranked the visual ones.
         query_source: where these text tokens were found.
         reason: why nothing was dropped, or None.
+        visual_tokens_by_layer: visual tokens that each layer of the text model reads.
     """
 
     visual_tokens_before: int
@@ -33,6 +73,7 @@ class SampleStats:
     query_tokens: int
     query_source: str
     reason: str | None
+    visual_tokens_by_layer: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,11 +83,15 @@ class PruningStats:
     Attributes:
         model: class of the model.
         family: its `model_type`.
-        method: name of the method.
+        method: name of the method; that of the last stage.
         method_options: the options that the method was made with.
         head_weights: where the head weights come from, or None for a method without head weights.
-        keep_ratio: fraction kept, or the budget.
+        keep_ratio: fraction kept, or the budget; that of the last stage.
         budget: "shared" or "per_image".
+        mode: "drop" or "hide", what becomes of tokens that leave inside the stack.
+        stages: after which layers tokens leave.
+        cache_bytes_saved: bytes by which the cache of the whole batch was smaller, after the prompt, than without
+            pruning; 0 for a cache of fixed size; None without a cache, or where its layers do not tell.
         samples: one entry for each row; empty before the first prefill.
         reason: why the whole call was left alone, or None.
     """
@@ -58,18 +103,29 @@ class PruningStats:
     head_weights: str | None
     keep_ratio: float | int
     budget: str
+    mode: str = "drop"
+    stages: tuple[StageStats, ...] = ()
+    cache_bytes_saved: int | None = None
     samples: tuple[SampleStats, ...] = field(default=())
     reason: str | None = "no prompt has been read yet"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as plain dicts, lists, strings and numbers, ready for JSON."""
-        return {**asdict(self), "samples": [asdict(sample) for sample in self.samples]}
+        samples, stages = [asdict(sample) for sample in self.samples], [asdict(stage) for stage in self.stages]
+        return {**asdict(self), "samples": samples, "stages": stages}
 
     def __repr__(self) -> str:
         heads = f", head weights: {self.head_weights}" if self.head_weights else ""
         lines = [
             f"PruningStats({self.model}, {self.method}, keep_ratio={self.keep_ratio}, budget={self.budget}{heads})"
         ]
+        if any(stage.layer for stage in self.stages):
+            verb = "drops all but" if self.mode == "drop" else "hides all but"
+            lines += [
+                f"  after layer {stage.layer}: {stage.method} {verb} {_short(stage.keep)}" for stage in self.stages
+            ]
+        if self.cache_bytes_saved:
+            lines.append(f"  cache smaller by {self.cache_bytes_saved} bytes")
         if self.reason:
             lines.append(f"  left alone: {self.reason}")
         for row, sample in enumerate(self.samples):
@@ -82,8 +138,17 @@ class PruningStats:
         return "\n".join(lines)
 
 
+def _short(keep: float | int | str) -> str:
+    return f"{keep:.4g}" if isinstance(keep, float) else str(keep)
+
+
 def sample_stats(
-    prompt: Prompt, budgets: list[list[int]] | None, per_image: bool, reason: str | None
+    prompt: Prompt,
+    budgets: list[list[int]] | None,
+    per_image: bool,
+    reason: str | None,
+    by_stage: dict[int, list[list[int]]],
+    depth: int,
 ) -> tuple[SampleStats, ...]:
     """Make the statistics of each row of a batch.
 
@@ -93,6 +158,8 @@ def sample_stats(
             None means all.
         per_image: whether the budgets are those of images.
         reason: why nothing was dropped at all, or None.
+        by_stage: the budgets of each stage, by the layer after which it begins.
+        depth: layers of the text model.
     """
     samples = []
     for row in range(len(prompt.ids)):
@@ -104,6 +171,9 @@ def sample_stats(
             why = "the budget covers every visual token"
         else:
             why = reason
+        by_layer = [visual] * depth
+        for layer, of_stage in sorted(by_stage.items()):
+            by_layer[layer:] = [sum(of_stage[row])] * (depth - layer)
         samples.append(
             SampleStats(
                 visual_tokens_before=visual,
@@ -115,6 +185,7 @@ def sample_stats(
                 query_tokens=int(prompt.query[row].sum()),
                 query_source=prompt.query_sources[row],
                 reason=why,
+                visual_tokens_by_layer=tuple(by_layer),
             )
         )
     return tuple(samples)

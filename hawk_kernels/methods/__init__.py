@@ -11,13 +11,14 @@ from pkgutil import iter_modules
 from typing import Any
 
 from hawk_kernels.methods.base import METHODS, JointMethod, Method, register, resolve_method
-from hawk_kernels.methods.prefill_view import EncoderAttention, LastQuery, PrefillView, Segments
+from hawk_kernels.methods.prefill_view import EncoderAttention, LastQuery, LayerAttention, PrefillView, Segments
 
 __all__ = [
     "METHODS",
     "EncoderAttention",
     "JointMethod",
     "LastQuery",
+    "LayerAttention",
     "Method",
     "PrefillView",
     "Segments",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import numbers
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
 from hawk_kernels.merge_checks import check_entries, check_merge
 from hawk_kernels.methods.prefill_view import PrefillView, Segments
+from hawk_kernels.ops.attention_column_mean import attention_column_mean
 from hawk_kernels.ops.select_topk import select_topk
 from hawk_kernels.selection import Merge, Selection, kept_count
 from hawk_kernels.validation import as_written
@@ -41,9 +43,13 @@ class Method(ABC):
             projector is not linear. Without a map a kept token has the same embedding either way.
         uses_grids: whether it calls `PrefillView.frames`.
         uses_positions: whether it asks for queries and keys after RoPE.
-        hidden_from_layer: None for a method whose dropped tokens are removed before the first layer. Otherwise layers 1
-            to this one see every token, this layer ranks the visual ones, and later layers do not see the dropped ones,
-            which stay in the sequence. `view` then is that of the ranking layer.
+        inside_only: whether it reads the attention of a layer, and so can only choose inside the stack.
+        reads_layer: whether it asks for queries or keys, so that the layer that ranks must have attention.
+        mode: "drop" or "hide", what happens to the tokens that a stage inside the stack does not keep: they leave the
+            sequence and the cache, or stay there and are masked for the layers after it. Both compute the same.
+        ranks_by: which layer a stage after layer K asks, whose `view` the method then sees: the "next" one, K + 1,
+            before it runs, as before the first layer; or the "last" one that sees every token, K.
+        stage_options: names of options that only say what `stages` returns.
         rounding: "floor" or "ceil", how a keep ratio becomes a number of tokens.
     """
 
@@ -62,7 +68,11 @@ class Method(ABC):
     stage: str = "decoder"
     uses_grids: bool = False
     uses_positions: bool = False
-    hidden_from_layer: int | None = None
+    inside_only: bool = False
+    reads_layer: bool = True
+    mode: str = "drop"
+    ranks_by: str = "next"
+    stage_options: tuple[str, ...] = ()
     rounding: str = "floor"
 
     @abstractmethod
@@ -75,6 +85,19 @@ class Method(ABC):
         if view.segments is not None:
             return select_in_segments(scores, r, view.segments, self.rounding)
         return select_topk(scores, r, mask=view.candidates, rounding=self.rounding)
+
+    def stages(self, keep_ratio: float | int, depth: int) -> dict[int, Keep]:
+        """Say after which layers of a text model tokens are dropped, where the caller names none.
+
+        Args:
+            keep_ratio: what the caller wants to be left in the end.
+            depth: layers of the text model.
+
+        Returns:
+            For each layer, counted from 1, how much of the original visual tokens stays after it; layer 0 stands for
+            before the first.
+        """
+        return {0: keep_ratio}
 
     def kept_count(self, r: float | int, num_candidates: int) -> int:
         """Return how many of `num_candidates` tokens `select` keeps."""
@@ -305,6 +328,77 @@ def checked_merging(merging: str) -> str:
     if merging not in MERGINGS:
         raise ValueError(f"merging: expected 'paper' or 'release', got {merging!r}; the paper's are averages")
     return merging
+
+
+def attention_of_last_token(view: PrefillView) -> torch.Tensor:
+    """Return the attention that the last token of each prompt pays to its visual tokens in the ranking layer.
+
+    Args:
+        view: of a stage inside the stack.
+
+    Returns:
+        Softmax weights averaged over heads, float32 `[B, M]`, `-inf` where `view.candidates` is False.
+    """
+    last = view.last_query()
+    query, keys = last.query, last.keys
+    if keys.dtype == torch.float64:
+        query, keys = query.float(), keys.float()
+    attention = attention_column_mean(query, keys, reduce_heads=False, scale=last.scale)
+    # a position that the token does not see holds the copy of a visible key, so that its softmax cannot underflow
+    attention.masked_fill_(~last.visible.unsqueeze(1), 0.0)
+    attention /= attention.sum(dim=-1, keepdim=True)
+    return attention.mean(dim=1).gather(1, last.visual).masked_fill_(~view.candidates, -torch.inf)
+
+
+@dataclass(frozen=True)
+class Falling:
+    """How much stays after a stage on the way to a budget: the number falls from all tokens to it in equal ratios.
+
+    Attributes:
+        budget: how many tokens stay in the end.
+        part: of the way that the stage has come, in (0, 1).
+    """
+
+    budget: int
+    part: float
+
+    def count(self, num_candidates: int, rounding: str) -> int:
+        """Count the tokens that stay of `num_candidates`."""
+        if self.budget >= num_candidates:
+            return num_candidates
+        return max(self.budget, kept_count((self.budget / num_candidates) ** self.part, num_candidates, rounding))
+
+    def __str__(self) -> str:
+        return f"{self.part:.2f} of the way to {self.budget}"
+
+
+Keep = float | int | Falling
+"""How much stays after a stage: a fraction of the original visual tokens, how many, or a number on the way to that."""
+
+
+def falling_stages(keep_ratio: float | int, depth: int, shares: tuple[float, ...], name: str) -> dict[int, Keep]:
+    """Spread stages over the depth of a text model, each of which keeps the same share of what the last one kept.
+
+    Args:
+        keep_ratio: the fraction of the original visual tokens that is left after the last stage, or how many.
+        depth: layers of the text model.
+        shares: of the depth, ascending, after which each stage drops.
+        name: of the method, for messages.
+
+    Returns:
+        What stays of the original visual tokens by layer; stages that fall on one layer are one.
+
+    Raises:
+        ValueError: a model of one layer.
+    """
+    if depth < 2:
+        raise ValueError(f"method: expected one for a text model of {depth} layers, got {name!r}; use 'hawk'")
+    stages: dict[int, Keep] = {}
+    for number, share in enumerate(shares, start=1):
+        part = number / len(shares)
+        keep: Keep = keep_ratio**part if isinstance(keep_ratio, float) else Falling(keep_ratio, part)
+        stages[min(depth - 1, max(1, int(depth * share)))] = keep_ratio if part == 1 else keep
+    return stages
 
 
 def of_units(tensor: torch.Tensor, view: PrefillView) -> torch.Tensor:

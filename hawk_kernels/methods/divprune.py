@@ -29,6 +29,7 @@ class DivPrune(JointMethod):
     summary = "Keeps the tokens that differ most from each other, whatever the question."
     paper = "2503.02175"
     signal = "embeddings of the image"
+    reads_layer = False
 
     def __init__(self, rounding: str = "floor") -> None:
         check_rounding(rounding)

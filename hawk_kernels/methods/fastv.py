@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import Method, checked_int, register
+from hawk_kernels.methods.base import Keep, Method, attention_of_last_token, checked_int, register
 from hawk_kernels.methods.prefill_view import PrefillView
-from hawk_kernels.ops.attention_column_mean import attention_column_mean
 from hawk_kernels.validation import check_rounding
 
 
 @register
 class FastV(Method):
-    """Hides visual tokens from the layers after layer `layer`, by the attention of the last token in that layer.
+    """Drops visual tokens after layer `layer`, by the attention of the last token in that layer.
 
     `I[m] = mean over heads of softmax(q_last k^T / sqrt(d))[m]` in layer `layer`, counted from 1, after RoPE (Chen et
     al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024, arXiv 2403.06764, with `K = layer`; the authors take
-    K = 2). Layers 1 to K see every token; later layers do not see the dropped ones, neither in the prompt nor while
-    they generate.
+    K = 2). Layers 1 to K read every token; later layers read the kept ones alone, at their original positions, in the
+    prompt and while they generate. The authors' code can mask the dropped tokens instead, as `prune(mode="hide")` does:
+    this gives the same answers and saves nothing.
 
-    This gives FastV's answers, not its speed: tokens are hidden by attention masks, as the authors' code can do too, so
-    that the sequence, the cache and the logits keep their length. Removing tokens inside the stack would compute the
-    same for the kept ones. The method needs sdpa or eager attention, and a model in which every layer from `layer` on
-    has attention. A cache that was filled inside the block must be continued inside one.
+    The method needs sdpa or eager attention. A cache that was filled inside the block must be continued inside one.
 
     Args:
-        layer: the last layer that sees every token, counted from 1.
+        layer: the last layer that reads every token, counted from 1.
         rounding: "floor" or "ceil".
 
     Raises:
@@ -33,27 +30,22 @@ class FastV(Method):
     """
 
     name = "fastv"
-    summary = "Keeps what the last token attends to in an early layer; later layers do not see the rest."
+    summary = "Keeps what the last token attends to in an early layer; later layers read nothing else."
     paper = "2403.06764"
     signal = "attention of the last token in an early layer"
     uses_positions = True
+    ranks_by = "last"
+    inside_only = True
+    stage_options = ("layer",)
 
     def __init__(self, layer: int = 2, rounding: str = "floor") -> None:
         expected = "layer: expected the last layer that sees every token, counted from 1"
-        self.hidden_from_layer = checked_int(layer, 1, expected, "the paper takes 2")
+        self.layer = checked_int(layer, 1, expected, "the paper takes 2")
         check_rounding(rounding)
         self.rounding = rounding
 
-    def options(self) -> dict[str, object]:
-        return {"layer": self.hidden_from_layer, "rounding": self.rounding}
+    def stages(self, keep_ratio: float | int, depth: int) -> dict[int, Keep]:
+        return {self.layer: keep_ratio}
 
     def score(self, view: PrefillView) -> torch.Tensor:
-        last = view.last_query()
-        query, keys = last.query, last.keys
-        if keys.dtype == torch.float64:
-            query, keys = query.float(), keys.float()
-        attention = attention_column_mean(query, keys, reduce_heads=False, scale=last.scale)
-        # a position that the token does not see holds the copy of a visible key, so that its softmax cannot underflow
-        attention.masked_fill_(~last.visible.unsqueeze(1), 0.0)
-        attention /= attention.sum(dim=-1, keepdim=True)
-        return attention.mean(dim=1).gather(1, last.visual).masked_fill_(~view.candidates, -torch.inf)
+        return attention_of_last_token(view)

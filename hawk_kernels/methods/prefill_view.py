@@ -60,6 +60,27 @@ class LastQuery:
 
 
 @dataclass(frozen=True)
+class LayerAttention:
+    """Queries and keys of all tokens of a batch in one layer, after RoPE, without padding: the rows follow each other.
+
+    Attributes:
+        queries: `[1, H, S, D]`.
+        keys: `[1, Hkv, S, D]`.
+        cu_seqlens: int32 `[R + 1]`, where each row that has tokens begins, and the end.
+        text: int64 `[B, N]`, where the text queries stand among the S; meaningless at padding.
+        visual: int64 `[B, M]`, where the visual tokens stand; meaningless at padding.
+        scale: what the layer multiplies the products by.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    cu_seqlens: torch.Tensor
+    text: torch.Tensor
+    visual: torch.Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
 class HiddenStates:
     """The first layer's input and weights, from which `score_hidden` computes scores without projecting a token.
 
@@ -172,7 +193,15 @@ class PrefillView(ABC):
 
     @abstractmethod
     def last_query(self) -> LastQuery:
-        """Return the last token in layer `hidden_from_layer`, counted from 1; only for a method that declares one."""
+        """Return the last token and the keys of all tokens in the ranking layer; only inside the stack."""
+
+    @abstractmethod
+    def layer_attention(self) -> LayerAttention:
+        """Return queries and keys of all tokens in the ranking layer; only inside the stack."""
+
+    @abstractmethod
+    def entered(self) -> PrefillView:
+        """Return the view of the prompt as it enters the text model; this one before the first layer."""
 
     @abstractmethod
     def frames(self) -> list[list[list[tuple[int, int]]]]:

@@ -35,6 +35,7 @@ class Random(Method):
     name = "random"
     summary = "Keeps tokens drawn from a seed, the floor that any method must clear."
     signal = "nothing; the draw depends on the prompt's token ids"
+    reads_layer = False
 
     def __init__(self, seed: int = 0, rounding: str = "floor") -> None:
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):

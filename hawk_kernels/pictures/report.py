@@ -124,7 +124,7 @@ def _page(known: PrunedPrompt, regions: list[Regions], row: int, processor: Any,
         prompt, row, values.kept, values.scores, known.method, stats.keep_ratio, stats.budget == "per_image"
     )
     positions = np.concatenate([image.positions for image in regions])
-    bytes_per_token = None if known.method.hidden_from_layer is not None else kv_bytes(known.anatomy.text)
+    bytes_per_token = None if _is_inside(known) else kv_bytes(known.anatomy.text)
     data = {
         **_tokens(positions, values, chosen),
         "palette": ["rgb({},{},{})".format(*heat_colour(level / 63)) for level in range(64)],
@@ -256,8 +256,8 @@ def _facts(known: PrunedPrompt, row: int, bytes_per_token: int | None) -> str:
     sample, stats = known.stats.samples[row], known.stats
     options = ", ".join(f"{name} = {value}" for name, value in stats.method_options.items())
     dropped = sample.visual_tokens_before - sample.visual_tokens_after
-    if known.method.hidden_from_layer is not None:
-        saved = "none: this method hides tokens from later layers and removes none"
+    if _is_inside(known) and stats.cache_bytes_saved is not None:
+        saved = f"{readable(stats.cache_bytes_saved)} in all rows together"
     elif bytes_per_token is None:
         saved = "not known for this model's attention"
     else:
@@ -279,6 +279,11 @@ def _facts(known: PrunedPrompt, row: int, bytes_per_token: int | None) -> str:
         facts["Budget of each image"] = ", ".join(map(str, sample.budget_per_image))
     ids = {"Key-value cache saved": "saved", "Prompt tokens": "prompt"}
     return _table("Prompt and cache at the ratio shown", chosen, ids) + _table("What ran", facts)
+
+
+def _is_inside(known: PrunedPrompt) -> bool:
+    """Tell whether tokens left after some layer, so that layers hold different numbers of them."""
+    return any(stage.layer for stage in known.stats.stages)
 
 
 def _token_table(regions: list[Regions]) -> str:
