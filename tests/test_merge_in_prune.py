@@ -285,3 +285,19 @@ def test_an_unknown_stage_is_refused():
 
 def test_methods_of_the_package_merge_in_the_decoder_unless_they_say_otherwise():
     assert resolve_method("random", {}).stage == "decoder"
+
+
+def test_keys_of_the_encoder_must_be_declared():
+    class Keys(Method):
+        """Asks for keys that it has not declared."""
+
+        name = "keys"
+
+        def score(self, view):
+            return view.encoder_keys().sum(dim=(2, 3))
+
+    refused = pytest.raises(
+        ValueError, match="cannot read encoder_keys in a method that does not declare it; set uses_enc"
+    )
+    with torch.no_grad(), prune(model_of("llava"), 0.4, method=Keys()), refused:
+        model_of("llava")(**ragged("llava"))

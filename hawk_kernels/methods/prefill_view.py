@@ -166,7 +166,6 @@ class PrefillView(ABC):
         method that declares `uses_encoder_features`.
         """
 
-    @abstractmethod
     def encoder_keys(self) -> torch.Tensor:
         """Return the keys of each visual token in layer `cls_layer` of the vision encoder, float32 `[B, M, H, D]`.
 
@@ -174,6 +173,7 @@ class PrefillView(ABC):
         several patches become one visual token, it is their mean. Finite but meaningless at padding. Only for a method
         that declares `uses_encoder_keys`.
         """
+        raise NotImplementedError(f"{type(self).__name__} does not know the keys of the vision encoder")
 
     @abstractmethod
     def text_keys(self) -> torch.Tensor:
