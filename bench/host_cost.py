@@ -50,7 +50,7 @@ MOST_LAUNCHES = 1.5
 """What a call may take, in bare launches."""
 
 # of both the public functions and their kernels
-_MODULES = ("attention_column_mean", "compact", "score_and_select", "score_hidden", "select_topk")
+_MODULES = ("attention_column_mean", "compact", "score_and_select", "score_hidden", "score_peaks", "select_topk")
 # few, so that the median is of samples in which no other process had the processor
 _CALLS = 20
 _SMALL = {kind: Case(kind, QWEN_7B, 8, 256, "bf16") for kind in ("queries", "hidden", "scores")}

@@ -160,7 +160,7 @@ def answer(
         results[key] = (said == right_words).numpy()
 
     def watches_encoder(contender: Contender | None) -> bool:
-        return contender is not None and METHODS[contender.method].uses_encoder_attention
+        return contender is not None and METHODS[contender.method]().reads_encoder()
 
     with pictures_read_once(subject.model, subject.encoder, batch):
         for item in wanted:

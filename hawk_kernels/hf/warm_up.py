@@ -193,6 +193,7 @@ class WeightlessModel:
         real = anatomy.family.projections(layer) if stage and hasattr(layer, "self_attn") else anatomy.projections
         self._layer = without_weights(layer)
         self._projections = WeightlessProjections(real, anatomy.family.projections(self._layer))
+        self._merges_in_encoder = chooser.method.stage == "encoder"
         self._is_inside, self._has_layers_before = stage > 0, before > 0
         self._needs_rotary = chooser.method.uses_positions
         self._anatomy = replace(anatomy, text=_with_weightless_rotary(text))
@@ -200,6 +201,11 @@ class WeightlessModel:
         self._hidden_size: int = text.config.hidden_size
         self._dtype = dtype_of_embeddings(anatomy)
         self.notes: list[str] = []
+        if self._merges_in_encoder:
+            self.notes.append(
+                f"method {chooser.method.name!r} merges rows of the vision encoder, whose kernel is compiled at its "
+                "first call"
+            )
 
     def classes_of(self, architecture: str) -> Callable[[int, int], object]:
         """Return a function that tells the launch configurations of so many rows of a length."""
@@ -224,10 +230,8 @@ class WeightlessModel:
         prompt = prompt_of(shape)
         states = self._states(*prompt.ids.shape)
         positions = self._positions(*prompt.ids.shape)
-        kept, counts = (
-            torch.empty(prompt.ids.shape, dtype=torch.bool, device="meta"),
-            [shape.num_text + 1] * shape.batch,
-        )
+        kept = torch.empty(prompt.ids.shape, dtype=torch.bool, device="meta")
+        counts, merge = [shape.num_text + 1] * shape.batch, None
         try:
             # the budget of a later stage is a part of more visual tokens than are left
             more = [[2 * each for each in row] for row in self._chooser.lengths(prompt)]
@@ -235,18 +239,22 @@ class WeightlessModel:
             for given, original in product((positions, None) if self._needs_rotary else (None,), originals):
                 context = self._context(prompt, states, given)
                 choice = self._chooser.choose(states, prompt, self._projections, context, original)
-                kept, counts = choice.kept, choice.counts
+                kept, counts, merge = choice.kept, choice.counts, choice.merge
         except Exception as error:
             # whatever a method of the caller's raises on tensors without data
             self._note_unfollowed(f"method {self._chooser.method.name!r}", error)
         # layers of a stage inside the stack get their position ids cut by other means
         for given in (None,) if self._is_inside else (positions, None):
-            Packing(states, kept, counts, given)
+            Packing(states, kept, counts, given, merge=merge, embeds_are_merged=self._merges_in_encoder)
 
     def encode(self, max_tokens: int) -> None:
         """Measure attention in the vision encoder, where the method reads it."""
         method = self._chooser.method
-        if not method.uses_encoder_attention:
+        measures = [
+            *(["received"] if method.uses_encoder_attention else []),
+            *(["from_cls"] if method.uses_cls_attention else []),
+        ]
+        if not measures:
             return
         make: Any = self._encoders.family.encoder
         encoder = make(self._encoders.multimodal)
@@ -258,9 +266,9 @@ class WeightlessModel:
             bare.attentions = list(encoder.attentions)
             bare.attentions[layer - 1] = without_weights(encoder.attentions[layer - 1])
             for length in (each for each in _ENCODER_LENGTHS if each <= max(4, max_tokens)):
-                for tiles in (1, 3):
+                for tiles, measure in product((1, 3), measures):
                     try:
-                        _encode(bare, layer, tiles, length, dtype)
+                        _encode(bare, getattr(bare, measure), layer, tiles, length, dtype)
                     except Exception as error:
                         self._note_unfollowed("the vision encoder", error)
 
@@ -287,10 +295,18 @@ class WeightlessModel:
             scale = 1.0
         entered = (states, prompt) if self._is_inside else None
         lengths = prompt.visual.sum(axis=1).tolist()
-        if method.uses_encoder_attention:
-            total = torch.empty(sum(lengths), device="meta")
+        if method.reads_encoder():
+            received = torch.empty(sum(lengths), device="meta")
+            rows = torch.empty(sum(lengths), self._hidden_size, dtype=self._dtype, device="meta")
+            values = {
+                "object": received,
+                "deep": received,
+                "cls": received,
+                "features": rows,
+                "keys": rows.unsqueeze(1),
+            }
             grids = [[[(1, 1, length)]] for length in lengths]
-            attention = PromptAttention(total, total, grids, np.zeros_like(prompt.visual))
+            attention = PromptAttention(values, grids, np.zeros_like(prompt.visual))
         return Context(
             attention=attention,
             frames=lambda: [[[(1, length)]] for length in lengths],
@@ -368,14 +384,16 @@ def _with_weightless_rotary(text: Any) -> Any:
     return bare
 
 
-def _encode(encoder: Any, layer: int, tiles: int, length: int, dtype: torch.dtype) -> None:
-    """Measure the attention of an encoder's layer in images of so many patches each."""
+def _encode(
+    encoder: Any, measure: Callable[..., object], layer: int, tiles: int, length: int, dtype: torch.dtype
+) -> None:
+    """Measure the attention of an encoder's layer in images of so many patches each, by a method of the encoder."""
     attention = encoder.attentions[layer - 1]
     total = tiles * length
     widths = [getattr(attention, group[-1]).weight.shape[0] for group in encoder.projections]
     if isinstance(encoder, TileEncoder):
         projected = [torch.empty(tiles, length, width, dtype=dtype, device="meta") for width in widths]
-        encoder.received(layer, projected, {"hidden_states": projected[0]})
+        measure(layer, projected, {"hidden_states": projected[0]})
         # tiles with padding are laid out one after the other
         packed = torch.empty(total, attention.num_heads, widths[0] // attention.num_heads, dtype=dtype, device="meta")
         starts = torch.empty(tiles + 1, dtype=torch.int32, device="meta")
@@ -388,7 +406,7 @@ def _encode(encoder: Any, layer: int, tiles: int, length: int, dtype: torch.dtyp
         "position_embeddings": (angles, angles),
         "cu_seqlens": torch.empty(tiles + 1, dtype=torch.int32, device="meta"),
     }
-    encoder.received(layer, [torch.empty(total, widths[0], dtype=dtype, device="meta")], arguments)
+    measure(layer, [torch.empty(total, widths[0], dtype=dtype, device="meta")], arguments)
 
 
 def model_of_config(config: Any, dtype: torch.dtype) -> Any:
