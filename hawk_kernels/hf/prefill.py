@@ -494,7 +494,8 @@ class _Sources:
     def check_hooks_run(self, method: str) -> None:
         """Refuse a vision encoder with compiled layers, where the method watches them."""
         if self._recorder is not None:
-            check_parts_run(self._recorder.tower, "the vision encoder", method)
+            for part in self._recorder.watched:
+                check_parts_run(part, "the vision encoder", method)
 
     def start(self) -> None:
         """Forget what earlier calls of the multimodal model encoded."""
