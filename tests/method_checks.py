@@ -101,6 +101,14 @@ class GivenView(PrefillView):
             self.segments = Segments(index, steps < sizes[:, None], most)
         self._given = given
 
+    def to(self, device):
+        """Move the masks; what methods are given is where the test put it."""
+        self.candidates = self.candidates.to(device)
+        if self.segments is not None:
+            index, mask = self.segments.index.to(device), self.segments.mask.to(device)
+            self.segments = Segments(index, mask, self.segments.kept_per_row)
+        return self
+
     def visual_embeddings(self):
         return self._given["embeddings"]
 

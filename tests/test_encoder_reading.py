@@ -179,6 +179,14 @@ class TestErrors:
             with pytest.raises(TypeError, match=f"encoder of llama4 alone, got 'reads', which reads {what}; .*llava"):
                 prune(tiny_model("llama4"), 0.5, method=method)
 
+    def test_a_compiled_projector(self):
+        model = tiny_model("llava")
+        model.model.multi_modal_projector.compile(backend="eager")
+        with pytest.raises(ValueError, match="method 'reads' with compiled layers in the vision encoder"):
+            prune(model, 0.5, method=Reads()).__enter__()
+        with prune(model, 3, method="fastervlm"), torch.no_grad():
+            model(**inputs_of("llava", "image"))
+
     def test_features_that_were_encoded_for_a_method_that_reads_less(self):
         model, inputs = qwen_vl(), qwen_batch(question(Picture(4, 4)))
         with torch.no_grad(), pytest.warns(UserWarning, match="not called"), prune(model, 0.5, method="hiprune"):

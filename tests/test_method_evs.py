@@ -15,7 +15,10 @@ from tests.tiny_families import batch
 from tests.tiny_models import IMAGE, VIDEO, Picture, question, qwen_batch
 
 IMAGES = st.lists(
-    st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)).map(lambda x: [(x[1], x[2])] * x[0]),
+    # some videos end with a newline
+    st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.booleans()).map(
+        lambda x: [(x[1], x[2])] * x[0] + [(1, 1)] * x[3]
+    ),
     min_size=1,
     max_size=3,
 )

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import csrc_ref
+from csrc_ref.fastervlm_scores import fastervlm_scores
 from hawk_kernels import prune
-from hawk_kernels.hf.families import ENCODERS
 from hawk_kernels.methods import FasterVLM, resolve_method
-from tests.encoder_oracles import eager_columns
 from tests.family_checks import model_of, prompts
 from tests.method_checks import RAGGED, GivenView, against_its_reference, check_scores, encoder_of
 from tests.tiny_families import batch
@@ -30,10 +29,17 @@ def test_scores_and_kept_tokens_are_those_of_the_encoder(three_layers, budget, k
 def test_llava_keeps_what_the_row_of_cls_says():
     name = "llava"
     tiny, inputs = model_of(name), batch(name, *prompts(name)["padded batch"])
-    encoder = ENCODERS[name](tiny.base_model)
-    with eager_columns(encoder.tower, of_first=True) as received:
-        tiny(**inputs)
-    rows = torch.cat(received[encoder.attentions[encoder.deep_layer - 1]])[:, 1:]
+    # the layer before the last makes the features
+    attention, seen = tiny.base_model.vision_tower.encoder.layers[-2].self_attn, []
+    hooks = [
+        projection.register_forward_hook(lambda module, args, output: seen.append(output))
+        for projection in (attention.q_proj, attention.k_proj)
+    ]
+    tiny(**inputs)
+    for hook in hooks:
+        hook.remove()
+    heads = (output.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for output in seen)
+    rows = torch.tensor([fastervlm_scores(*of_image, scale=attention.scale) for of_image in zip(*heads, strict=True)])
     with prune(tiny, 3, method="fastervlm", budget="per_image") as pruning:
         tiny(**inputs)
     visual = inputs["input_ids"] == IMAGE

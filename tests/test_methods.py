@@ -21,6 +21,7 @@ from tests.method_checks import (
     RAGGED,
     ROTATE_OTHERWISE,
     TOLERANCE,
+    GivenView,
     families,
     options_of,
     rotating_families,
@@ -136,6 +137,29 @@ def test_no_method_waits_for_the_device(three_layers, method, budget):
     with prune(three_layers, 0.3, method=method, budget=budget, **options_of(method)), HostReads() as reads:
         three_layers(**inputs)
     assert not [place for place in reads.places if place.startswith(files)]
+
+
+@every_budget
+@pytest.mark.parametrize(
+    "method", ["divprune", "cdpruner", "evs", "vidcom2", "mmtok", "fastervlm", "vispruner", "holov"]
+)
+def test_everything_stays_on_the_device_of_the_model(method, budget):
+    """A tensor of the device "meta" has no values to read, and does not mix with those of the host."""
+    meta, images = {"device": "meta"}, None if budget == "shared" else [[8, 12], [12]]
+    view = GivenView(
+        [20, 12],
+        images,
+        0.4,
+        embeddings=torch.empty(2, 20, 6, **meta),
+        features=torch.empty(2, 20, 5, **meta),
+        attention=torch.empty(2, 20, **meta),
+        text=(torch.empty(2, 3, 6, **meta), torch.empty(2, 3, dtype=torch.bool, **meta)),
+        frames=[[[(2, 2)] * 2, [(3, 4)]], [[(2, 2)] * 3]],
+    ).to("meta")
+    selection = METHODS[method]().select(view, 0.4)
+    assert {tensor.device.type for tensor in selection} == {"meta"}
+    assert selection.mask.shape == (2, 20)
+    assert selection.indices.shape == (2, 8 if images is None else 7)
 
 
 @every_budget

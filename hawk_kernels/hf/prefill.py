@@ -582,7 +582,8 @@ class _Sources:
     def check_hooks_run(self) -> None:
         """Refuse a vision encoder with compiled layers, where the method watches them."""
         if self._recorder is not None and self._chooser is not None:
-            check_parts_run(self._recorder.tower, "the vision encoder", self._chooser.method.name)
+            for part in self._recorder.watched:
+                check_parts_run(part, "the vision encoder", self._chooser.method.name)
 
     def start(self) -> None:
         """Forget what earlier calls of the multimodal model encoded."""

@@ -85,7 +85,7 @@ class VisionEncoder(ABC):
     def from_cls(self, layer: int, projected: list[torch.Tensor], arguments: dict[str, Any]) -> torch.Tensor:
         """Measure the attention that the CLS token pays to each token of the encoder, mean over heads.
 
-        Without a CLS token all query rows speak instead, as in `received`.
+        An encoder without a CLS token is measured as in `received`, where all query rows count.
 
         Args:
             layer, projected, arguments: as in `received`.

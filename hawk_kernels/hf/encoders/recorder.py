@@ -61,8 +61,8 @@ class VisionRecorder:
 
     Attributes:
         layers: the layers whose attention is measured, counted from 1, in the order of `reads`.
-        tower: the vision encoder.
-        encoder: its anatomy.
+        encoder: the anatomy of the vision encoder.
+        watched: the modules inside which hooks must run: the vision encoder, and the projector if its input is kept.
 
     Raises:
         ValueError: a layer that the encoder does not have.
@@ -89,7 +89,7 @@ class VisionRecorder:
         self._reads = set(reads)
         self._source = encoder.object_layer_source if object_layer is None else "the option object_layer"
         self.encoder = encoder
-        self.tower: nn.Module = encoder.tower
+        self.watched: list[nn.Module] = [encoder.tower, *([encoder.projector] if "features" in self._reads else [])]
         self._thread = _ThreadState()
 
     def attach(self) -> list[Handle]:

@@ -65,8 +65,7 @@ class TileEncoder(VisionEncoder):
         return _received_without_padding(queries, keys, mask, attention.scale)
 
     def from_cls(self, layer: int, projected: list[torch.Tensor], arguments: dict[str, Any]) -> torch.Tensor:
-        # encoders of padded tiles have no CLS token
-        if not self.has_cls or arguments.get("attention_mask") is not None:
+        if not self.has_cls:
             return self.received(layer, projected, arguments)
         attention: Any = self.attentions[layer - 1]
         queries, keys = _heads(attention, projected, arguments)
