@@ -174,6 +174,11 @@ def resolve_method(method: str | Method, options: dict[str, object]) -> Method:
             f"method: expected a name or a method object, got {type(method).__name__}; derive it from "
             "hawk_kernels.methods.Method"
         )
+    if getattr(method, "hidden_from_layer", None) is not None:
+        raise TypeError(
+            f"hidden_from_layer: expected none in {type(method).__name__}, since it no longer says where tokens "
+            "leave; let `stages` return {layer: keep_ratio} instead, and set ranks_by = 'last'"
+        )
     if not isinstance(getattr(method, "name", None), str):
         raise ValueError(
             f"name: expected a string, got none; {type(method).__name__} must say what errors and stats call it"
