@@ -206,6 +206,11 @@ def resolve_method(method: str | Method, options: dict[str, object]) -> Method:
             f"stage: expected 'decoder' or 'encoder', got {method.stage!r}; {type(method).__name__} must say where its "
             "merge maps apply"
         )
+    if getattr(method, "hidden_from_layer", None) is not None:
+        raise TypeError(
+            f"hidden_from_layer: expected none in {type(method).__name__}, since it no longer says where tokens "
+            "leave; let `stages` return {layer: keep_ratio} instead, and set ranks_by = 'last'"
+        )
     if not isinstance(getattr(method, "name", None), str):
         raise ValueError(
             f"name: expected a string, got none; {type(method).__name__} must say what errors and stats call it"
