@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class Lessons(nn.Module):
+class Lessons(nn.Module, ABC):
     """What the vision tower learns before there are questions; parameters of its own are thrown away afterwards.
 
     Args:

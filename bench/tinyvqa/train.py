@@ -80,10 +80,9 @@ class Progress:
     @property
     def most_steps(self) -> int:
         """How many steps the run takes in all, if no further stage ends early."""
-        ahead = self.recipe.curriculum[self.stage :]
-        return (
-            self.step + max(0, self.recipe.align_steps - self.step) + sum(s.most_steps for s in ahead) - self.stage_step
-        )
+        align = max(0, self.recipe.align_steps - self.step)
+        ahead = sum(stage.most_steps for stage in self.recipe.curriculum[self.stage :])
+        return self.step + align + ahead - self.stage_step
 
     def next_stage(self) -> None:
         """Begin the next stage of the curriculum."""
@@ -236,9 +235,8 @@ def train(seed: int, state: Path | None = None, show_progress: bool = True, make
             bar.total = run.progress.most_steps
             bar.update()
             if run.progress.step % 20 == 0:
-                where = (
-                    "align" if run.progress.step <= run.make.recipe.align_steps else f"stage {run.progress.stage + 1}"
-                )
+                is_first = run.progress.step <= run.make.recipe.align_steps
+                where = "align" if is_first else f"stage {run.progress.stage + 1}"
                 bar.set_description(where, refresh=False)
                 bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()}, refresh=False)
             if state is not None and time.perf_counter() - saved > SAVE_SECONDS:
