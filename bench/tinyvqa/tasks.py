@@ -18,7 +18,7 @@ from bench.tinyvqa.batches import Batch, draw_batch
 from bench.tinyvqa.llava import LLAVA
 from bench.tinyvqa.make import Make
 from bench.tinyvqa.painting import to_image
-from bench.tinyvqa.questions import KINDS, kinds_of
+from bench.tinyvqa.questions import kinds_of
 from bench.tinyvqa.qwen import QWEN
 from hawk_kernels.calibration import Sample
 
@@ -52,13 +52,15 @@ def draw_tasks(split: str, seed: int, questions: int, make: Make = QWEN) -> list
         questions: how many of each kind, one a prompt.
         make: whose `calibration_layouts` take turns.
     """
-    samples: dict[str, list[list[Sample]]] = {kind: [] for kind in KINDS}
+    samples: dict[str, list[list[Sample]]] = {kind: [] for kind in make.kinds}
     layouts = make.calibration_layouts
     # Some kinds can be asked about single pages alone.
-    prompts = math.ceil(questions / min(sum(kind in kinds_of(layout.pages) for layout in layouts) for kind in KINDS))
+    prompts = math.ceil(
+        questions / min(sum(kind in kinds_of(layout.pages) for layout in layouts) for kind in make.kinds)
+    )
     for number, layout in enumerate(layouts):
         batch = draw_batch(np.random.default_rng([seed, number]), split, prompts, layout, 1)
-        for kind in kinds_of(layout.pages):
+        for kind in (kind for kind in kinds_of(layout.pages) if kind in make.kinds):
             samples[kind].append([_sample(batch, prompt, kind) for prompt in range(prompts)])
     # Layouts take turns, so that any beginning of the list has all of them.
     turns = {kind: [sample for row in zip(*lists, strict=True) for sample in row] for kind, lists in samples.items()}
