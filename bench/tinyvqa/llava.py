@@ -229,7 +229,7 @@ class CaptionLessons(Lessons):
 
     Both do so through linear classifiers that are thrown away, so nothing ties the features to the decoder's words.
     Patches are read where LLaVA reads them, after the last layer but one. The CLS token learns the `caption` of the
-    page, which makes it look at some digits among many shapes, as the CLS token of CLIP looks at what captions mention.
+    page, which draws its attention to digits among many shapes, as captions draw that of CLIP to what they mention.
     """
 
     encoder: LlavaEncoder
