@@ -2,6 +2,8 @@
 
 import ast
 import gc
+import importlib
+import pkgutil
 import random
 import threading
 import weakref
@@ -15,7 +17,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.compiler import make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.runtime.jit import JITFunction, KernelInterface, create_function_from_signature
 
 from bench import few_kernels
 from bench.pretended_driver import SM_90, pretended_driver
@@ -31,11 +33,11 @@ from hawk_kernels import (
     score_tokens,
     select_topk,
 )
+from hawk_kernels.backends import kernels
 from hawk_kernels.backends.choose import PreparedCalls
 from hawk_kernels.backends.kernels import attention_column_mean as columns_kernels
 from hawk_kernels.backends.kernels import compact as compact_kernels
 from hawk_kernels.backends.kernels import compiled, configs
-from hawk_kernels.backends.kernels import greedy as greedy_kernels
 from hawk_kernels.backends.kernels import score_and_select as kernels_of_queries
 from hawk_kernels.backends.kernels import score_hidden as kernels_of_hidden
 from hawk_kernels.backends.kernels import select_topk as kernels_of_scores
@@ -45,14 +47,17 @@ from hawk_kernels.ops import score_and_select as of_queries
 from hawk_kernels.ops import score_hidden as of_hidden
 from hawk_kernels.ops import select_topk as of_scores
 
-KERNELS = [
-    (columns_kernels, ("_row_pass", "_column_pass", "_finish")),
-    (compact_kernels, ("_compact_kernel",)),
-    (greedy_kernels, ("_max_min_kernel", "_dpp_kernel")),
-    (kernels_of_queries, ("_score_and_select_kernel",)),
-    (kernels_of_hidden, ("_score_hidden_kernel",)),
-    (kernels_of_scores, ("_select_kernel",)),
-]
+
+def kernels_that_are_launched():
+    """Return the module and the name of each; only they say which of their arguments vary with the prompt."""
+    found = []
+    for _, name, _ in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        module = importlib.import_module(name)
+        for attribute, value in vars(module).items():
+            if isinstance(value, KernelInterface) and value.fn.__module__ == name:
+                options = vars(value) if isinstance(value, JITFunction) else value.kwargs
+                found += [(module, attribute)] if options["do_not_specialize"] else []
+    return found
 
 
 class Launched:
@@ -105,13 +110,12 @@ def driver(monkeypatch, launched):
     # a public function without the argument `backend`
     monkeypatch.setattr(of_scores, "choose_backend", lambda *_: "triton")
     jitted = []
-    for module, names in KERNELS:
-        for name in names:
-            kernel = getattr(module, name)
-            if not isinstance(kernel, JITFunction):
-                kernel = JITFunction(kernel.fn, **kernel.kwargs)
-                monkeypatch.setattr(module, name, kernel)
-            jitted.append(kernel)
+    for module, name in kernels_that_are_launched():
+        kernel = getattr(module, name)
+        if not isinstance(kernel, JITFunction):
+            kernel = JITFunction(kernel.fn, **kernel.kwargs)
+            monkeypatch.setattr(module, name, kernel)
+        jitted.append(kernel)
     with pretended_driver(jitted, launched) as pretended:
         pretended.jitted = jitted
         yield pretended
