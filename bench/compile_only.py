@@ -116,6 +116,7 @@ def variants(quick: bool = False, target: str = "sm_90") -> Iterator[Variant]:
         yield _peaks("fp32", "softmax", 256, 64, 16384)
         yield from _columns("fp32", 128, 1, 16384, "causal rows max")
         yield _compaction("bf16")
+        yield _merging("bf16")
         yield from _greedy(2896)
         return
     fused = [(dtype, mode, 128, 64, 1296, True) for dtype in DTYPES for mode in MODES]
@@ -147,6 +148,7 @@ def variants(quick: bool = False, target: str = "sm_90") -> Iterator[Variant]:
         yield from _columns(dtype, head_dim, num_queries, num_keys, kind)
     for dtype in (*DTYPES, "fp64"):
         yield _compaction(dtype)
+        yield _merging(dtype)
     for num_tokens in (80, 592, 2896, 8192):
         yield from _greedy(num_tokens)
 
@@ -158,6 +160,14 @@ def _compaction(dtype: str) -> Variant:
     integers = ("positions_ptr", "packed_positions_ptr", "attention_mask_ptr", "source_ptr")
     pointers = {"embeds_ptr": pointer, "packed_ptr": pointer, "keep_ptr": "*i1", **dict.fromkeys(integers, "*i64")}
     return Variant(f"compact {dtype}", compact._compact_kernel, pointers, constants, config["num_warps"])
+
+
+def _merging(dtype: str) -> Variant:
+    plain = _compaction(dtype)
+    wide = triton.language.float64 if dtype == "fp64" else triton.language.float32
+    constants = {"ACCUMULATOR": wide, "BLOCK_ENTRIES": compact._BLOCK_ENTRIES, **plain.constants}
+    pointers = {"target_ptr": "*i64", "merge_source_ptr": "*i64", **plain.pointers}
+    return Variant(f"merge {dtype}", compact._merge_kernel, pointers, constants, plain.num_warps)
 
 
 def _greedy(num_tokens: int) -> Iterator[Variant]:

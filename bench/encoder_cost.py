@@ -151,7 +151,7 @@ class Encoding:
             for handle in handles:
                 handle.remove()
         run = self.recorder.recordings({})["image"]
-        return run.object, run.deep
+        return run.values["object"], run.values["deep"]
 
     def with_weights(self) -> tuple[torch.Tensor, ...]:
         """Report the same from weights that every layer writes out."""

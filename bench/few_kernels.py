@@ -147,6 +147,8 @@ def calls(model: Model, prompt: Prompt, draw: random.Random) -> dict[str, Callab
     scores = _empty(batch + 1, num_visual)[1:]
     length = draw.randint(1, num_tokens)
     positions = _empty(3, batch, num_tokens + 1, dtype=torch.int64)[:, :, draw.randrange(2) :][:, :, :num_tokens]
+    places, weights_of_entries = (_empty(batch, num_visual, dtype=dtype) for dtype in (torch.int64, torch.float32))
+    merge = (places, places, weights_of_entries)
     encoder_q, encoder_k = (
         _heads_of(model, 1, model.encoder_heads, num_visual, model.encoder_head_dim) for _ in range(2)
     )
@@ -169,6 +171,7 @@ def calls(model: Model, prompt: Prompt, draw: random.Random) -> dict[str, Callab
         "score_peaks": lambda: score_peaks.score_peaks(text_q, k, w, masks[0], masks[1], "softmax", 0.1),
         "select_topk": lambda: select_topk.select_topk(scores, keep, masks[1], "floor"),
         "compact": lambda: compact.compact(x, masks[4], positions, length),
+        "compact, merging": lambda: compact.compact(x, masks[4], positions, length, merge),
         "columns of an encoder": lambda: columns(encoder_q, encoder_k, None, False, None, None, True, "mean", 0.1),
         "columns of text": lambda: columns(text_q, k, None, False, masks[0], w, True, "max", 0.1),
         "greedy_max_min": lambda: greedy.max_min_picks(cosines, candidates, candidates, None, picks),

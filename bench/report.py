@@ -101,20 +101,30 @@ def _case_table(row: dict[str, Any]) -> list[str]:
 
 
 def host_section(results: dict[str, Any]) -> str:
-    """Render the parts of the host cost of each function."""
+    """Render the host cost of each function beside a bare launch of its kernels, and the parts of it."""
     parts = list(next(iter(results["rows"].values()))["parts"])
+    titles = ["nothing kept", "call", "bare launch", "nothing kept / bare", "call / bare", "call / direct", *parts]
     lines = [
         "## Host cost",
         "",
-        f"Medians, {results['unit']} a call; differences of calls entered at each level, with the launch replaced by",
-        "nothing.",
+        f"Medians, {results['unit']} a call. The bare launch is `kernel[grid](...)` with arguments that are ready, the",
+        "direct launch passes them to the compiled kernel; where nothing is kept, each call checks, prepares and looks",
+        f"up everything. Triton's launcher: {results['launcher']}.",
         "",
-        f"| function | {' | '.join(parts)} | eager call | over the bare launch |",
-        "|---|" + "---:|" * (len(parts) + 2),
+        f"| function | {' | '.join(titles)} |",
+        "|---|" + "---:|" * len(titles),
     ]
     for name, row in results["rows"].items():
-        values = [*row["parts"].values(), row["call"], row["call_over_launch"]]
-        lines.append(f"| {name} | {' | '.join('' if value is None else _short(value) for value in values)} |")
+        times = (row["call_with_nothing_kept"], row["call"], row["bare_launch"])
+        ratios = (
+            row["call_with_nothing_kept_over_launch"],
+            row["call_over_launch"],
+            row["call_over_direct_launch"],
+        )
+        cells = ["" if value is None else _short(value) for value in times]
+        cells += ["" if value is None else f"{value:.2f}" for value in ratios]
+        cells += ["" if value is None else _short(value) for value in row["parts"].values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

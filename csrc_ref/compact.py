@@ -12,7 +12,7 @@ class Compacted(NamedTuple):
     source: torch.Tensor
 
 
-def compact(inputs_embeds, keep_mask, *, position_ids=None, length=None, backend=None):
+def compact(inputs_embeds, keep_mask, *, position_ids=None, length=None, merge=None, backend=None):
     """Kept tokens in their order at the end of rows of `length` tokens; zeros in front of them.
 
     Args:
@@ -20,6 +20,8 @@ def compact(inputs_embeds, keep_mask, *, position_ids=None, length=None, backend
         keep_mask: bool `[B, T]` or `[T]`, True = stays.
         position_ids: `[B or 1, T]` or `[A, B or 1, T]`, without the B for unbatched input; default: 0 to T - 1.
         length: tokens of a packed row, `T'`; default: as many as the fullest row keeps.
+        merge: targets, sources and weights `[B, E]` or `[E]`: a token that is a target becomes the sum, in float32 at
+            least, of `weight * inputs_embeds[source]` over its entries; a target of -1 is padding.
         backend: only there so that the signature is the package's; the reference has none.
 
     Returns:
@@ -30,7 +32,8 @@ def compact(inputs_embeds, keep_mask, *, position_ids=None, length=None, backend
         raise ValueError(f"the reference has no backends: expected backend=None, got {backend!r}")
     if inputs_embeds.dim() == 2:
         positions = None if position_ids is None else position_ids.unsqueeze(-2)
-        rows = compact(inputs_embeds[None], keep_mask[None], position_ids=positions, length=length)
+        entries = None if merge is None else [part[None] for part in merge]
+        rows = compact(inputs_embeds[None], keep_mask[None], position_ids=positions, length=length, merge=entries)
         return Compacted(rows[0][0], rows[1].squeeze(-2), rows[2][0], rows[3][0])
 
     batch, num_tokens, hidden_size = inputs_embeds.shape
@@ -51,4 +54,11 @@ def compact(inputs_embeds, keep_mask, *, position_ids=None, length=None, backend
             positions[..., b, slot] = position_ids[..., b if position_ids.shape[-2] > 1 else 0, token]
             mask[b, slot] = 1
             source[b, slot] = token
+            entries = [] if merge is None else (merge[0][b] == token).nonzero().flatten().tolist()
+            if entries:
+                wide = torch.promote_types(inputs_embeds.dtype, torch.float32)
+                total = torch.zeros(hidden_size, dtype=wide, device=device)
+                for entry in entries:
+                    total += merge[2][b, entry] * inputs_embeds[b, merge[1][b, entry]].to(wide)
+                embeds[b, slot] = total.to(inputs_embeds.dtype)
     return Compacted(embeds, positions, mask, source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -15,6 +15,36 @@ _MAX_DENOMINATOR = 2**31 - 1
 # Two fractions with denominators up to this differ by more than twice _ROUNDING, so at most one of them is meant.
 _MAX_SIMPLE_DENOMINATOR = 2**25
 _ROUNDING = Fraction(1, 2**52)
+
+# Padding of a merge map has no target, and sorts after every token.
+LAST_PLACE = 2**63 - 1
+
+
+class Merge(NamedTuple):
+    """A sparse map from tokens to kept tokens: the rows that kept tokens become sums of.
+
+    Each entry adds `weight * embedding[source]` to what the kept token `target` becomes. A kept token that is the
+    target of no entry stays as it is; one that is a target becomes the sum of its entries alone, so that its own
+    embedding counts only where an entry names it as its source. Any number of entries may share a target or a source,
+    the same pair may come more than once, and weights need not sum to 1. Position ids do not change.
+
+    The number of entries is a shape, so it is known without asking the device; rows with fewer are padded.
+
+    Attributes:
+        target: int64 `[B, E]` (or `[E]`), the kept token that the entry adds to; -1 at padding. `compact` takes them in
+            ascending order, padding at the end, which is what `ordered` returns; `prune` takes any order.
+        source: int64 `[B, E]` (or `[E]`), the token that is added, kept or dropped; ignored at padding.
+        weight: float32 `[B, E]` (or `[E]`), its factor; ignored at padding.
+    """
+
+    target: torch.Tensor
+    source: torch.Tensor
+    weight: torch.Tensor
+
+    def ordered(self) -> Merge:
+        """Sort the entries of each row by their target, padding last; entries of a target keep their order."""
+        order = torch.where(self.target < 0, LAST_PLACE, self.target).argsort(dim=-1, stable=True)
+        return Merge(*(part.gather(-1, order) for part in self))
 
 
 class Selection(NamedTuple):
@@ -29,6 +59,37 @@ class Selection(NamedTuple):
     mask: torch.Tensor
     indices: torch.Tensor
     scores: torch.Tensor
+
+    @property
+    def merge(self) -> Merge | None:
+        """The map by which kept tokens become sums of tokens; None where they stay as they are."""
+        return None
+
+    def merging(self, merge: Merge) -> MergingSelection:
+        """Return this selection with a map by which its kept tokens become sums of tokens."""
+        return MergingSelection(*self, merge)
+
+
+class MergingSelection(Selection):
+    """A selection some of whose kept tokens become sums of tokens; it unpacks into three like any other.
+
+    Make one by `Selection.merging`; the targets and sources of the map count the same tokens as the mask.
+    """
+
+    _merge: Merge
+
+    def __new__(cls, mask: torch.Tensor, indices: torch.Tensor, scores: torch.Tensor, merge: Merge) -> MergingSelection:
+        made = super().__new__(cls, mask, indices, scores)
+        made._merge = merge
+        return made
+
+    @property
+    def merge(self) -> Merge:
+        """The map by which kept tokens become sums of tokens."""
+        return self._merge
+
+    def __getnewargs__(self) -> Any:
+        return (*self, self._merge)
 
 
 Fields = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

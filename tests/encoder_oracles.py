@@ -15,8 +15,11 @@ from transformers.masking_utils import sdpa_mask
 
 
 @contextmanager
-def eager_columns(tower: Any) -> Iterator[dict[nn.Module, list[torch.Tensor]]]:
+def eager_columns(tower: Any, of_first: bool = False) -> Iterator[dict[nn.Module, list[torch.Tensor]]]:
     """Inside, the tower attends by a literal softmax; what each token receives, of each call of each attention module.
+
+    Args:
+        of_first: count what the first query row gives, which is that of CLS, instead of all rows.
 
     Yields:
         float32 `[tokens]` or `[tiles, tokens]`: the mean over heads of the sum over query rows.
@@ -31,6 +34,7 @@ def eager_columns(tower: Any) -> Iterator[dict[nn.Module, list[torch.Tensor]]]:
             logits = logits.masked_fill(~attention_mask, -torch.inf)
         weights = torch.softmax(logits, dim=-1)
         rows = weights if attention_mask is None else weights * attention_mask[:, :, :1].mT
+        rows = rows[:, :, :1] if of_first else rows
         received[module].append(rows.mean(dim=1).sum(dim=1).detach())
         return (weights @ value).transpose(1, 2).contiguous(), None
 

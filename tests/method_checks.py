@@ -7,7 +7,7 @@ import torch
 
 import csrc_ref
 from hawk_kernels import prune
-from hawk_kernels.methods import METHODS
+from hawk_kernels.methods import METHODS, Method, PrefillView, Segments
 from hawk_kernels.selection import kept_count
 from tests.family_checks import GREEDY as GREEDY_OF_FAMILIES
 from tests.family_checks import watched
@@ -76,6 +76,81 @@ class FirstLayer:
         """The places of the visual tokens of each image of a row."""
         places = self.visual[row].nonzero().flatten()
         return places.tensor_split((places.diff() > 1).nonzero().flatten() + 1)
+
+
+class GivenView(PrefillView):
+    """A prompt of which a test says what methods may ask, without a model; rows may have different lengths.
+
+    Args:
+        lengths: visual tokens of each row.
+        images: tokens of each image of each row, where each has a budget of its own.
+        r: what is kept, where images have budgets.
+        given: what the methods of the same names return.
+    """
+
+    def __init__(self, lengths, images=None, r=None, **given):
+        width = max(lengths)
+        self.candidates = torch.arange(width) < torch.tensor(lengths)[:, None]
+        self.segments = None
+        if images is not None:
+            units = [(row, sum(sizes[:i]), size) for row, sizes in enumerate(images) for i, size in enumerate(sizes)]
+            steps = torch.arange(max(size for *_, size in units))
+            starts, sizes = torch.tensor([[row * width + start, size] for row, start, size in units]).T
+            index = (starts[:, None] + steps).clamp(max=len(lengths) * width - 1)
+            most = max(sum(kept_count(r, size) for size in sizes) for sizes in images)
+            self.segments = Segments(index, steps < sizes[:, None], most)
+        self._given = given
+
+    def to(self, device):
+        """Move the masks; what methods are given is where the test put it."""
+        self.candidates = self.candidates.to(device)
+        if self.segments is not None:
+            index, mask = self.segments.index.to(device), self.segments.mask.to(device)
+            self.segments = Segments(index, mask, self.segments.kept_per_row)
+        return self
+
+    def visual_embeddings(self):
+        return self._given["embeddings"]
+
+    def text_embeddings(self):
+        return self._given["text"]
+
+    def cls_attention(self):
+        return self._given["attention"]
+
+    def encoder_features(self):
+        return self._given["features"]
+
+    def frames(self):
+        return self._given["frames"]
+
+    def _not_given(self, *arguments):
+        raise NotImplementedError
+
+    text_queries = mean_text_query = visual_keys = encoder_attention = text_keys = _not_given
+    rotated_text_queries = rotated_visual_keys = last_query = row_keys = _not_given
+
+
+class Reads(Method):
+    """Keeps the tokens of the highest CLS attention, and remembers what the view gave."""
+
+    name = "reads"
+    uses_cls_attention = uses_encoder_features = True
+
+    def __init__(self, cls_layer=None):
+        self.cls_layer = cls_layer
+
+    def score(self, view):
+        self._seen = view.cls_attention(), view.encoder_features(), view.candidates
+        return self._seen[0].masked_fill(~view.candidates, -torch.inf)
+
+
+def encoder_of(model, inputs):
+    """What the encoder tells of a batch: CLS attention `[B, M]`, features `[B, M, C]`, and which of the M count."""
+    method = Reads()
+    with torch.no_grad(), prune(model, 1.0, method=method):
+        model(**inputs)
+    return method._seen
 
 
 def against_its_reference(test):

@@ -5,7 +5,8 @@ import torch
 
 import csrc_ref
 from hawk_kernels import compact
-from tests.compact_cases import DTYPES, assert_same, prompt
+from hawk_kernels.selection import Merge
+from tests.compact_cases import DTYPES, assert_merged, assert_same, merge_map, prompt
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,6 +22,19 @@ def test_matches_the_torch_backend(batch, num_tokens, dtype, device):
     expected = compact(embeds, keep_mask, position_ids=positions, backend="torch")
     for _ in range(20):
         assert_same(compact(embeds, keep_mask, position_ids=positions, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "num_tokens"), [(1, 1400), (3, 5203)])
+def test_merging_matches_the_reference_and_gives_the_same_bits_each_time(batch, num_tokens, dtype, device):
+    embeds, keep_mask = prompt(batch, num_tokens, 896, 0.05, dtype)
+    merge = merge_map(keep_mask, num_tokens)
+    there = Merge(*(part.to(device) for part in merge))
+    for backend in ("triton", "torch"):
+        got = compact(embeds.to(device), keep_mask.to(device), merge=there, backend=backend)
+        assert_merged(type(got)(*(part.cpu() for part in got)), embeds, keep_mask, merge)
+        for _ in range(10):
+            assert_same(compact(embeds.to(device), keep_mask.to(device), merge=there, backend=backend), got)
 
 
 def test_outputs_beyond_2_to_the_31_elements(device):
@@ -55,6 +69,24 @@ def test_a_known_length_needs_no_sync(device):
             compact(embeds, keep_mask)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_merging_is_captured_and_needs_no_sync(device):
+    embeds, keep_mask = prompt(2, 1296, 3584, 0.2, torch.bfloat16)
+    merge = Merge(*(part.to(device) for part in merge_map(keep_mask, 1296)))
+    embeds, keep_mask = embeds.to(device), keep_mask.to(device)
+    expected = compact(embeds, keep_mask, length=400, merge=merge)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        compact(embeds, keep_mask, length=400, merge=merge.ordered())
+        compact(embeds, keep_mask, length=400, merge=merge, backend="torch")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = compact(embeds, keep_mask, length=400, merge=merge)
+    graph.replay()
+    assert_same(captured, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

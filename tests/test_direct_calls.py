@@ -209,8 +209,8 @@ def test_transforms_are_not_skipped():
 
 
 def test_a_signature_holds_what_the_checks_look_at():
-    assert plain_signature(Q, None) == ((Q.shape, Q.dtype, Q.device), None)
-    different = (Q, Q[:1], Q.half(), Q.to("meta"), None)
+    assert plain_signature(Q, None) == ((Q.shape, Q.stride(), Q.dtype, Q.device), None)
+    different = (Q, Q[:1], Q.half(), Q.mT.contiguous().mT, Q.to("meta"), None)
     assert len({plain_signature(other) for other in different}) == len(different)
 
 

@@ -39,6 +39,7 @@ def test_random_streams_need_few_variants_of_each_kernel(repository, tmp_path):
         "_dpp_kernel",
         "_finish",
         "_max_min_kernel",
+        "_merge_kernel",
         "_row_pass",
         "_score_and_select_kernel",
         "_score_hidden_kernel",

@@ -71,7 +71,7 @@ def test_attention_equals_that_of_eager_weights(model, layers):
     run = recorder.recordings({})["image"]
     assert [piece.grid for piece in run.pieces] == [(1, 5, 3), (1, 2, 2), (1, 1, 5)]
     place = torch.cdist(torch.cat(list(features.pooler_output)), in_window_order[0]).argmin(dim=1)
-    for got, layer in zip((run.object, run.deep), layers, strict=True):
+    for got, layer in zip((run.values["object"], run.values["deep"]), layers, strict=True):
         of_patches = torch.cat([part[0] for part in received[vision.blocks[layer - 1].attn]])
         expected = of_patches.view(-1, 4).mean(dim=1)[place]
         assert (got - expected).abs().max() < 1e-5
@@ -113,7 +113,7 @@ def attention_by_image(model, rows):
             with torch.no_grad():
                 getattr(model.model, f"get_{kind}_features")(pixels, grid, return_dict=True)
             run = recorder.recordings({})[kind]
-            found[row, i] = (run.object, run.deep)
+            found[row, i] = (run.values["object"], run.values["deep"])
     for handle in handles:
         handle.remove()
     return found

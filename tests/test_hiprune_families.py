@@ -118,7 +118,7 @@ def test_attention_is_that_of_eager_weights_where_the_encoder_tokens_went(name, 
     assert len(features[kind]) == num_tokens(run.pieces) == num_cells(run.pieces) + is_separator.sum()
     share = made_of[~is_separator].float()
     share /= share.sum(dim=1, keepdim=True)
-    for got, expected in zip((run.object, run.deep), of_layers, strict=True):
+    for got, expected in zip((run.values["object"], run.values["deep"]), of_layers, strict=True):
         assert (got - share @ expected).abs().max() < 1e-5
 
 
@@ -156,8 +156,8 @@ def expected_choice(runs, inputs, r, alpha):
             places = position + (~torch.from_numpy(piece.is_separator)).nonzero().flatten()
             cells.append(places)
             here = slice(taken[kind], taken[kind] + len(places))
-            of_object.append(runs[kind].object[here])
-            of_deep.append(runs[kind].deep[here])
+            of_object.append(runs[kind].values["object"][here])
+            of_deep.append(runs[kind].values["deep"][here])
             taken[kind] += len(places)
             grids += [] if piece.grid is None else [piece.grid]
             position += len(piece.is_separator)
@@ -322,7 +322,7 @@ def test_tiles_padding_and_newlines_of_pictures_of_any_size(name, sizes, cut):
     recorder = VisionRecorder(encoder, None)
     handles = recorder.attach()
     through = encoder.tower.register_forward_hook(
-        lambda module, args, output: carry(output, recorder._thread.received[encoder.deep_layer][0])
+        lambda module, args, output: carry(output, recorder._thread.received["deep"][0])
     )
     unprojected = multimodal.multi_modal_projector.forward
     multimodal.multi_modal_projector.forward = lambda x: x
@@ -338,7 +338,7 @@ def test_tiles_padding_and_newlines_of_pictures_of_any_size(name, sizes, cut):
 
     is_separator = torch.cat([torch.from_numpy(piece.is_separator) for piece in run.pieces])
     assert torch.equal(is_separator, statistic.isnan())
-    assert torch.allclose(run.deep, statistic[~is_separator], atol=1e-6)
+    assert torch.allclose(run.values["deep"], statistic[~is_separator], atol=1e-6)
     # a newline ends every row
     for piece in run.pieces:
         if piece.grid is not None and piece.is_separator.any():
@@ -537,7 +537,7 @@ def test_queries_and_keys_are_read_after_their_norms():
         encode(multimodal, "image", inputs)
     (of_patches,) = received[encoder.attentions[recorder.layers[1] - 1]]
     expected = of_patches[:, 1:].view(2, 3, 2, 3, 2).mean(dim=(2, 4)).flatten()
-    assert (runs["image"].deep - expected).abs().max() < 1e-5
+    assert (runs["image"].values["deep"] - expected).abs().max() < 1e-5
 
 
 def test_padding_patches_neither_look_nor_are_looked_at():
@@ -550,12 +550,12 @@ def test_padding_patches_neither_look_nor_are_looked_at():
     recorder, runs, _ = recorded(multimodal, encoder, ["image"], inputs)
     with torch.no_grad(), eager_columns(encoder.tower) as received:
         encode(multimodal, "image", inputs)
-    for got, layer in zip((runs["image"].object, runs["image"].deep), recorder.layers, strict=True):
+    for got, layer in zip((runs["image"].values["object"], runs["image"].values["deep"]), recorder.layers, strict=True):
         (of_patches,) = received[encoder.attentions[layer - 1]]
         expected = of_patches.view(2, 3, 2, 3, 2).mean(dim=(2, 4)).flatten()
         assert torch.allclose(got, expected, atol=1e-5)
-    assert (runs["image"].deep[15:] == 0).all()
-    assert runs["image"].deep[9:15].mean().item() == pytest.approx(1.0, abs=1e-5)
+    assert (runs["image"].values["deep"][15:] == 0).all()
+    assert runs["image"].values["deep"][9:15].mean().item() == pytest.approx(1.0, abs=1e-5)
 
 
 def test_double_precision_models_are_measured_in_single():

@@ -68,7 +68,8 @@ def walk(rows, runs, copies, method, r, per_image):
             taken[kind] += count
             grids = [piece.grid for piece in run if piece.grid is not None]
             separators = np.concatenate([piece.is_separator for piece in run])
-            units.append((runs[kind].object[here], runs[kind].deep[here], grids, separators))
+            values = runs[kind].values
+            units.append((values["object"][here], values["deep"][here], grids, separators))
         groups = [[unit] for unit in units] if per_image or not units else [units]
         for group in groups:
             chosen = csrc_ref.hiprune_select(
@@ -97,7 +98,7 @@ def test_the_choice_in_a_batch_of_prompts(data, rows, copies, per_image):
             of_object, of_deep = (
                 torch.tensor(data.draw(st.lists(VALUES, min_size=count, max_size=count))) for _ in range(2)
             )
-            runs[kind] = Recording(of_object, of_deep, all_pieces, (1, 2))
+            runs[kind] = Recording({"object": of_object, "deep": of_deep}, all_pieces, (1, 2))
     method = HiPrune(
         alpha=data.draw(st.sampled_from([0.1, 1.0, 2.5, 5.0])),
         rounding=data.draw(st.sampled_from(["floor", "ceil", "nearest"])),

@@ -25,8 +25,9 @@ def four_layers():
 
 
 def method_of(name):
-    """A method that ranks inside the stack of a family."""
-    return "fastv" if SUPPORTED[name].plain_rope else "key_norm"
+    """A method that ranks inside the stack of a family; families take turns with those that read its rotation."""
+    reading = ("fastv", "pyramiddrop", "sparsevlm")
+    return reading[list(BY_NAME).index(name) % 3] if SUPPORTED[name].plain_rope else "key_norm"
 
 
 def both(model, stages, call, **options):
@@ -118,9 +119,11 @@ def test_eager_attention_and_either_padding(padding):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
+        # shorter than what follows the images, and longer: then tokens of the images are seen while text is generated
         ("gemma3", {"sliding_window": 6}),
-        ("cohere2_vision", {"sliding_window": 6}),
-        ("llama4", {"attention_chunk_size": 6}),
+        ("cohere2_vision", {"sliding_window": 14}),
+        ("exaone4_5", {"sliding_window": 14}),
+        ("llama4", {"attention_chunk_size": 12}),
     ],
 )
 @torch.no_grad()
@@ -330,6 +333,14 @@ def test_a_method_says_whether_it_drops_or_hides(four_layers):
 def test_stages_are_checked(four_layers, stages, options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         prune(four_layers, stages, **{"method": "fastv", **options})
+
+
+def test_a_method_of_before_stages_is_told_what_to_write(four_layers):
+    class Old(HidesByItself):
+        hidden_from_layer = 2
+
+    with pytest.raises(TypeError, match=r"hidden_from_layer: expected none in Old, .* let `stages` return"):
+        prune(four_layers, 0.3, method=Old())
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ SIGNATURES = {
     "select_topk": "(scores, r, *, mask=None, rounding='floor')",
     "attention_column_mean": "(q, k, *, cu_seqlens=None, causal=False, q_rows=None, head_weights=None, "
     "reduce_heads=True, reduction='mean', scale=None, backend=None)",
-    "compact": "(inputs_embeds, keep_mask, *, position_ids=None, length=None, backend=None)",
+    "compact": "(inputs_embeds, keep_mask, *, position_ids=None, length=None, merge=None, backend=None)",
     "greedy_dpp": "(features, quality, r, *, mask=None, rounding='floor', backend=None)",
     "greedy_max_min": "(features, r, *, mask=None, rounding='floor', backend=None)",
     "hiprune_select": "(object_attention, deep_attention, r, *, grid, alpha=0.1, rounding='floor')",

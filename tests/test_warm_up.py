@@ -105,7 +105,7 @@ class Waits(Method):
 run, model = JITFunction.run, qwen_vl()
 weights = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
 with prune(model, 0.3, method=Waits()) as pruning:
-    launches, notes = launches_of_prune(pruning._anatomy, pruning._chooser, "sm_90", reach=(64, 1))
+    launches, notes = launches_of_prune(pruning._anatomy, pruning._choosers, "sm_90", reach=(64, 1))
     model(**qwen_batch(question(Picture(4, 4))))
     assert pruning.stats.samples
 assert {launch.kernel.fn.__name__ for launch in launches} == {"_compact_kernel"}

@@ -76,14 +76,15 @@ def check(case: str, num_prompts: int) -> dict[str, object]:
     model = tiny_families.tiny_model(family).to(getattr(torch, dtype))
     weights = {"head_weights": "uniform"} if METHODS[method].uses_head_weights else {}
     pruning = prune(model, 0.3, method=method, budget=budget, **weights)
-    parts = pruning._anatomy, pruning._chooser
+    parts = pruning._anatomy, pruning._choosers
     launches, notes = launches_of_prune(*parts, "sm_90", reach=reach)
     warmed = set(distinct(launches, target))
     arguments = {"keep_ratio": 0.3, "method": method, "budget": budget}
     by_model, _ = launches_of_prune(*parts, "sm_90", reach=SMALL)
     by_config, _ = launches_of_config(model.config, model.dtype, "sm_90", arguments, reach=SMALL)
     draw = random.Random(0)
-    weightless = WeightlessModel(*parts)
+    layer, chooser = next(iter(pruning._choosers.items()))
+    weightless = WeightlessModel(pruning._anatomy, chooser, layer)
     real = needed_by_real_prompts(model, pruning, family, target, draw, num_prompts)
     long = needed_by_long_prompts(weightless, target, draw, num_prompts)
     kernels = [name for name, _ in warmed]

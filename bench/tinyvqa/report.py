@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ def markdown(report: dict[str, Any]) -> str:
     parts = [
         "# TinyVQA: relative accuracy with fewer visual tokens\n",
         f"{report['questions']} questions about {report['prompts']} prompts with unseen digits, "
-        f"{len(report['models'])} models that differ in their training seed. Relative accuracy: right answers with the "
+        f"{_models(report)}. Relative accuracy: right answers with the "
         "kept tokens divided by right answers with all, mean of kinds and models, in %; ± half of the 95 % interval "
-        "over prompts. Made by `python -m bench.tinyvqa.table`.\n",
+        f"over prompts. Made by `python -m bench.tinyvqa.table{_options(report)}`.\n",
         "## Mean of all kinds\n",
         _table(
             ["keep", *(_share(r) for r in ratios)],
@@ -71,6 +72,11 @@ def markdown(report: dict[str, Any]) -> str:
             ),
         ),
     ]
+    if report["refused"]:
+        parts += [
+            "## Methods that cannot serve this family\n",
+            _table(["method", "why"], ([label, why] for label, why in report["refused"].items())),
+        ]
     if report["prefill_ms"]:
         sizes = list(report["prefill_ms"])
         parts += [
@@ -88,6 +94,15 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def _models(report: dict[str, Any]) -> str:
+    count = len(report["models"])
+    return "one model" if count == 1 else f"{count} models that differ in their training seed"
+
+
+def _options(report: dict[str, Any]) -> str:
+    return "" if report["miniature"] == "qwen" else f" --miniature {report['miniature']}"
+
+
 def draw_plot(report: dict[str, Any], path: Path) -> None:
     """Draw relative accuracy over the share of tokens kept: the mean with its interval, and each kind by itself."""
     import matplotlib
@@ -100,9 +115,10 @@ def draw_plot(report: dict[str, Any], path: Path) -> None:
     shown = [label for label in methods if not label.startswith("permuted")]
     ratios = list(methods[shown[0]])
     places = range(len(ratios))
-    figure, axes = pyplot.subplots(2, 4, figsize=(17, 8.2), sharey=True)
+    columns = math.ceil((1 + len(kinds)) / 2)
+    figure, axes = pyplot.subplots(2, columns, figsize=(1 + 4 * columns, 8.2), sharey=True)
     colours = pyplot.get_cmap("tab20")
-    for axis, kind in zip(axes.flat, ["mean", *kinds], strict=True):
+    for axis, kind in zip(axes.flat, ["mean", *kinds], strict=False):
         for number, label in enumerate(shown):
             found = [e["mean"] if kind == "mean" else e["by_kind"][kind] for e in methods[label].values()]
             values = [entry["percent"] for entry in found]
@@ -130,7 +146,8 @@ def draw_plot(report: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("visual tokens kept")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower center", ncols=7, frameon=False)
     figure.suptitle(
-        f"TinyVQA: {report['questions']} questions about unseen digits, {len(report['models'])} models, 95 % intervals"
+        f"TinyVQA, {report['miniature']}: {report['questions']} questions about unseen digits, {_models(report)}, "
+        "95 % intervals"
     )
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=90)

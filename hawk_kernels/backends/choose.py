@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -24,7 +25,9 @@ else:
     _CAN_SKIP_DISPATCH = True
 
 Signature = tuple[Hashable, ...]
-"""What the checks of a call depend on: shape, dtype and device of each tensor, None for one that is not given."""
+"""All of a call's tensors but their values and places: shape, strides, dtype and device of each, None where none is."""
+
+_MOST_PREPARED_CALLS = 1024
 
 BACKENDS = {"triton": "hawk_kernels.backends.kernels", "torch": "hawk_kernels.backends.eager"}
 MAX_TRITON_HEAD_DIM = 256
@@ -149,10 +152,53 @@ def plain_signature(*tensors: torch.Tensor | None) -> Signature | None:
         if tensor is None:
             signature.append(None)
         elif type(tensor) in _PLAIN_TYPES and _dispatch_keys(tensor).raw_repr() in _PLAIN_TENSORS:
-            signature.append((tensor.shape, tensor.dtype, tensor.device))
+            signature.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
         else:
             return None
     return tuple(signature)
+
+
+class PreparedCalls:
+    """What is left to do in calls of a public function, by all that a call depends on except its tensors' contents.
+
+    A call of plain tensors is checked and prepared once; the next one with the same signature and options only needs
+    to be made. What is prepared holds no tensor. Any number of threads may ask and add. When the limit is reached,
+    everything is forgotten, and the next calls are prepared once more.
+    """
+
+    def __init__(self, limit: int = _MOST_PREPARED_CALLS) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._calls: dict[Hashable, Callable[..., Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @staticmethod
+    def key(signature: Signature | None, tensor: object, *options: object) -> Hashable:
+        """Return the key of a call with these options, one of whose tensors is given; None for no signature.
+
+        Options count with their types, because True equals 1, which equals 1.0. Where the tensors are not on a GPU, it
+        counts too whether Triton's interpreter may be asked for.
+        """
+        if signature is None:
+            return None
+        return signature, options, tuple(map(type, options)), getattr(tensor, "is_cuda", False) or _is_interpreting()
+
+    def get(self, key: Hashable) -> Callable[..., Any] | None:
+        """Return the call that was prepared for this key, if there is one."""
+        try:
+            return self._calls.get(key)
+        except TypeError:
+            # An option that cannot be hashed is one that the checks refuse.
+            return None
+
+    def add(self, key: Hashable, call: Callable[..., Any]) -> None:
+        """Keep a call."""
+        with self._lock:
+            if len(self._calls) >= self._limit:
+                self._calls = {}
+            self._calls[key] = call
 
 
 def without_grad(tensor: torch.Tensor, signature: Signature | None) -> torch.Tensor:

@@ -29,7 +29,7 @@ from hawk_kernels.methods.prefill_view import (
     PrefillView,
     Segments,
 )
-from hawk_kernels.selection import Selection
+from hawk_kernels.selection import Merge, Selection
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,28 @@ class LayerView(PrefillView):
 
     def encoder_attention(self) -> EncoderAttention:
         recorded = self._context.attention
-        if recorded is None:
+        if recorded is None or "deep" not in recorded.values:
             raise ValueError(_undeclared("encoder_attention", "uses_encoder_attention = True"))
-        of_object, of_deep = (self._padded(x.to(self._device).unsqueeze(0)) for x in (recorded.object, recorded.deep))
+        of_object, of_deep = (self._of_cells(recorded.values[name]) for name in ("object", "deep"))
         return EncoderAttention(of_object, of_deep, recorded.grids)
+
+    def cls_attention(self) -> torch.Tensor:
+        recorded = self._context.attention
+        if recorded is None or "cls" not in recorded.values:
+            raise ValueError(_undeclared("cls_attention", "uses_cls_attention = True"))
+        return self._of_cells(recorded.values["cls"])
+
+    def encoder_features(self) -> torch.Tensor:
+        recorded = self._context.attention
+        if recorded is None or "features" not in recorded.values:
+            raise ValueError(_undeclared("encoder_features", "uses_encoder_features = True"))
+        return self._of_cells(recorded.values["features"])
+
+    def encoder_keys(self) -> torch.Tensor:
+        recorded = self._context.attention
+        if recorded is None or "keys" not in recorded.values:
+            raise ValueError(_undeclared("encoder_keys", "uses_encoder_keys = True"))
+        return self._of_cells(recorded.values["keys"])
 
     def text_keys(self) -> torch.Tensor:
         normalized, _ = self._normalized_text
@@ -273,6 +291,10 @@ class LayerView(PrefillView):
     def _gathered(self, states: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
         return states.flatten(0, 1).index_select(0, upload(rows, states.device)).to(self._device)
 
+    def _of_cells(self, recorded: torch.Tensor) -> torch.Tensor:
+        """Lay out what was recorded of the visual tokens of all rows, `[S, ...]`, as `[B, M, ...]`."""
+        return self._padded(recorded.to(self._device).unsqueeze(0))
+
     def _padded(self, tokens: torch.Tensor) -> torch.Tensor:
         """Lay `[1, S, ...]` out as `[B, M, ...]`; the padding repeats the first token."""
         if not self._filled.all():
@@ -290,12 +312,14 @@ class Choice:
         counts: how many stay in each row, known on the host.
         scores: float32 `[B, T]`, `-inf` where nothing was scored.
         budgets: visual tokens kept, for each row a list with one entry for each image, or a single one for the row.
+        merge: makes kept tokens sums of visual tokens, by places among the T, targets ascending; None means none.
     """
 
     kept: torch.Tensor
     counts: list[int]
     scores: torch.Tensor
     budgets: list[list[int]]
+    merge: Merge | None = None
 
 
 @dataclass(frozen=True)
@@ -370,7 +394,8 @@ class Chooser:
             [budget + visual - length for budget, visual, length in zip(*row, strict=True)]
             for row in zip(budgets, all_lengths, lengths, strict=True)
         ]
-        return Choice(kept[:, :-1].contiguous(), counts.tolist(), scores[:, :-1].contiguous(), stayed)
+        merge = None if selection.merge is None else _in_prompt(selection.merge, positions, filled, device)
+        return Choice(kept[:, :-1].contiguous(), counts.tolist(), scores[:, :-1].contiguous(), stayed, merge)
 
     def _budgets(self, lengths: list[list[int]], original: list[list[int]]) -> list[list[int]]:
         """Count what each row or image of these lengths keeps, where the keep ratio is a fraction of `original`."""
@@ -399,17 +424,24 @@ class Chooser:
             for place, budget in zip(places, of_row, strict=True):
                 of_token[row, place] = budget
         chosen: Selection | None = None
+        merges = []
         for budget in sorted({budget for row in budgets for budget in row if budget}):
             clamped = [[min(budget, length) for length in row] for row in self.lengths(prompt)]
             selection = self._selected(view(clamped), budget)
             here = upload(of_token == budget, selection.mask.device)
+            if selection.merge is not None:
+                target, source, weight = selection.merge
+                is_here = (target >= 0) & here.gather(1, target.clamp(min=0))
+                merges.append(Merge(torch.where(is_here, target, -1), source, weight))
             if chosen is None:
                 chosen = Selection(selection.mask & here, selection.indices, selection.scores)
             else:
                 scores = torch.where(here, selection.scores, chosen.scores)
                 chosen = Selection(chosen.mask | (selection.mask & here), selection.indices, scores)
         assert chosen is not None
-        return chosen
+        if not merges:
+            return chosen
+        return chosen.merging(Merge(*(torch.cat(parts, dim=1) for parts in zip(*merges, strict=True))))
 
     def lengths(self, prompt: Prompt) -> list[list[int]]:
         """Count the visual tokens that share a budget: those of each image or tile, or those of each row."""
@@ -426,6 +458,19 @@ def _places(prompt: Prompt) -> list[list[np.ndarray]]:
 
 def _undeclared(name: str, declaration: str) -> str:
     return f"cannot read {name} in a method that does not declare it; set {declaration} in its class"
+
+
+def _in_prompt(merge: Merge, positions: np.ndarray, filled: np.ndarray, device: torch.device) -> Merge:
+    """Turn places among the visual tokens `[B, M]` of a merge map into places in the prompt.
+
+    Entries that name no visual token, which only a CPU refuses, become padding.
+    """
+    target, source, weight = (part.to(device) for part in merge)
+    place, exists = upload(positions, device), upload(filled, device)
+    last = positions.shape[1] - 1
+    inside = [places.clamp(0, last) for places in (target, source)]
+    counts = (target == inside[0]) & (source == inside[1]) & exists.gather(1, inside[0]) & exists.gather(1, inside[1])
+    return Merge(torch.where(counts, place.gather(1, inside[0]), -1), place.gather(1, inside[1]), weight).ordered()
 
 
 def _inside_only(name: str) -> ValueError:

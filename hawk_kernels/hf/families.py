@@ -105,7 +105,9 @@ def _before_temperature_rises(text_config: Any) -> int | None:
 _IM_END = 151645
 _STATEFUL = ("prompt lookup", "assisted")
 _IMAGES, _IMAGES_AND_VIDEOS = ("image",), ("image", "video")
-_IN_VISION_MODEL = partial(TileEncoder, tower="vision_model")
+_WITH_ALIGNER = partial(TileEncoder, tower="vision_model", projector="aligner")
+_MERGING_SQUARES = partial(TileEncoder, merges_squares=True)
+_WITH_CONNECTOR = partial(_MERGING_SQUARES, tower="vision_model", projector="connector")
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -175,9 +177,9 @@ FAMILIES: tuple[Family, ...] = (
         encoder=PackedEncoder,
     ),
     Family("aria", ("AriaForConditionalGeneration",)),
-    Family("aya_vision", ("AyaVisionForConditionalGeneration",), tiles="entries", encoder=TileEncoder),
-    Family("cohere2_vision", ("Cohere2VisionForConditionalGeneration",), tiles="entries", encoder=TileEncoder),
-    Family("deepseek_vl", ("DeepseekVLForConditionalGeneration",), encoded_whole=_IMAGES, encoder=_IN_VISION_MODEL),
+    Family("aya_vision", ("AyaVisionForConditionalGeneration",), tiles="entries", encoder=_MERGING_SQUARES),
+    Family("cohere2_vision", ("Cohere2VisionForConditionalGeneration",), tiles="entries", encoder=_MERGING_SQUARES),
+    Family("deepseek_vl", ("DeepseekVLForConditionalGeneration",), encoded_whole=_IMAGES, encoder=_WITH_ALIGNER),
     Family(
         "deepseek_vl_hybrid",
         ("DeepseekVLHybridForConditionalGeneration",),
@@ -199,7 +201,7 @@ FAMILIES: tuple[Family, ...] = (
         encoder=PackedEncoder,
     ),
     Family("fast_vlm", ("FastVlmForConditionalGeneration",), encoded_whole=_IMAGES),
-    Family("gemma3", ("Gemma3ForConditionalGeneration",), pair_masks=True, encoder=TileEncoder),
+    Family("gemma3", ("Gemma3ForConditionalGeneration",), pair_masks=True, encoder=_MERGING_SQUARES),
     Family("gemma4", ("Gemma4ForConditionalGeneration",), video=True, pair_masks=True, plain_rope=False),
     Family(
         "gemma4_unified", ("Gemma4UnifiedForConditionalGeneration",), since="5.10", pair_masks=True, plain_rope=False
@@ -242,7 +244,7 @@ FAMILIES: tuple[Family, ...] = (
         ("GraniteDoclingForConditionalGeneration",),
         since="5.23",
         tiles="runs",
-        encoder=_IN_VISION_MODEL,
+        encoder=partial(TileEncoder, tower="vision_model", projector="vision_model.connector"),
     ),
     Family(
         "hunyuan_vl",
@@ -260,9 +262,9 @@ FAMILIES: tuple[Family, ...] = (
         encoder=partial(PackedEncoder, tower="vision_model"),
     ),
     Family("idefics2", ("Idefics2ForConditionalGeneration",)),
-    Family("idefics3", ("Idefics3ForConditionalGeneration",), tiles="runs", encoder=_IN_VISION_MODEL),
+    Family("idefics3", ("Idefics3ForConditionalGeneration",), tiles="runs", encoder=_WITH_CONNECTOR),
     Family("internvl", ("InternVLForConditionalGeneration",), tiles="entries", encoder=TileEncoder),
-    Family("janus", ("JanusForConditionalGeneration",), encoder=_IN_VISION_MODEL),
+    Family("janus", ("JanusForConditionalGeneration",), encoder=_WITH_ALIGNER),
     Family(
         "kimi_k25", ("Kimi_K25ForConditionalGeneration",), since="5.17", plain_rope=False, projections=LatentProjections
     ),
@@ -320,14 +322,18 @@ FAMILIES: tuple[Family, ...] = (
         since="5.17",
         projections=partial(SeparateProjections, head_norms=("qk_norm", "qk_norm")),
     ),
-    Family("ovis2", ("Ovis2ForConditionalGeneration",), encoder=TileEncoder),
+    Family(
+        "ovis2",
+        ("Ovis2ForConditionalGeneration",),
+        encoder=partial(TileEncoder, projector="vision_tower.head_linear"),
+    ),
     Family("paddleocr_vl", ("PaddleOCRVLForConditionalGeneration",)),
     Family(
         "paligemma", ("PaliGemmaForConditionalGeneration",), encoded_whole=_IMAGES, pair_masks=True, encoder=TileEncoder
     ),
     Family("perception_lm", ("PerceptionLMForConditionalGeneration",), since="5.23", video=True),
     Family("qianfan_ocr", ("QianfanOCRForConditionalGeneration",), since="5.10", tiles="entries", encoder=TileEncoder),
-    Family("smolvlm", ("SmolVLMForConditionalGeneration",), tiles="runs", encoder=_IN_VISION_MODEL),
+    Family("smolvlm", ("SmolVLMForConditionalGeneration",), tiles="runs", encoder=_WITH_CONNECTOR),
     Family("video_llama_3", ("VideoLlama3ForConditionalGeneration",), video=True, encoded_whole=_IMAGES_AND_VIDEOS),
     Family(
         "video_llava",
@@ -343,6 +349,17 @@ FAMILIES: tuple[Family, ...] = (
 
 ENCODERS = {family.model_type: family.encoder for family in FAMILIES if family.encoder is not None}
 """Vision encoders whose attention can be read, by `model_type` of the family."""
+
+NO_ENCODER_STAGE: dict[tuple[str, ...], str] = {
+    ("granite_docling",): "its projector takes the rows of several layers together",
+    ("llava_onevision",): "it interpolates what the projector made, of videos and of pictures with many tiles",
+    ("ovis2",): "its projector gives logits over a visual vocabulary, from which the embedding is made later",
+    ("hyperclovax_vision_v2",): "a second projection follows its projector",
+}
+"""Families whose encoder can be read, but whose visual tokens are not what the projector makes of one row each."""
+
+MERGES_BEFORE_PROJECTOR = frozenset(ENCODERS) - {name for names in NO_ENCODER_STAGE for name in names}
+"""Families for methods of the stage "encoder"."""
 
 OUT_OF_REACH: dict[tuple[str, ...], str] = {
     (

@@ -107,8 +107,9 @@ class EncodingWatch:
 def frames_of_prompt(anatomy: Anatomy, prompt: Prompt, encoded: dict[str, Encoded]) -> list[list[list[Frame]]]:
     """Find, for each row and each of its images, the grids `(h, w)` of its frames.
 
-    A model that is told grids of patches has these divided by the side of a merge. Elsewhere, and where the caller
-    hides some of the tokens, a square number of tokens is taken for a square, and any other for one line.
+    A model that is told grids of patches has these divided by the side of a merge. Elsewhere a video has as many frames
+    as its pixels, of equal length, and perhaps one token after them. A frame or image whose grid nothing tells, or some
+    of whose tokens the caller hides, is taken for a square if its number of tokens is one, and else for one line.
 
     Args:
         anatomy: the model's parts.
@@ -125,8 +126,14 @@ def frames_of_prompt(anatomy: Anatomy, prompt: Prompt, encoded: dict[str, Encode
             continue
         images = []
         for image, seen in zip(prompt.whole_images(row), prompt.images(row), strict=True):
-            frames = _taken(queues[anatomy.kinds[int(prompt.ids[row, image[0]])]], len(image))
-            images.append(frames if frames and len(seen) == len(image) else _guessed(len(seen)))
+            kind = anatomy.kinds[int(prompt.ids[row, image[0]])]
+            frames = _taken(queues[kind], len(image))
+            if len(seen) != len(image):
+                frames = _guessed(len(seen))
+            elif not frames:
+                is_video = kind == "video" and kind in encoded
+                frames = _frames_of_video(len(image), encoded[kind], told[kind]) if is_video else _guessed(len(image))
+            images.append(frames)
         rows += [images] * copies
     return rows
 
@@ -206,6 +213,29 @@ def _taken(queue: deque[Frame], length: int) -> list[Frame]:
     for _ in frames:
         queue.popleft()
     return frames
+
+
+def _frames_of_video(length: int, run: Encoded, grids: Iterable[Frame]) -> list[Frame]:
+    """Divide a video of `length` tokens into frames where its grids do not describe them.
+
+    Args:
+        length: its tokens.
+        run: what the encoder was told and returned.
+        grids: those of the frames of all videos, where the encoder merges frames; else none.
+    """
+    sizes, entries = set(grids), set(run.lengths)
+    if len(sizes) == 1 and length % _cells(sizes) == 0:
+        return [*sizes] * (length // _cells(sizes))
+    pixels = run.arguments.get("pixel_values_videos", run.arguments.get("pixel_values"))
+    count = 1
+    if isinstance(pixels, torch.Size) and len(pixels) == 5:
+        # [videos, frames, channels, height, width]
+        count = pixels[1]
+    elif len(entries) == 1 and length % min(entries) == 0:
+        count = length // min(entries)
+    per_frame, rest = divmod(length, count)
+    # LLaVA-OneVision ends a video with a newline
+    return _guessed(per_frame) * count + [(1, 1)] * rest if per_frame and rest <= 1 else _guessed(length)
 
 
 def _guessed(length: int) -> list[Frame]:

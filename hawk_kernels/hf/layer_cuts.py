@@ -167,8 +167,7 @@ class PromptCut:
         self._packings.append(packing)
         self._layouts.append(Layout(first, source, mask, packing.is_full))
         self._made = []
-        cut: torch.Tensor = packing.inputs_embeds
-        return cut
+        return packing.inputs_embeds
 
     def _cut(self, name: str, value: Any) -> Any:
         """Cut one argument of a layer; what does not depend on tokens stays."""

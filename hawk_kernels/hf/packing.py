@@ -15,6 +15,7 @@ from hawk_kernels.hf.hooks import upload
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.pruned_cache import check_slots, fixed_size
 from hawk_kernels.ops.compact import compact
+from hawk_kernels.selection import Merge
 
 
 class Packed(Protocol):
@@ -41,6 +42,8 @@ class Packing:
         counts: how many stay in each row, known on the host.
         position_ids: `[1 or B, T]` or `[axes, 1 or B, T]`; None means 0 to T - 1.
         extra: columns of padding that every row gets.
+        merge: makes kept tokens sums of tokens, by places among the T, targets ascending; None means none.
+        embeds_are_merged: whether `inputs_embeds` are sums already, so that the map is for other features alone.
 
     Attributes:
         length: tokens of a packed row, `P`.
@@ -49,6 +52,7 @@ class Packing:
         mask: int64 `[B, P]`, the packed attention mask.
         source: int64 `[B, P]`, where in its row a packed token stood; 0 at padding.
         total: tokens of all rows without padding.
+        merges: whether kept tokens become sums of tokens.
         is_full: whether no packed row has padding.
         shift: how much lower the packed position ids are than those that the caller counts, for what follows the row,
             `[..., B, 1]`; None where the tokens keep their position ids.
@@ -63,17 +67,24 @@ class Packing:
         counts: list[int],
         position_ids: torch.Tensor | None = None,
         extra: int = 0,
+        merge: Merge | None = None,
+        embeds_are_merged: bool = False,
     ) -> None:
         # never one column: a call of one token is a decoding step
         self.length = max(2, *counts) + extra
         self.total = sum(counts)
+        self.merges = merge is not None
         self.is_full = min(counts) == self.length
-        self._kept = kept
+        self._kept, self._merge = kept, merge
         positions = None if position_ids is None else position_ids.to(kept.device)
         # some models count seconds of a video, in fractions
         fractions = positions if positions is not None and positions.is_floating_point() else None
         self.inputs_embeds, self.position_ids, self.mask, self.source = compact(
-            inputs_embeds, kept, position_ids=positions if fractions is None else None, length=self.length
+            inputs_embeds,
+            kept,
+            position_ids=positions if fractions is None else None,
+            length=self.length,
+            merge=None if embeds_are_merged else merge,
         )
         if fractions is not None:
             shape = fractions.shape[:-2]
@@ -92,6 +103,28 @@ class Packing:
         if packed.dtype != torch.bool:
             return packed
         return packed & self.mask.to(packed.device, torch.bool).view(*self.mask.shape, *[1] * (packed.dim() - 2))
+
+    def pack_visual(self, features: torch.Tensor, visual: np.ndarray, counts: list[int]) -> torch.Tensor:
+        """Pack what visual tokens alone have, as the embeddings are packed, and merge it by the same map.
+
+        Args:
+            features: `[S, C]`, one row for each True of `visual`, in order.
+            visual: bool `[B, T]` on the host.
+            counts: how many of the kept tokens of each row have a row.
+
+        Returns:
+            `[sum of counts, C]`.
+        """
+        device, length = features.device, max(counts)
+        everywhere = features.new_zeros(visual.size, features.shape[1])
+        everywhere = everywhere.index_copy(0, upload(np.flatnonzero(visual), device), features)
+        mask = upload(visual, device)
+        merge = None if self._merge is None else Merge(*(part.to(device) for part in self._merge))
+        packed = compact(
+            torch.unflatten(everywhere, 0, visual.shape), self._kept.to(device) & mask, length=length, merge=merge
+        )
+        is_token = np.arange(length) >= length - np.array(counts)[:, None]
+        return packed.inputs_embeds.flatten(0, 1).index_select(0, upload(np.flatnonzero(is_token), device))
 
     def unpack(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Spread `[B, P, hidden]` out to `[B, T, hidden]`, zero where a token was dropped."""
@@ -153,6 +186,8 @@ def pack_call(
     kept: torch.Tensor,
     counts: list[int],
     kwargs: dict[str, Any],
+    merge: Merge | None = None,
+    embeds_are_merged: bool = False,
     renumbers: bool = False,
 ) -> tuple[Packing, dict[str, Any], torch.Tensor]:
     """Pack a call of the text model.
@@ -163,6 +198,8 @@ def pack_call(
         kept: bool `[B, T]`, the tokens that stay.
         counts: how many stay in each row.
         kwargs: the arguments of the call for the whole prompt.
+        merge: makes kept tokens sums of visual tokens, by places among the T, targets ascending; None means none.
+        embeds_are_merged: whether the embeddings are sums already, so that the map is for other features alone.
         renumbers: whether the tokens that stay are numbered anew.
 
     Returns:
@@ -174,7 +211,7 @@ def pack_call(
     """
     family, embeds, positions = anatomy.family, kwargs["inputs_embeds"], kwargs.get("position_ids")
     splits = splits_at_gaps(anatomy.text, len(embeds), positions, family.position_axes)
-    packing = Packing(embeds, kept, counts, positions, extra=int(splits))
+    packing = Packing(embeds, kept, counts, positions, int(splits), merge, embeds_are_merged)
     # a cache of fixed size is filled without telling the host, and was made for the tokens before pruning
     length = max(prompt.ids.shape[1], fixed_size(kwargs.get("past_key_values")))
     check_slots(slot_limit(anatomy), length)
@@ -186,7 +223,7 @@ def pack_call(
             "padding and without a mask, of which equally many tokens stay"
         )
     packed, following = packing.pack_arguments(kwargs, family.position_axes, renumbers)
-    packed |= packed_features(kwargs, prompt, kept, packing)
+    packed |= packed_features(kwargs, prompt, kept, counts, packing)
     if family.pair_masks:
         packed["attention_mask"] = packed_pair_masks(
             kwargs.get("attention_mask"),
@@ -233,8 +270,10 @@ def splits_at_gaps(text: Any, batch: int, position_ids: torch.Tensor | None, axe
     return batch == 1 and not counts_text and "flash" in (text.config._attn_implementation or "")
 
 
-def packed_features(kwargs: dict[str, Any], prompt: Prompt, kept: torch.Tensor, packing: Packing) -> dict[str, Any]:
-    """Select the features that later layers add to the visual tokens, for the tokens that stay.
+def packed_features(
+    kwargs: dict[str, Any], prompt: Prompt, kept: torch.Tensor, counts: list[int], packing: Packing
+) -> dict[str, Any]:
+    """Select, and merge, the features that later layers add to the visual tokens, for the tokens that stay.
 
     The model hands over features for every placeholder, also for those that the caller hides.
 
@@ -242,6 +281,7 @@ def packed_features(kwargs: dict[str, Any], prompt: Prompt, kept: torch.Tensor, 
         kwargs: arguments of the text model.
         prompt: where visual tokens stand.
         kept: bool `[B, T]`, the tokens that stay.
+        counts: how many stay in each row.
         packing: how they are packed.
     """
     given = {name: kwargs[name] for name in VISUAL_FEATURES if kwargs.get(name) is not None}
@@ -254,6 +294,10 @@ def packed_features(kwargs: dict[str, Any], prompt: Prompt, kept: torch.Tensor, 
     rows = torch.argsort((~stays).int(), stable=True)[:count]
 
     def select(features: torch.Tensor) -> torch.Tensor:
+        if packing.merges:
+            text = (prompt.valid & ~prompt.visual).sum(axis=1).tolist()
+            visual_counts = [count - others for count, others in zip(counts, text, strict=True)]
+            return packing.pack_visual(features, prompt.all_placeholders(), visual_counts)
         return features.index_select(0, rows.to(features.device))
 
     return {

@@ -24,7 +24,8 @@ from torch import nn
 
 from hawk_kernels.hf.anatomy import Anatomy, first_attention_layer
 from hawk_kernels.hf.choose_tokens import Choice, Chooser, Context
-from hawk_kernels.hf.encoders.recorder import attention_of_prompt, recorder_for
+from hawk_kernels.hf.encoder_stage import check_projector, merged_before_projector
+from hawk_kernels.hf.encoders.recorder import PromptAttention, VisionRecorder, attention_of_prompt, recorder_for
 from hawk_kernels.hf.hooks import (
     Handle,
     Lifetime,
@@ -59,6 +60,7 @@ from hawk_kernels.hf.pruned_cache import (
 )
 from hawk_kernels.hf.question import Query
 from hawk_kernels.hf.rotary import check_rotates, rotary_of_first_layer
+from hawk_kernels.selection import Merge
 
 if TYPE_CHECKING:
     from hawk_kernels.hf.inside_stack import Chosen, InsideStack
@@ -356,6 +358,7 @@ class CallHooks:
             self._inside.resume(None, None, 0)
         if earlier is not None:
             prefill.kept = earlier.extended(valid, prompt.valid)
+            prefill.merge = earlier.merge
             if prefill.keeps_everything:
                 return None
         elif not prompt.visual.any():
@@ -375,12 +378,24 @@ class CallHooks:
             context = self._sources.context(prefill, kwargs)
             choice = chooser.choose(kwargs["inputs_embeds"], prompt, self._anatomy.projections, context)
             self._note(prefill, chooser, choice, prompt, choice.kept, choice.scores)
+            prefill.merge = choice.merge
         kept, counts = prefill.kept[0]
-        if counts == prompt.valid.sum(axis=1).tolist():
+        if prefill.merge is None and counts == prompt.valid.sum(axis=1).tolist():
             return None
+        merge, merges_before = prefill.merge, chooser.method.stage == "encoder"
+        if merge is not None and merges_before:
+            embeds = self._sources.merged_before_projector(prefill, kept, counts, merge, kwargs["inputs_embeds"])
+            kwargs = {**kwargs, "inputs_embeds": embeds}
         packed: dict[str, Any]
         prefill.packing, packed, prefill.following = pack_call(
-            self._anatomy, prompt, kept, counts, kwargs, self._renumbers
+            self._anatomy,
+            prompt,
+            kept,
+            counts,
+            kwargs,
+            merge,
+            embeds_are_merged=merges_before,
+            renumbers=self._renumbers,
         )
         return packed
 
@@ -421,6 +436,11 @@ class CallHooks:
 
     def _chosen_inside(self, prefill: _Prefill, chosen: Chosen) -> None:
         """Note what a stage inside the stack has chosen."""
+        if chosen.choice.merge is not None:
+            raise ValueError(
+                f"method {chosen.chooser.method.name!r}: expected a Selection without a merge map inside the stack, "
+                "got one with a map; return one without, or choose before the first layer"
+            )
         kept, scores = chosen.kept, chosen.scores
         if prefill.packing is not None:
             kept, scores = prefill.packing.spread(kept, False), prefill.packing.spread(scores, -math.inf)
@@ -515,7 +535,7 @@ class CallHooks:
         if cache is not None and not prefill.keeps_everything:
             guard(cache)
         if cache is None and prefill.earlier is None:
-            self._thread.uncached.append(UncachedPrompt(prompt, prefill.features, prefill.kept))
+            self._thread.uncached.append(UncachedPrompt(prompt, prefill.features, prefill.kept, prefill.merge))
         if cache is not None and prefill.outcome is not None:
             saved = bytes_saved(cache, prompt.ids.shape[1])
             self._publish(replace(prefill.outcome, cache_bytes_saved=saved))
@@ -559,8 +579,9 @@ class _Sources:
         self._rotates = method is not None and method.uses_positions
         if method is not None and self._rotates:
             check_rotates(anatomy, method.name)
-        uses_encoder = method is not None and method.uses_encoder_attention
-        self._recorder = recorder_for(anatomy, method) if method is not None and uses_encoder else None
+        self._recorder = None if method is None or not method.reads_encoder() else recorder_for(anatomy, method)
+        if method is not None and method.stage == "encoder":
+            check_projector(anatomy, method.name)
         self._encoding = EncodingWatch(anatomy.multimodal)
         self._layers_before, _ = first_attention_layer(anatomy.text)
         self._uses_grids = method is not None and method.uses_grids
@@ -575,7 +596,8 @@ class _Sources:
     def check_hooks_run(self) -> None:
         """Refuse a vision encoder with compiled layers, where the method watches them."""
         if self._recorder is not None and self._chooser is not None:
-            check_parts_run(self._recorder.tower, "the vision encoder", self._chooser.method.name)
+            for part in self._recorder.watched:
+                check_parts_run(part, "the vision encoder", self._chooser.method.name)
 
     def start(self) -> None:
         """Forget what earlier calls of the multimodal model encoded."""
@@ -617,14 +639,25 @@ class _Sources:
 
             states = partial(input_of_first_attention, self._anatomy, text_arguments)
         if self._recorder is not None:
-            recordings = self._recorder.recordings(prefill.arguments)
-            attention = attention_of_prompt(recordings, prefill.prompt, self._anatomy.kinds)
+            attention = self._attention(self._recorder, prefill)
         if self._uses_grids:
             frames = partial(frames_of_prompt, self._anatomy, prefill.prompt, prefill.encoded)
         if self._rotates:
             embeds = text_arguments["inputs_embeds"]
             rotary = rotary_of_first_layer(self._anatomy, embeds, text_arguments.get("position_ids"))
         return Context(attention=attention, frames=frames, rotary=rotary, states=states)
+
+    def merged_before_projector(
+        self, prefill: _Prefill, kept: torch.Tensor, counts: list[int], merge: Merge, inputs_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the embeddings with those of kept visual tokens made of merged rows of the encoder."""
+        recorder = self._recorder
+        assert recorder is not None
+        recorded = self._attention(recorder, prefill)
+        return merged_before_projector(inputs_embeds, prefill.prompt, kept, counts, merge, recorded, recorder.encoder)
+
+    def _attention(self, recorder: VisionRecorder, prefill: _Prefill) -> PromptAttention:
+        return attention_of_prompt(recorder.recordings(prefill.arguments), prefill.prompt, self._anatomy.kinds)
 
 
 @dataclass
@@ -633,9 +666,10 @@ class _Prefill:
 
     `is_own` is false for a prompt that is not the one which `generate` was called with. `earlier` is the prompt of
     which this one is a later step, where there is no cache. At the text model `encoded` is filled in; then `kept`, the
-    tokens that stay after each stage and their number in each row, and the `outcome` so far; and where some were
-    dropped before the first layer, how the rest are packed and the position ids of what follows. `logits_to_keep` is
-    how many logits at the end the caller wants, 0 for all.
+    tokens that stay after each stage and their number in each row, `merge`, which makes those before the first layer
+    sums, and the `outcome` so far; and where some were dropped or merged before the first layer, how the rest are
+    packed and the position ids of what follows. `logits_to_keep` is how many logits at the end the caller wants, 0 for
+    all.
     """
 
     prompt: Prompt
@@ -646,6 +680,7 @@ class _Prefill:
     earlier: UncachedPrompt | None
     encoded: dict[str, Encoded] = field(default_factory=dict)
     kept: list[Kept] = field(default_factory=list)
+    merge: Merge | None = None
     outcome: Outcome | None = None
     packing: Packing | None = None
     following: torch.Tensor | None = None
@@ -653,6 +688,9 @@ class _Prefill:
 
     @property
     def keeps_everything(self) -> bool:
+        """Tell whether the text model reads the prompt as it came."""
+        if self.merge is not None:
+            return False
         counts: list[int] = self.prompt.valid.sum(axis=1).tolist()
         return self.kept[-1][1] == counts
 

@@ -142,7 +142,7 @@ class Pruning:
         options: dict[str, Any],
     ) -> None:
         self._anatomy = dissect(model)
-        stages, self._mode = _stages(self._anatomy, keep_ratio, method, mode, options)
+        stages, self._mode = stages_of(self._anatomy, keep_ratio, method, mode, options)
         if budget not in BUDGETS:
             raise ValueError(
                 f"budget: expected 'shared' or 'per_image' or 'per_tile', got {budget!r}; keep_ratio sets how many "
@@ -279,7 +279,7 @@ class Pruning:
         """
         from hawk_kernels.hf.warm_up import warm_up_pruning
 
-        return warm_up_pruning(self._anatomy, self._chooser, max_tokens, max_batch, progress)
+        return warm_up_pruning(self._anatomy, self._choosers, max_tokens, max_batch, progress)
 
     @property
     def _pruned_prompt(self) -> Any:
@@ -374,7 +374,7 @@ class _ThreadState(threading.local):
     outcome: Outcome | None = None
 
 
-def _stages(
+def stages_of(
     anatomy: Anatomy, keep_ratio: KeepRatio, method: str | Method, mode: str | None, options: dict[str, Any]
 ) -> tuple[tuple[Stage, ...], str]:
     """Return the stages of a pruning, ascending, and what becomes of tokens inside the stack."""

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from hawk_kernels.hf.prompt import Prompt
+from hawk_kernels.selection import Merge
 
 _ATTRIBUTE = "_hawk_kernels_prompt_"
 _ROW_METHODS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
@@ -199,9 +200,11 @@ class UncachedPrompt:
         prompt: the prompt on the host.
         features: its images, held weakly.
         kept: for each stage the tokens that stayed, bool `[B, T]`, and how many those are in each row.
+        merge: made kept tokens sums of visual tokens, which it does in each step; None means none.
     """
 
-    def __init__(self, prompt: Prompt, features: tuple[Any, ...], kept: list[Kept]) -> None:
+    def __init__(self, prompt: Prompt, features: tuple[Any, ...], kept: list[Kept], merge: Merge | None = None) -> None:
+        self.merge = merge
         self._ids = prompt.ids
         self._features = [weakref.ref(feature) for feature in features]
         self._kept = list(kept)

@@ -7,7 +7,7 @@ without data, for prompts of every class of lengths, by the code that runs in th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,10 +33,10 @@ from hawk_kernels.hf.encoders.recorder import PromptAttention, recorder_for
 from hawk_kernels.hf.encoders.tiles import TileEncoder
 from hawk_kernels.hf.packing import Packing
 from hawk_kernels.hf.prompt import Prompt
-from hawk_kernels.hf.prune import prune
+from hawk_kernels.hf.prune import KeepRatio, prune, stages_of
 from hawk_kernels.hf.rotary import rotary_of_first_layer, rotary_of_layer
 from hawk_kernels.hf.weightless import WeightlessProjections, give_layer_weights, without_weights
-from hawk_kernels.methods import Method, resolve_method
+from hawk_kernels.methods import Method
 from hawk_kernels.ops.attention_column_mean import attention_column_mean
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Shape(NamedTuple):
 
 def warm_up(
     model: nn.Module,
-    keep_ratio: float | int,
+    keep_ratio: KeepRatio,
     *,
     method: str | Method | None = None,
     max_tokens: int = MOST_TOKENS,
@@ -100,7 +100,9 @@ def warm_up(
     return pruning.warm_up(max_tokens=max_tokens, max_batch=max_batch, progress=progress)
 
 
-def warm_up_pruning(anatomy: Anatomy, chooser: Chooser, max_tokens: int, max_batch: int, progress: bool) -> WarmUp:
+def warm_up_pruning(
+    anatomy: Anatomy, choosers: Mapping[int, Chooser], max_tokens: int, max_batch: int, progress: bool
+) -> WarmUp:
     """Do what `Pruning.warm_up` does."""
     check_reach(max_tokens, max_batch)
     devices = _devices(anatomy)
@@ -109,26 +111,37 @@ def warm_up_pruning(anatomy: Anatomy, chooser: Chooser, max_tokens: int, max_bat
         return WarmUp(notes=(reason,))
     devices = [device for device in devices if device.type == "cuda"]
     launches, notes = launches_of_prune(
-        anatomy, chooser, *architecture_and_size(devices[0]), reach=(max_tokens, max_batch)
+        anatomy, choosers, *architecture_and_size(devices[0]), reach=(max_tokens, max_batch)
     )
     return replace(compile_launches(launches, devices, progress=progress), notes=notes)
 
 
 def launches_of_prune(
     anatomy: Anatomy,
-    chooser: Chooser,
+    choosers: Mapping[int, Chooser],
     architecture: str,
     multiprocessors: int | None = None,
     *,
     reach: tuple[int, int] = (MOST_TOKENS, MOST_BATCH),
 ) -> tuple[list[Launch], tuple[str, ...]]:
-    """Return what prompts of up to `reach` tokens and rows launch, and notes of what could not be followed."""
-    model = WeightlessModel(anatomy, chooser)
+    """Return what prompts of up to `reach` tokens and rows launch, and notes of what could not be followed.
+
+    Args:
+        anatomy: the model's parts.
+        choosers: what chooses after each layer, counted from 1; 0 stands for before the first.
+        architecture: as tables are named.
+        multiprocessors: of the device; None takes what the table says.
+        reach: the most tokens in a row, and the most rows.
+    """
+    notes: list[str] = []
     with following(architecture, multiprocessors) as launches:
-        for shape in shapes_up_to(*reach, model.classes_of(architecture)):
-            model.prefill(shape)
-        model.encode(reach[0])
-    return launches, tuple(model.notes)
+        for layer, chooser in choosers.items():
+            model = WeightlessModel(anatomy, chooser, layer)
+            for shape in shapes_up_to(*reach, model.classes_of(architecture)):
+                model.prefill(shape)
+            model.encode(reach[0])
+            notes += model.notes
+    return launches, tuple(dict.fromkeys(notes))
 
 
 def shapes_up_to(
@@ -164,30 +177,36 @@ class WeightlessModel:
     Args:
         anatomy: the model's parts.
         chooser: chooses the tokens that stay.
+        stage: after which layer, counted from 1; 0 stands for before the first.
 
     Attributes:
         notes: what could not be followed.
     """
 
-    def __init__(self, anatomy: Anatomy, chooser: Chooser) -> None:
+    def __init__(self, anatomy: Anatomy, chooser: Chooser, stage: int) -> None:
         weights = chooser.head_weights
         self._chooser = replace(
             chooser, head_weights=None if weights is None else torch.empty(len(weights), device="meta")
         )
         text: Any = anatomy.text
-        inside = chooser.method.hidden_from_layer
-        before, first = first_attention_layer(text)
-        layer = first if inside is None else text.layers[inside - 1]
-        real = anatomy.projections if inside is None else anatomy.family.projections(layer)
+        before, _ = first_attention_layer(text)
+        layer = ranking_layer(text, stage, chooser.method)
+        real = anatomy.family.projections(layer) if stage and hasattr(layer, "self_attn") else anatomy.projections
         self._layer = without_weights(layer)
         self._projections = WeightlessProjections(real, anatomy.family.projections(self._layer))
-        self._is_inside, self._has_layers_before = inside is not None, before > 0
+        self._merges_in_encoder = chooser.method.stage == "encoder"
+        self._is_inside, self._has_layers_before = stage > 0, before > 0
         self._needs_rotary = chooser.method.uses_positions
         self._anatomy = replace(anatomy, text=_with_weightless_rotary(text))
         self._encoders = anatomy
         self._hidden_size: int = text.config.hidden_size
         self._dtype = dtype_of_embeddings(anatomy)
         self.notes: list[str] = []
+        if self._merges_in_encoder:
+            self.notes.append(
+                f"method {chooser.method.name!r} merges rows of the vision encoder, whose kernel is compiled at its "
+                "first call"
+            )
 
     def classes_of(self, architecture: str) -> Callable[[int, int], object]:
         """Return a function that tells the launch configurations of so many rows of a length."""
@@ -212,26 +231,31 @@ class WeightlessModel:
         prompt = prompt_of(shape)
         states = self._states(*prompt.ids.shape)
         positions = self._positions(*prompt.ids.shape)
-        kept, counts = (
-            torch.empty(prompt.ids.shape, dtype=torch.bool, device="meta"),
-            [shape.num_text + 1] * shape.batch,
-        )
+        kept = torch.empty(prompt.ids.shape, dtype=torch.bool, device="meta")
+        counts, merge = [shape.num_text + 1] * shape.batch, None
         try:
-            for given in (positions, None) if self._needs_rotary else (None,):
+            # the budget of a later stage is a part of more visual tokens than are left
+            more = [[2 * each for each in row] for row in self._chooser.lengths(prompt)]
+            originals = (None, more) if self._is_inside else (None,)
+            for given, original in product((positions, None) if self._needs_rotary else (None,), originals):
                 context = self._context(prompt, states, given)
-                choice = self._chooser.choose(states, prompt, self._projections, context)
-                kept, counts = choice.kept, choice.counts
+                choice = self._chooser.choose(states, prompt, self._projections, context, original)
+                kept, counts, merge = choice.kept, choice.counts, choice.merge
         except Exception as error:
             # whatever a method of the caller's raises on tensors without data
             self._note_unfollowed(f"method {self._chooser.method.name!r}", error)
-        if not self._is_inside:
-            for given in (positions, None):
-                Packing(states, kept, counts, given)
+        # layers of a stage inside the stack get their position ids cut by other means
+        for given in (None,) if self._is_inside else (positions, None):
+            Packing(states, kept, counts, given, merge=merge, embeds_are_merged=self._merges_in_encoder)
 
     def encode(self, max_tokens: int) -> None:
         """Measure attention in the vision encoder, where the method reads it."""
         method = self._chooser.method
-        if not method.uses_encoder_attention:
+        measures = [
+            *(["received"] if method.uses_encoder_attention else []),
+            *(["from_cls"] if method.uses_cls_attention else []),
+        ]
+        if not measures:
             return
         make: Any = self._encoders.family.encoder
         encoder = make(self._encoders.multimodal)
@@ -243,9 +267,9 @@ class WeightlessModel:
             bare.attentions = list(encoder.attentions)
             bare.attentions[layer - 1] = without_weights(encoder.attentions[layer - 1])
             for length in (each for each in _ENCODER_LENGTHS if each <= max(4, max_tokens)):
-                for tiles in (1, 3):
+                for tiles, measure in product((1, 3), measures):
                     try:
-                        _encode(bare, layer, tiles, length, dtype)
+                        _encode(bare, getattr(bare, measure), layer, tiles, length, dtype)
                     except Exception as error:
                         self._note_unfollowed("the vision encoder", error)
 
@@ -270,11 +294,20 @@ class WeightlessModel:
             rotary = rotary_of_layer(self._layer, None if rotary is None else (rotary.cos, rotary.sin), states)
             seen = torch.empty(prompt.ids.shape, dtype=torch.bool, device="meta")
             scale = 1.0
+        entered = (states, prompt) if self._is_inside else None
         lengths = prompt.visual.sum(axis=1).tolist()
-        if method.uses_encoder_attention:
-            total = torch.empty(sum(lengths), device="meta")
+        if method.reads_encoder():
+            received = torch.empty(sum(lengths), device="meta")
+            rows = torch.empty(sum(lengths), self._hidden_size, dtype=self._dtype, device="meta")
+            values = {
+                "object": received,
+                "deep": received,
+                "cls": received,
+                "features": rows,
+                "keys": rows.unsqueeze(1),
+            }
             grids = [[[(1, 1, length)]] for length in lengths]
-            attention = PromptAttention(total, total, grids, np.zeros_like(prompt.visual))
+            attention = PromptAttention(values, grids, np.zeros_like(prompt.visual))
         return Context(
             attention=attention,
             frames=lambda: [[[(1, length)]] for length in lengths],
@@ -282,6 +315,7 @@ class WeightlessModel:
             seen=seen,
             scale=scale,
             states=(lambda: states) if self._has_layers_before and not self._is_inside else None,
+            entered=entered,
         )
 
     def _note_unfollowed(self, what: str, error: Exception) -> None:
@@ -289,6 +323,13 @@ class WeightlessModel:
         note = f"{what} cannot be followed on tensors without data, so its kernels are compiled at its first call"
         if not any(earlier.startswith(note) for earlier in self.notes):
             self.notes.append(f"{note} ({type(error).__name__}: {message})")
+
+
+def ranking_layer(text: Any, stage: int, method: Method) -> Any:
+    """Return the layer whose input ranks the tokens of a stage after layer `stage`, counted from 1."""
+    if stage == 0:
+        return first_attention_layer(text)[1]
+    return text.layers[stage - 1 if method.ranks_by == "last" else stage]
 
 
 def prompt_of(shape: Shape) -> Prompt:
@@ -344,14 +385,16 @@ def _with_weightless_rotary(text: Any) -> Any:
     return bare
 
 
-def _encode(encoder: Any, layer: int, tiles: int, length: int, dtype: torch.dtype) -> None:
-    """Measure the attention of an encoder's layer in images of so many patches each."""
+def _encode(
+    encoder: Any, measure: Callable[..., object], layer: int, tiles: int, length: int, dtype: torch.dtype
+) -> None:
+    """Measure the attention of an encoder's layer in images of so many patches each, by a method of the encoder."""
     attention = encoder.attentions[layer - 1]
     total = tiles * length
     widths = [getattr(attention, group[-1]).weight.shape[0] for group in encoder.projections]
     if isinstance(encoder, TileEncoder):
         projected = [torch.empty(tiles, length, width, dtype=dtype, device="meta") for width in widths]
-        encoder.received(layer, projected, {"hidden_states": projected[0]})
+        measure(layer, projected, {"hidden_states": projected[0]})
         # tiles with padding are laid out one after the other
         packed = torch.empty(total, attention.num_heads, widths[0] // attention.num_heads, dtype=dtype, device="meta")
         starts = torch.empty(tiles + 1, dtype=torch.int32, device="meta")
@@ -364,7 +407,7 @@ def _encode(encoder: Any, layer: int, tiles: int, length: int, dtype: torch.dtyp
         "position_embeddings": (angles, angles),
         "cu_seqlens": torch.empty(tiles + 1, dtype=torch.int32, device="meta"),
     }
-    encoder.received(layer, [torch.empty(total, widths[0], dtype=dtype, device="meta")], arguments)
+    measure(layer, [torch.empty(total, widths[0], dtype=dtype, device="meta")], arguments)
 
 
 def model_of_config(config: Any, dtype: torch.dtype) -> Any:
@@ -390,10 +433,13 @@ def launches_of_config(
         reach: the most tokens in a row, and the most rows.
     """
     model = model_of_config(config, dtype)
-    text: Any = dissect(model).text
-    method = resolve_method(arguments["method"], {})
-    _, first = first_attention_layer(text)
-    give_layer_weights(first if method.hidden_from_layer is None else text.layers[method.hidden_from_layer - 1])
-    weights = {"head_weights": "uniform"} if method.uses_head_weights else {}
-    pruning = prune(model, **{**arguments, **weights, "method": method})
-    return launches_of_prune(pruning._anatomy, pruning._chooser, architecture, reach=reach)
+    anatomy = dissect(model)
+    text: Any = anatomy.text
+    named = {name: arguments[name] for name in arguments.keys() - {"keep_ratio", "method", "budget", "query"}}
+    mode = named.pop("mode", None)
+    stages, _ = stages_of(anatomy, arguments["keep_ratio"], arguments["method"], mode, named)
+    for stage in stages:
+        give_layer_weights(ranking_layer(text, stage.layer, stage.method))
+    weights = {"head_weights": "uniform"} if any(stage.method.uses_head_weights for stage in stages) else {}
+    pruning = prune(model, **{**arguments, **weights})
+    return launches_of_prune(pruning._anatomy, pruning._choosers, architecture, reach=reach)

@@ -10,10 +10,12 @@ from typing import TypeVar
 
 import torch
 
+from hawk_kernels.merge_checks import check_entries, check_merge
 from hawk_kernels.methods.prefill_view import PrefillView, Segments
 from hawk_kernels.ops.attention_column_mean import attention_column_mean
 from hawk_kernels.ops.select_topk import select_topk
-from hawk_kernels.selection import Selection, kept_count
+from hawk_kernels.selection import Merge, Selection, kept_count
+from hawk_kernels.validation import as_written
 
 
 class Method(ABC):
@@ -31,6 +33,14 @@ class Method(ABC):
         uses_head_weights: whether it reads `PrefillView.head_weights`.
         uses_text: whether a row with visual tokens must have text queries.
         uses_encoder_attention: whether it calls `PrefillView.encoder_attention`, of the layer `object_layer`.
+        uses_cls_attention: whether it calls `PrefillView.cls_attention`.
+        cls_layer: the encoder layer of that attention, counted from 1; None means the last one that the visual tokens
+            come from, which in LLaVA is the layer before the last.
+        uses_encoder_features: whether it calls `PrefillView.encoder_features`.
+        uses_encoder_keys: whether it calls `PrefillView.encoder_keys`, of the layer `cls_layer`.
+        stage: where the merge map of its selections applies: "decoder" adds up the embeddings that enter the first
+            layer, "encoder" the rows that enter the projector, which then runs on the sums. The two differ where the
+            projector is not linear. Without a map a kept token has the same embedding either way.
         uses_grids: whether it calls `PrefillView.frames`.
         uses_positions: whether it asks for queries and keys after RoPE.
         inside_only: whether it reads the attention of a layer, and so can only choose inside the stack.
@@ -51,6 +61,11 @@ class Method(ABC):
     uses_text: bool = False
     uses_encoder_attention: bool = False
     object_layer: int | None = None
+    uses_cls_attention: bool = False
+    cls_layer: int | None = None
+    uses_encoder_features: bool = False
+    uses_encoder_keys: bool = False
+    stage: str = "decoder"
     uses_grids: bool = False
     uses_positions: bool = False
     inside_only: bool = False
@@ -88,6 +103,16 @@ class Method(ABC):
         """Return how many of `num_candidates` tokens `select` keeps."""
         return kept_count(r, num_candidates, self.rounding)
 
+    def reads_encoder(self) -> bool:
+        """Tell whether the vision encoder must be watched."""
+        uses = (
+            self.uses_encoder_attention,
+            self.uses_cls_attention,
+            self.uses_encoder_features,
+            self.uses_encoder_keys,
+        )
+        return any(uses) or self.stage == "encoder"
+
     def options(self) -> dict[str, object]:
         """Return the options that this method was made with, for statistics; `repr` of what JSON cannot hold."""
         plain = (str, int, float, bool, type(None))
@@ -111,6 +136,8 @@ class JointMethod(Method):
 MethodClass = TypeVar("MethodClass", bound=type[Method])
 
 METHODS: dict[str, type[Method]] = {}
+STAGES = ("decoder", "encoder")
+MERGINGS = ("paper", "release")
 
 
 def register(method: MethodClass) -> MethodClass:
@@ -173,6 +200,16 @@ def resolve_method(method: str | Method, options: dict[str, object]) -> Method:
         raise TypeError(
             f"method: expected a name or a method object, got {type(method).__name__}; derive it from "
             "hawk_kernels.methods.Method"
+        )
+    if method.stage not in STAGES:
+        raise ValueError(
+            f"stage: expected 'decoder' or 'encoder', got {method.stage!r}; {type(method).__name__} must say where its "
+            "merge maps apply"
+        )
+    if getattr(method, "hidden_from_layer", None) is not None:
+        raise TypeError(
+            f"hidden_from_layer: expected none in {type(method).__name__}, since it no longer says where tokens "
+            "leave; let `stages` return {layer: keep_ratio} instead, and set ranks_by = 'last'"
         )
     if not isinstance(getattr(method, "name", None), str):
         raise ValueError(
@@ -241,7 +278,7 @@ def checked_selection(method: str, selection: object, candidates: torch.Tensor) 
 
     Raises:
         TypeError: not a `Selection`, or tensors of other dtypes.
-        ValueError: another shape than that of `candidates`, `[B, M]`.
+        ValueError: another shape than that of `candidates`, `[B, M]`, or on a CPU a merge map of other tokens.
     """
     if not isinstance(selection, Selection):
         raise TypeError(f"method {method!r}: expected a Selection, got {type(selection).__name__}; return one")
@@ -252,6 +289,11 @@ def checked_selection(method: str, selection: object, candidates: torch.Tensor) 
             f"{list(mask.shape)}; mark each visual token that stays"
         )
     checked_scores(method, selection.scores, candidates)
+    if selection.merge is not None:
+        name = f"method {method!r}: merge"
+        check_merge(name, selection.merge, tuple(candidates.shape), mask.device)
+        if mask.device.type == "cpu":
+            check_entries(name, selection.merge, mask, candidates, ordered=False)
     return selection
 
 
@@ -273,6 +315,24 @@ def checked_int(value: object, least: int, expected: str, remedy: str) -> int:
     if number < least:
         raise ValueError(f"{expected}, got {number}; {remedy}")
     return number
+
+
+def checked_share(name: str, value: object, remedy: str) -> float:
+    """Return an option that is a share of the budget, in [0, 1)."""
+    expected = f"{name}: expected a float in [0, 1), a share of the budget"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{expected}, got {type(value).__name__}; {remedy}")
+    share = as_written(value)
+    if not 0 <= share < 1:
+        raise ValueError(f"{expected}, got {share}; {remedy}")
+    return share
+
+
+def checked_merging(merging: str) -> str:
+    """Return an option that names what merged tokens become."""
+    if merging not in MERGINGS:
+        raise ValueError(f"merging: expected 'paper' or 'release', got {merging!r}; the paper's are averages")
+    return merging
 
 
 def attention_of_last_token(view: PrefillView) -> torch.Tensor:
@@ -364,4 +424,29 @@ def of_rows(selection: Selection, view: PrefillView) -> Selection:
     target = torch.where(mask, view.segments.index, shape.numel())
     scores = selection.scores.new_full((shape.numel() + 1,), -torch.inf)
     scores = scores.scatter_(0, target.reshape(-1), selection.scores.reshape(-1))[:-1].view(shape)
-    return merged_segments(selection.mask, scores, view.segments)
+    found = merged_segments(selection.mask, scores, view.segments)
+    return found if selection.merge is None else found.merging(_merge_of_rows(selection.merge, view.segments, shape))
+
+
+def _merge_of_rows(merge: Merge, segments: Segments, shape: torch.Size) -> Merge:
+    """Turn a merge map of segments into one of rows `(B, M)`, which has padding for the entries of other rows."""
+    last = segments.index.shape[1] - 1
+    target, source = (segments.index.gather(1, places.clamp(0, last)).flatten() for places in merge[:2])
+    row = torch.arange(shape[0], device=target.device).unsqueeze(1)
+    is_own = (merge.target.flatten() >= 0) & (target // shape[1] == row)
+    weight = merge.weight.flatten().expand(shape[0], -1).contiguous()
+    return Merge(torch.where(is_own, target % shape[1], -1), torch.where(is_own, source % shape[1], 0), weight)
+
+
+def selected(kept: torch.Tensor, scores: torch.Tensor, width: int) -> Selection:
+    """Return the selection of the kept tokens.
+
+    Args:
+        kept: bool `[B, M]`.
+        scores: float32 `[B, M]`.
+        width: of the indices, at least as many as any row keeps.
+    """
+    slot = torch.where(kept, kept.cumsum(dim=1) - 1, width)
+    places = torch.arange(kept.shape[1], device=kept.device).expand_as(slot)
+    indices = slot.new_full((len(kept), width + 1), -1).scatter_(1, slot, places)[:, :width].contiguous()
+    return Selection(kept, indices, scores)

@@ -146,6 +146,36 @@ class PrefillView(ABC):
         """Return the attention inside the vision encoder; only for a method that declares `uses_encoder_attention`."""
 
     @abstractmethod
+    def cls_attention(self) -> torch.Tensor:
+        """Return the attention that the vision encoder's CLS token pays to each visual token, float32 `[B, M]`.
+
+        It is the mean over heads of its row of the softmax in layer `cls_layer`, and over the patches that one visual
+        token stands for. An encoder without a CLS token (SigLIP, the encoders of Qwen-VL) gives the attention that a
+        token receives from all query rows of its image, tile or window, 1 on average: the mean over the rows, times
+        their number, so that images of different sizes compare. Finite but meaningless at padding. Only for a method
+        that declares `uses_cls_attention`.
+        """
+
+    @abstractmethod
+    def encoder_features(self) -> torch.Tensor:
+        """Return what enters the projector for each visual token, `[B, M, C]`, in the encoder's dtype.
+
+        Where the projector merges several patches into one visual token, their rows stand side by side: the merger of
+        Qwen2.5-VL gets four of 1280 channels, so `C` is 5120. A family that interpolates embeddings, as LLaVA-OneVision
+        does with videos, has its rows interpolated in the same way. Finite but meaningless at padding. Only for a
+        method that declares `uses_encoder_features`.
+        """
+
+    def encoder_keys(self) -> torch.Tensor:
+        """Return the keys of each visual token in layer `cls_layer` of the vision encoder, float32 `[B, M, H, D]`.
+
+        They are those before any rotation by position, which says where a patch stands and not what it shows. Where
+        several patches become one visual token, it is their mean. Finite but meaningless at padding. Only for a method
+        that declares `uses_encoder_keys`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not know the keys of the vision encoder")
+
+    @abstractmethod
     def text_keys(self) -> torch.Tensor:
         """Return the keys of the text tokens `[B, Hkv, N, D]`; finite but meaningless at padding."""
 

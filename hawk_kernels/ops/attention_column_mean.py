@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.backends.choose import choose_backend, load_backend, without_autocast
+from hawk_kernels.backends.choose import PreparedCalls, choose_backend, load_backend, plain_signature, without_autocast
 from hawk_kernels.backends.visibility import segment_limits
 from hawk_kernels.ops.library import define
 from hawk_kernels.validation import (
@@ -17,6 +17,7 @@ from hawk_kernels.validation import (
     shape_of,
 )
 
+_prepared = PreparedCalls()
 REDUCTIONS = ("mean", "sum", "max")
 
 
@@ -66,14 +67,50 @@ def attention_column_mean(
         ValueError: a shape, device, range or name does not fit.
         ImportError: `backend="triton"` without Triton.
     """
+    signature = plain_signature(q, k, cu_seqlens, q_rows, head_weights)
+    key = _prepared.key(signature, q, causal, reduce_heads, reduction, scale, backend)
+    call = _prepared.get(key)
+    if call is None:
+        scale = _checked(q, k, cu_seqlens, causal, q_rows, head_weights, reduce_heads, reduction, scale)
+        backend = choose_backend(backend, q.device, q.shape[-1])
+        batched = q.dim() == 4
+        weights = None if head_weights is None else head_weights.detach()
+        heads_q, heads_k, rows = q.detach(), k.detach(), q_rows
+        if not batched:
+            heads_q, heads_k = heads_q.unsqueeze(0), heads_k.unsqueeze(0)
+            rows = None if rows is None else rows.unsqueeze(0)
+        arguments = (heads_q, heads_k, cu_seqlens, causal, rows, weights, reduce_heads, reduction, scale)
+        if key is None or backend != "triton":
+            columns: torch.Tensor = _attention_column_mean(*arguments, backend)
+            return columns if batched else columns[0]
+        call = load_backend("triton", "attention_column_mean").PreparedCall(*arguments, batched)
+        _prepared.add(key, call)
+    if cu_seqlens is not None and cu_seqlens.is_cpu:
+        segment_limits(cu_seqlens, k.shape[-2])
+    with without_autocast(q):
+        prepared: torch.Tensor = call(q, k, cu_seqlens, q_rows, head_weights)
+    return prepared
+
+
+def _checked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    causal: bool,
+    q_rows: torch.Tensor | None,
+    head_weights: torch.Tensor | None,
+    reduce_heads: bool,
+    reduction: str,
+    scale: float | None,
+) -> float:
+    """Check the arguments and return the scale."""
     check_queries_and_keys(q, k)
-    batched = q.dim() == 4
     if cu_seqlens is not None:
         _check_segments(cu_seqlens, q, k)
     _check_flag("causal", causal)
     _check_flag("reduce_heads", reduce_heads)
     if q_rows is not None:
-        rows_shape = (q.shape[0], q.shape[2]) if batched else (q.shape[1],)
+        rows_shape = (q.shape[0], q.shape[2]) if q.dim() == 4 else (q.shape[1],)
         check_mask("q_rows", q_rows, rows_shape, "one entry a query", q.device)
     if head_weights is not None:
         check_head_vector("head_weights", head_weights, q)
@@ -82,19 +119,9 @@ def attention_column_mean(
                 "head_weights: expected None with reduce_heads=False, where heads are not summed, got a tensor; leave "
                 "one of the two out"
             )
-        head_weights = head_weights.detach()
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'max', got {reduction!r}")
-    scale = checked_scale(scale, q.shape[-1])
-    backend = choose_backend(backend, q.device, q.shape[-1])
-
-    q, k = q.detach(), k.detach()
-    if not batched:
-        q, k, q_rows = q.unsqueeze(0), k.unsqueeze(0), None if q_rows is None else q_rows.unsqueeze(0)
-    columns: torch.Tensor = _attention_column_mean(
-        q, k, cu_seqlens, causal, q_rows, head_weights, reduce_heads, reduction, scale, backend
-    )
-    return columns if batched else columns[0]
+    return checked_scale(scale, q.shape[-1])
 
 
 def _check_flag(name: str, flag: object) -> None:

@@ -1,16 +1,20 @@
-"""Build the pruned prompt: move the tokens that stay together, ready for the language model."""
+"""Build the pruned prompt: move the tokens that stay together, ready for the language model, and merge others in."""
 
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from hawk_kernels.backends.choose import choose_backend, load_backend
+from hawk_kernels.backends.choose import PreparedCalls, choose_backend, load_backend, plain_signature
+from hawk_kernels.merge_checks import check_entries, check_merge
 from hawk_kernels.ops.library import LIBRARY, define
+from hawk_kernels.selection import Merge
 from hawk_kernels.validation import check_mask, check_tensor, shape_of
 
+_prepared = PreparedCalls()
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -37,11 +41,12 @@ def compact(
     *,
     position_ids: torch.Tensor | None = None,
     length: int | None = None,
+    merge: Merge | None = None,
     backend: str | None = None,
 ) -> Compacted:
     """Build the embeddings, positions and mask of the pruned prompt in one launch.
 
-    Gradients flow back to `inputs_embeds`, zero to dropped tokens.
+    Gradients flow back to `inputs_embeds`, zero to dropped tokens that nothing is merged from, and to `merge.weight`.
 
     Args:
         inputs_embeds: `[B, T, C]` or `[T, C]`, float32, float16, bfloat16 or float64, any strides.
@@ -53,6 +58,12 @@ def compact(
             that number from the device, which is the one host sync and cannot be captured in a CUDA graph. Too small
             a number is an error on a CPU; on a GPU, where checking it would be a sync, a row keeps its last `length`
             tokens.
+        merge: makes kept tokens sums of tokens, `packed[target] = sum of weight * inputs_embeds[source]` over the
+            entries of a target, accumulated in float32 (float64 for float64 embeddings) in an order that depends on
+            nothing but the map. Its targets ascend in each row, padding comes last; `Merge.ordered` makes that so.
+            Kept tokens without an entry are copied. What does not fit is an error on a CPU; on a GPU, where checking
+            it would be a sync, entries with places outside the row or with a dropped target count nothing, and
+            targets out of order give wrong sums.
         backend: `None` chooses; `"triton"` or `"torch"` is used or refused, never replaced.
 
     Returns:
@@ -63,35 +74,60 @@ def compact(
         ValueError: a shape, device, range or name does not fit.
         ImportError: `backend="triton"` without Triton.
     """
-    _check_embeds(inputs_embeds)
-    check_tensor("keep_mask", keep_mask)
-    device, batched = inputs_embeds.device, inputs_embeds.dim() == 3
-    check_mask("keep_mask", keep_mask, tuple(inputs_embeds.shape[:-1]), "one entry a token", device)
-    if position_ids is not None:
-        _check_positions(position_ids, inputs_embeds)
-    backend = choose_backend(backend, device)
-    if not batched:
+    # A gradient needs the dispatcher, and a length that must be read takes longer than all that is kept here.
+    needs_grad = torch.is_grad_enabled() and getattr(inputs_embeds, "requires_grad", False)
+    is_plain = type(length) is int and not needs_grad and merge is None
+    signature = plain_signature(inputs_embeds, keep_mask, position_ids) if is_plain else None
+    key = _prepared.key(signature, inputs_embeds, length, backend)
+    call = _prepared.get(key)
+    if call is None or length is None:
+        _check_embeds(inputs_embeds)
+        check_tensor("keep_mask", keep_mask)
+        device, batched = inputs_embeds.device, inputs_embeds.dim() == 3
+        check_mask("keep_mask", keep_mask, tuple(inputs_embeds.shape[:-1]), "one entry a token", device)
+        if position_ids is not None:
+            _check_positions(position_ids, inputs_embeds)
+        if merge is not None:
+            check_merge("merge", merge, tuple(inputs_embeds.shape[:-1]), device)
+        backend = choose_backend(backend, device)
+        rows, rows_mask, axes = _batched(inputs_embeds, keep_mask, position_ids)
+        if length is None:
+            length = _fullest_row(keep_mask)
+        else:
+            _check_length(length)
+        has_axes = position_ids is not None and position_ids.dim() == inputs_embeds.dim()
+        if key is None or backend != "triton":
+            if merge is not None and not batched:
+                merge = Merge(*(part.unsqueeze(0) for part in merge))
+            entries = () if merge is None else merge
+            embeds, positions, attention_mask, source = _compact(rows, rows_mask, axes, length, backend, *entries)
+            positions = positions if has_axes else positions[0]
+            if batched:
+                return Compacted(embeds, positions, attention_mask, source)
+            return Compacted(embeds[0], positions.squeeze(-2), attention_mask[0], source[0])
+        prepared: Callable[..., Any] = load_backend("triton", "compact").PreparedCall
+        call = prepared(rows, rows_mask, axes, length, batched, has_axes)
+        _prepared.add(key, call)
+    if keep_mask.is_cpu:
+        _check_fits(keep_mask, length)
+    return Compacted(*call(inputs_embeds, keep_mask, position_ids))
+
+
+def _batched(
+    inputs_embeds: torch.Tensor, keep_mask: torch.Tensor, position_ids: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return embeddings `[B, T, C]`, a mask `[B, T]` and positions `[A, B, T]` as views of valid arguments."""
+    if inputs_embeds.dim() == 2:
         inputs_embeds, keep_mask = inputs_embeds.unsqueeze(0), keep_mask.unsqueeze(0)
         position_ids = None if position_ids is None else position_ids.unsqueeze(-2)
-    if length is None:
-        length = _fullest_row(keep_mask)
-    else:
-        _check_length(length)
-
-    axes = None
     if position_ids is not None:
         axes = position_ids if position_ids.dim() == 3 else position_ids.unsqueeze(0)
-        axes = axes.expand(-1, *keep_mask.shape)
-    embeds, positions, attention_mask, source = _compact(inputs_embeds, keep_mask, axes, length, backend)
-    if position_ids is None or position_ids.dim() == 2:
-        positions = positions[0]
-    if batched:
-        return Compacted(embeds, positions, attention_mask, source)
-    return Compacted(embeds[0], positions.squeeze(-2), attention_mask[0], source[0])
+        position_ids = axes.expand(-1, *keep_mask.shape)
+    return inputs_embeds, keep_mask, position_ids
 
 
 def _fullest_row(keep_mask: torch.Tensor) -> int:
-    return int(keep_mask.sum(dim=1).max()) if keep_mask.shape[0] else 0
+    return int(keep_mask.sum(dim=-1).max()) if keep_mask.numel() else 0
 
 
 def _check_embeds(inputs_embeds: torch.Tensor) -> None:
@@ -153,16 +189,37 @@ Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _run_compact(
-    inputs_embeds: torch.Tensor, keep_mask: torch.Tensor, position_ids: torch.Tensor | None, length: int, backend: str
+    inputs_embeds: torch.Tensor,
+    keep_mask: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    length: int,
+    backend: str,
+    target: torch.Tensor | None = None,
+    source: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
 ) -> Packed:
+    merge = _as_merge(target, source, weight)
     if keep_mask.device.type == "cpu":
         _check_fits(keep_mask, length)
-    packed: Packed = load_backend(backend, "compact").compact(inputs_embeds, keep_mask, position_ids, length)
+        if merge is not None:
+            check_entries("merge", merge, keep_mask)
+    packed: Packed = load_backend(backend, "compact").compact(inputs_embeds, keep_mask, position_ids, length, merge)
     return packed
 
 
+def _as_merge(target: torch.Tensor | None, source: torch.Tensor | None, weight: torch.Tensor | None) -> Merge | None:
+    return None if target is None or source is None or weight is None else Merge(target, source, weight)
+
+
 def _fake_compact(
-    inputs_embeds: torch.Tensor, keep_mask: torch.Tensor, position_ids: torch.Tensor | None, length: int, backend: str
+    inputs_embeds: torch.Tensor,
+    keep_mask: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    length: int,
+    backend: str,
+    target: torch.Tensor | None = None,
+    source: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
 ) -> Packed:
     batch, _, hidden_size = inputs_embeds.shape
     positions = keep_mask.new_empty((1, batch, length), dtype=torch.int64)
@@ -176,19 +233,26 @@ def _fake_compact(
     )
 
 
-def _save_keep_mask(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
-    ctx.save_for_backward(inputs[1])
+def _save_masks(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
+    inputs_embeds, keep_mask, _, _, _, target, source, weight = inputs
+    # only the gradient of the weights needs the embeddings
+    embeds = inputs_embeds if weight is not None and weight.requires_grad else None
+    ctx.save_for_backward(keep_mask, target, source, weight, embeds)
 
 
 def _restore_gradient(ctx: Any, gradient: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    restore = load_backend("torch", "compact").restore
-    return restore(gradient, *ctx.saved_tensors), None, None, None, None
+    keep_mask, *entries, inputs_embeds = ctx.saved_tensors
+    eager, merge = load_backend("torch", "compact"), _as_merge(*entries)
+    if merge is None:
+        return eager.restore(gradient, keep_mask), *[None] * 7
+    of_weight = None if inputs_embeds is None else eager.weight_gradient(gradient, inputs_embeds, keep_mask, merge)
+    return eager.restore_merged(gradient, keep_mask, merge), *[None] * 6, of_weight
 
 
 _compact = define(
-    "compact(Tensor inputs_embeds, Tensor keep_mask, Tensor? position_ids, SymInt length, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "compact(Tensor inputs_embeds, Tensor keep_mask, Tensor? position_ids, SymInt length, str backend, "
+    "Tensor? target=None, Tensor? source=None, Tensor? weight=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _run_compact,
     _fake_compact,
 )
-torch.library.register_autograd("hawk_kernels::compact", _restore_gradient, setup_context=_save_keep_mask, lib=LIBRARY)
+torch.library.register_autograd("hawk_kernels::compact", _restore_gradient, setup_context=_save_masks, lib=LIBRARY)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hawk_kernels.backends.choose import (
+    PreparedCalls,
     Signature,
     choose_backend,
     load_backend,
@@ -29,6 +30,8 @@ from hawk_kernels.validation import (
 )
 
 _passed = Passed()
+_prepared = PreparedCalls()
+_prepared_scores = PreparedCalls()
 
 
 def score_and_select(
@@ -74,11 +77,19 @@ def score_and_select(
         ImportError: `backend="triton"` without Triton.
     """
     signature = plain_signature(q, k, w, q_mask, k_mask)
-    batched, tensors, scale, backend = _checked(q, k, w, q_mask, k_mask, normalize, scale, backend, signature)
-    ratio, budget = checked_keep(r, k.shape[-2], k_mask is not None)
-    check_rounding(rounding)
-    run: Callable[..., Any] = _score_and_select if signature is None else _run_score_and_select
-    return as_selection(run(*tensors, ratio, budget, normalize, scale, rounding, backend), batched)
+    key = _prepared.key(signature, q, r, normalize, scale, rounding, backend)
+    call = _prepared.get(key)
+    if call is None:
+        batched, tensors, scale, backend = _checked(q, k, w, q_mask, k_mask, normalize, scale, backend, signature)
+        ratio, budget = checked_keep(r, k.shape[-2], k_mask is not None)
+        check_rounding(rounding)
+        if key is None or backend != "triton":
+            run: Callable[..., Any] = _score_and_select if signature is None else _run_score_and_select
+            return as_selection(run(*tensors, ratio, budget, normalize, scale, rounding, backend), batched)
+        call = _prepare(tensors, budget or ratio, normalize, scale, rounding, batched)
+        _prepared.add(key, call)
+    selection: Selection = call(q, k, w, q_mask, k_mask)
+    return selection
 
 
 def score_tokens(
@@ -100,10 +111,33 @@ def score_tokens(
         float32 `[B, M]` (`[M]` unbatched), `-inf` at non-candidates, without grad.
     """
     signature = plain_signature(q, k, w, q_mask, k_mask)
-    batched, tensors, scale, backend = _checked(q, k, w, q_mask, k_mask, normalize, scale, backend, signature)
-    run: Callable[..., Any] = _score_tokens if signature is None else _run_score_tokens
-    scores: torch.Tensor = run(*tensors, normalize, scale, backend)
-    return scores if batched else scores[0]
+    key = _prepared_scores.key(signature, q, normalize, scale, backend)
+    call = _prepared_scores.get(key)
+    if call is None:
+        batched, tensors, scale, backend = _checked(q, k, w, q_mask, k_mask, normalize, scale, backend, signature)
+        if key is None or backend != "triton":
+            run: Callable[..., Any] = _score_tokens if signature is None else _run_score_tokens
+            scores: torch.Tensor = run(*tensors, normalize, scale, backend)
+            return scores if batched else scores[0]
+        call = _prepare(tensors, None, normalize, scale, "floor", batched)
+        _prepared_scores.add(key, call)
+    selection: Selection = call(q, k, w, q_mask, k_mask)
+    return selection.scores
+
+
+def _prepare(
+    tensors: tuple[Any, ...],
+    r: float | int | None,
+    normalize: str | None,
+    scale: float,
+    rounding: str,
+    batched: bool,
+) -> Callable[..., Any]:
+    """Prepare calls of the signature of these tensors for Triton; they are checked and batched."""
+    q, k, w, q_mask, k_mask = tensors
+    prepared: Callable[..., Any] = load_backend("triton", "score_and_select").PreparedCall
+    call: Callable[..., Any] = prepared(q, k, w, r, q_mask, k_mask, normalize, scale, rounding, batched)
+    return call
 
 
 def _checked(

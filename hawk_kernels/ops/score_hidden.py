@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hawk_kernels.backends.choose import (
+    PreparedCalls,
     Signature,
     choose_backend,
     load_backend,
@@ -33,6 +34,8 @@ from hawk_kernels.validation import (
 )
 
 _passed = Passed()
+_prepared = PreparedCalls()
+_prepared_scores = PreparedCalls()
 
 
 def score_hidden_and_select(
@@ -74,12 +77,20 @@ def score_hidden_and_select(
         ImportError: `backend="triton"` without Triton.
     """
     signature = _signature(x, layer, w, q_mask, k_mask)
-    batched, tensors, scale, backend = _checked(x, layer, w, q_mask, k_mask, normalize, scale, backend, signature)
-    ratio, budget = checked_keep(r, x.shape[-2], True)
-    check_rounding(rounding)
-    run: Callable[..., Any] = _score_hidden_and_select if signature is None else _run_score_hidden_and_select
-    fields = run(*tensors, ratio, budget, normalize, scale, rounding, backend)
-    return as_selection(fields, batched)
+    key = _prepared.key(signature, x, r, normalize, scale, rounding, backend)
+    call = _prepared.get(key)
+    if call is None:
+        batched, tensors, scale, backend = _checked(x, layer, w, q_mask, k_mask, normalize, scale, backend, signature)
+        ratio, budget = checked_keep(r, x.shape[-2], True)
+        check_rounding(rounding)
+        if key is None or backend != "triton":
+            run: Callable[..., Any] = _score_hidden_and_select if signature is None else _run_score_hidden_and_select
+            fields = run(*tensors, ratio, budget, normalize, scale, rounding, backend)
+            return as_selection(fields, batched)
+        call = _prepare(tensors, budget or ratio, normalize, scale, rounding, batched)
+        _prepared.add(key, call)
+    selection: Selection = call(x, layer, w, q_mask, k_mask)
+    return selection
 
 
 def score_hidden(
@@ -101,10 +112,34 @@ def score_hidden(
         float32 `[B, T]` (`[T]` unbatched), `-inf` at non-candidates, without grad.
     """
     signature = _signature(x, layer, w, q_mask, k_mask)
-    batched, tensors, scale, backend = _checked(x, layer, w, q_mask, k_mask, normalize, scale, backend, signature)
-    run: Callable[..., Any] = _score_hidden if signature is None else _run_score_hidden
-    scores: torch.Tensor = run(*tensors, normalize, scale, backend)
-    return scores if batched else scores[0]
+    key = _prepared_scores.key(signature, x, normalize, scale, backend)
+    call = _prepared_scores.get(key)
+    if call is None:
+        batched, tensors, scale, backend = _checked(x, layer, w, q_mask, k_mask, normalize, scale, backend, signature)
+        if key is None or backend != "triton":
+            run: Callable[..., Any] = _score_hidden if signature is None else _run_score_hidden
+            scores: torch.Tensor = run(*tensors, normalize, scale, backend)
+            return scores if batched else scores[0]
+        call = _prepare(tensors, None, normalize, scale, "floor", batched)
+        _prepared_scores.add(key, call)
+    selection: Selection = call(x, layer, w, q_mask, k_mask)
+    return selection.scores
+
+
+def _prepare(
+    tensors: tuple[Any, ...],
+    r: float | int | None,
+    normalize: str | None,
+    scale: float,
+    rounding: str,
+    batched: bool,
+) -> Callable[..., Any]:
+    """Prepare calls of the signature of these tensors for Triton; they are checked and batched."""
+    x, *fields, w, q_mask, k_mask = tensors
+    layer = Layer(*fields)
+    prepared: Callable[..., Any] = load_backend("triton", "score_hidden").PreparedCall
+    call: Callable[..., Any] = prepared(x, layer, w, r, q_mask, k_mask, normalize, scale, rounding, batched)
+    return call
 
 
 def _signature(

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from hawk_kernels.backends.choose import choose_backend, load_backend, plain_signature, without_grad
+from hawk_kernels.backends.choose import PreparedCalls, choose_backend, load_backend, plain_signature, without_grad
 from hawk_kernels.ops.library import define, fake_selection
 from hawk_kernels.selection import Fields, Selection, as_selection
 from hawk_kernels.validation import Passed, check_mask, check_rounding, check_tensor, checked_keep, shape_of
 
 _passed = Passed()
+_prepared = PreparedCalls()
 
 
 def select_topk(
@@ -38,18 +39,27 @@ def select_topk(
         TypeError, ValueError: as `score_and_select`.
     """
     signature = plain_signature(scores, mask)
-    if signature is None or signature not in _passed:
-        _check_tensors(scores, mask)
-        if signature is not None:
-            _passed.add(signature)
-    ratio, budget = checked_keep(r, scores.shape[-1], mask is not None)
-    check_rounding(rounding)
-    batched = scores.dim() == 2
-    if not batched:
-        scores, mask = scores.unsqueeze(0), None if mask is None else mask.unsqueeze(0)
-    backend = choose_backend(None, scores.device)
-    run: Callable[..., Any] = _select_topk if signature is None else _run_select_topk
-    return as_selection(run(without_grad(scores, signature).float(), mask, ratio, budget, rounding, backend), batched)
+    key = _prepared.key(signature, scores, r, rounding)
+    call = _prepared.get(key)
+    if call is None:
+        if signature is None or signature not in _passed:
+            _check_tensors(scores, mask)
+            if signature is not None:
+                _passed.add(signature)
+        ratio, budget = checked_keep(r, scores.shape[-1], mask is not None)
+        check_rounding(rounding)
+        batched = scores.dim() == 2
+        backend = choose_backend(None, scores.device)
+        rows = without_grad(scores if batched else scores.unsqueeze(0), signature).float()
+        rows_mask = mask if batched or mask is None else mask.unsqueeze(0)
+        if key is None or backend != "triton":
+            run: Callable[..., Any] = _select_topk if signature is None else _run_select_topk
+            return as_selection(run(rows, rows_mask, ratio, budget, rounding, backend), batched)
+        prepared: Callable[..., Any] = load_backend("triton", "select_topk").PreparedCall
+        call = prepared(rows, budget or ratio, rows_mask, rounding, batched)
+        _prepared.add(key, call)
+    selection: Selection = call(without_grad(scores, signature).float(), mask)
+    return selection
 
 
 def _check_tensors(scores: torch.Tensor, mask: torch.Tensor | None) -> None:

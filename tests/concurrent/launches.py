@@ -127,6 +127,7 @@ def make_launches(kernels: Kernels) -> list[Launch]:
         Launch("score_hidden short", _score_hidden(kernels, "softmax", 3)),
         Launch("compact 16 columns", _compact(kernels, with_positions=True)),
         Launch("compact source", _compact(kernels, with_positions=False)),
+        Launch("compact merging", _merge(kernels)),
         Launch("greedy max-min", _max_min(kernels, masked=False)),
         Launch("greedy max-min masked", _max_min(kernels, masked=True)),
         Launch("greedy dpp", _dpp(kernels)),
@@ -205,6 +206,14 @@ def _compact(kernels: Kernels, with_positions: bool) -> Callable[[], Any]:
     embeds, keep = _numbers(2, 50, 40), _flags(2, 50)
     positions = torch.arange(100).view(1, 2, 50) if with_positions else None
     return lambda: kernels.compact.compact(embeds, keep, positions, int(keep.sum(1).max()) + 5)
+
+
+def _merge(kernels: Kernels) -> Callable[[], Any]:
+    embeds, keep = _numbers(2, 50, 40), _flags(2, 50)
+    generator = torch.Generator().manual_seed(2)
+    target, source = torch.randint(0, 50, (2, 2, 60), generator=generator)
+    merge = target.sort(dim=1).values, source, _numbers(2, 60, seed=3)
+    return lambda: kernels.compact.compact(embeds, keep, None, int(keep.sum(1).max()) + 5, merge)
 
 
 def _max_min(kernels: Kernels, masked: bool) -> Callable[[], Any]:

@@ -228,6 +228,9 @@ SLOW = [
         "compact",
     ),
     Mutant(
+        "merge: sums one slot too early", "compact.py", "chosen, slots, 0", "chosen, slots - 1, 0", "compact merging"
+    ),
+    Mutant(
         "column mean: splits overlap", "attention_column_mean.py", "row_splits + split) *", "row_splits) *", "column"
     ),
 ]

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hawk_kernels.backends.kernels.launch import on_device
+from hawk_kernels.backends.kernels.launch import PreparedLaunch, on_device
 from hawk_kernels.backends.kernels.views import stride_unit
 from hawk_kernels.backends.visibility import seeing_rows, segment_bounds
 
@@ -259,6 +259,111 @@ def _finish(
     tl.store(out_ptr + out, total, mask=inside)
 
 
+class PreparedCall:
+    """A call of one signature, which can be made again with other tensors of it."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        causal: bool,
+        q_rows: torch.Tensor | None,
+        head_weights: torch.Tensor | None,
+        reduce_heads: bool,
+        reduction: str,
+        scale: float,
+        batched: bool = True,
+    ) -> None:
+        """Prepare a call by validated `[B, H, N, D]` queries and `[B, Hkv, M, D]` keys.
+
+        The arguments are those of the public function; the result has a batch axis if `batched`.
+        """
+        batch, num_heads, num_queries, head_dim = q.shape
+        num_key_value_heads, num_keys = k.shape[1:3]
+        heads_per_program = num_heads if reduce_heads else 1
+        self._device, self._causal = k.device, causal
+        self._num_queries, self._num_keys = num_queries, num_keys
+        self._shape = (*((batch,) if batched else ()), *(() if reduce_heads else (num_heads,)), num_keys)
+        self._is_empty = batch == 0 or num_queries == 0 or num_keys == 0
+        if self._is_empty:
+            return
+        config = launch_config(batch * num_heads, num_queries, num_keys, head_dim, k.element_size())
+        num_splits, num_row_splits = config["key_splits"], config["row_splits"]
+        self._statistics_shape = (2, batch, num_heads, num_splits, num_queries)
+        self._columns_shape = (batch, num_heads, num_row_splits, num_keys)
+        is_segmented, is_maximum = cu_seqlens is not None, reduction == "max"
+        self._is_counted = reduction == "mean" and (causal or is_segmented or q_rows is not None)
+
+        unit = stride_unit(head_dim, *q.stride()[:2], *k.stride()[:2])
+        strides = [stride // unit if axis < 2 else stride for of in (q, k) for axis, stride in enumerate(of.stride())]
+        shared = (
+            *strides, *((0, 0) if q_rows is None else q_rows.stride()),
+            num_heads, num_heads // num_key_value_heads, num_queries, num_keys,
+        )  # fmt: skip
+        row_numbers = (*shared, config["keys_per_split"], num_splits, scale * _LOG2_E)
+        column_numbers = (*shared, config["rows_per_split"], num_row_splits, num_splits, scale * _LOG2_E)
+        # the counts of a batch may be those of one row
+        counts_stride = num_keys if self._is_counted and q_rows is not None and batch > 1 else 0
+        weights_stride = 0 if head_weights is None else head_weights.stride(0)
+        finish_numbers = (
+            weights_stride, counts_stride, num_heads, heads_per_program, num_row_splits, num_keys, num_queries,
+        )  # fmt: skip
+        constants = {
+            "HEAD_DIM": head_dim, "CAUSAL": causal, "SEGMENTED": is_segmented, "HAS_Q_ROWS": q_rows is not None,
+        }  # fmt: skip
+        more = {"UPCAST": k.device.type == "cpu", "STRIDE_UNIT": unit, **config["blocks"]}
+        options = {"num_warps": config["num_warps"], "enable_fp_fusion": True}
+        # only queries, keys and weights are specialised
+        self._row_launch = PreparedLaunch(
+            (config["row_tiles"] * batch * num_heads, num_splits),
+            lambda *pointers: (*pointers, *row_numbers),
+            {**constants, **more}, options, num_specialized=2,
+        )  # fmt: skip
+        self._column_launch = PreparedLaunch(
+            (config["key_tiles"] * batch * num_heads, num_row_splits),
+            lambda *pointers: (*pointers, *column_numbers),
+            {**constants, "MAXIMUM": is_maximum, **more}, options, num_specialized=2,
+        )  # fmt: skip
+        self._finish_launch = PreparedLaunch(
+            (triton.cdiv(num_keys, _BLOCK_FINISH) * batch, num_heads // heads_per_program),
+            lambda weights, columns, counts, out: (columns, weights, counts, out, *finish_numbers),
+            {
+                "MAXIMUM": is_maximum, "MEAN": reduction == "mean", "HAS_COUNTS": self._is_counted,
+                "HAS_WEIGHTS": head_weights is not None, "BLOCK": _BLOCK_FINISH,
+            },
+            {"num_warps": 4, "enable_fp_fusion": True}, num_specialized=1,
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        q_rows: torch.Tensor | None,
+        head_weights: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the statistic of each key, `[B, M]` or `[B, H, M]`."""
+        device = self._device
+        if self._is_empty:
+            return torch.zeros(self._shape, dtype=torch.float32, device=device)
+        out = torch.empty(self._shape, dtype=torch.float32, device=device)
+        peaks, sums = torch.empty(self._statistics_shape, dtype=torch.float32, device=device)
+        columns = torch.empty(self._columns_shape, dtype=torch.float32, device=device)
+        bounds = None if cu_seqlens is None else segment_bounds(cu_seqlens, self._num_keys)
+        starts, ends = (q, q) if bounds is None else bounds
+        counts = columns
+        if self._is_counted:
+            rows = q_rows if q_rows is None or q_rows.dim() == 2 else q_rows.unsqueeze(0)
+            counts = seeing_rows(self._num_queries, self._num_keys, bounds, self._causal, rows, device)
+        inputs = (q, k, q if q_rows is None else q_rows, starts, ends, peaks, sums)
+        with on_device(device):
+            self._row_launch(_row_pass, *inputs)
+            self._column_launch(_column_pass, *inputs, columns)
+            self._finish_launch(_finish, columns if head_weights is None else head_weights, columns, counts, out)
+        return out
+
+
 def attention_column_mean(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -271,60 +376,8 @@ def attention_column_mean(
     scale: float,
 ) -> torch.Tensor:
     """Compute `[B, M]` or `[B, H, M]` float32 of validated arguments in three launches, without a host sync."""
-    batch, num_heads, num_queries, head_dim = q.shape
-    num_key_value_heads, num_keys = k.shape[1:3]
-    shape = (batch, num_keys) if reduce_heads else (batch, num_heads, num_keys)
-    if num_queries == 0:
-        return torch.zeros(shape, dtype=torch.float32, device=k.device)
-    out = torch.empty(shape, dtype=torch.float32, device=k.device)
-    if batch == 0 or num_keys == 0:
-        return out
-    config = launch_config(batch * num_heads, num_queries, num_keys, head_dim, k.element_size())
-    bounds = None if cu_seqlens is None else segment_bounds(cu_seqlens, num_keys)
-    starts, ends = (q, q) if bounds is None else bounds
-    num_splits, num_row_splits = config["key_splits"], config["row_splits"]
-    statistics = torch.empty((2, batch, num_heads, num_splits, num_queries), dtype=torch.float32, device=k.device)
-    columns = torch.empty((batch, num_heads, num_row_splits, num_keys), dtype=torch.float32, device=k.device)
-    is_counted = reduction == "mean" and (causal or cu_seqlens is not None or q_rows is not None)
-    counts = seeing_rows(num_queries, num_keys, bounds, causal, q_rows, k.device) if is_counted else columns
-    heads_per_program = num_heads if reduce_heads else 1
-    row_flags, row_strides = (q, (0, 0)) if q_rows is None else (q_rows, q_rows.stride())
-    unit = stride_unit(head_dim, *q.stride()[:2], *k.stride()[:2])
-    strides = [stride // unit if axis < 2 else stride for of in (q, k) for axis, stride in enumerate(of.stride())]
-    shared = {
-        "HEAD_DIM": head_dim,
-        "CAUSAL": causal,
-        "SEGMENTED": bounds is not None,
-        "HAS_Q_ROWS": q_rows is not None,
-        "UPCAST": k.device.type == "cpu",
-        "STRIDE_UNIT": unit,
-        "num_warps": config["num_warps"],
-        "enable_fp_fusion": True,
-        **config["blocks"],
-    }
-    with on_device(k.device):
-        _row_pass[(config["row_tiles"] * batch * num_heads, num_splits)](
-            q, k, row_flags, starts, ends, statistics[0], statistics[1],
-            *strides, *row_strides,
-            num_heads, num_heads // num_key_value_heads, num_queries, num_keys,
-            config["keys_per_split"], num_splits, scale * _LOG2_E,
-            **shared,
-        )  # fmt: skip
-        _column_pass[(config["key_tiles"] * batch * num_heads, num_row_splits)](
-            q, k, row_flags, starts, ends, statistics[0], statistics[1], columns,
-            *strides, *row_strides,
-            num_heads, num_heads // num_key_value_heads, num_queries, num_keys,
-            config["rows_per_split"], num_row_splits, num_splits, scale * _LOG2_E,
-            MAXIMUM=reduction == "max", **shared,
-        )  # fmt: skip
-        _finish[(triton.cdiv(num_keys, _BLOCK_FINISH) * batch, num_heads // heads_per_program)](
-            columns, columns if head_weights is None else head_weights, counts, out,
-            0 if head_weights is None else head_weights.stride(0), counts.stride(0) if counts.shape[0] > 1 else 0,
-            num_heads, heads_per_program, num_row_splits, num_keys, num_queries,
-            MAXIMUM=reduction == "max", MEAN=reduction == "mean", HAS_COUNTS=is_counted,
-            HAS_WEIGHTS=head_weights is not None, BLOCK=_BLOCK_FINISH, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-    return out
+    call = PreparedCall(q, k, cu_seqlens, causal, q_rows, head_weights, reduce_heads, reduction, scale)
+    return call(q, k, cu_seqlens, q_rows, head_weights)
 
 
 def launch_config(num_pairs: int, num_queries: int, num_keys: int, head_dim: int, itemsize: int) -> dict[str, Any]:

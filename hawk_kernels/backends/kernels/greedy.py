@@ -14,7 +14,7 @@ import triton.language as tl
 
 from hawk_kernels.backends.eager import greedy as eager_greedy
 from hawk_kernels.backends.eager.greedy import SPANNED, SPANNED_GAIN, Cosines
-from hawk_kernels.backends.kernels.launch import on_device
+from hawk_kernels.backends.kernels.launch import launch, on_device
 from hawk_kernels.selection import Selection
 
 # Columns that a program holds: the least that a row fits in. A block for each power of two would be a kernel for each.
@@ -129,9 +129,13 @@ def max_min_picks(
     config = launch_config(num_tokens)
     if batch and width:
         with on_device(nearest.device):
-            _max_min_kernel[(batch,)](
-                cosines.matrix, nearest, worst, order if budget is None else budget, at_pick, order,
-                num_tokens, width, HAS_BUDGET=budget is not None, **config["block"], num_warps=config["num_warps"],
+            launch(
+                _max_min_kernel, (batch,),
+                (
+                    cosines.matrix, nearest, worst, order if budget is None else budget, at_pick, order,
+                    num_tokens, width,
+                ),
+                {"HAS_BUDGET": budget is not None, **config["block"]}, {"num_warps": config["num_warps"]},
             )  # fmt: skip
     return eager_greedy.as_distances(nearest, at_pick, order), order
 
@@ -147,9 +151,13 @@ def dpp_picks(
     config = launch_config(num_tokens)
     if batch:
         with on_device(weight.device):
-            _dpp_kernel[(batch,)](
-                cosines.matrix, length, weight, order if budget is None else budget, factor, at_pick, order, gain,
-                num_tokens, width, HAS_BUDGET=budget is not None, **config["block"], **config["rows"],
-                num_warps=config["num_warps"],
+            launch(
+                _dpp_kernel, (batch,),
+                (
+                    cosines.matrix, length, weight, order if budget is None else budget, factor, at_pick, order, gain,
+                    num_tokens, width,
+                ),
+                {"HAS_BUDGET": budget is not None, **config["rows"], **config["block"]},
+                {"num_warps": config["num_warps"]},
             )  # fmt: skip
     return gain.scatter_(1, order, at_pick), order

@@ -1,4 +1,7 @@
-"""What a launch needs besides its kernel: the current device, counters that are zero, and memory to work in.
+"""Launch kernels: on the current device and stream, with counters that are zero and memory to work in.
+
+Every launch of this package passes through `launch`, directly or as a `PreparedLaunch`, which keeps what follows from
+the signature of a call.
 
 *Streams and threads.* Launches of one stream follow each other on the device, so they share counters and workspace,
 even when several threads make them; two streams never share. What is kept belongs to its stream, and the allocator
@@ -27,10 +30,11 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from hawk_kernels.backends.kernels.compiled import Compiled, any_misaligned, can_launch_directly, variants_of
 from hawk_kernels.backends.kernels.phases import LINE
 
 _Made = TypeVar("_Made")
@@ -68,6 +72,89 @@ _eager_workspaces: dict[_Key, _Workspace] = {}
 _last_external_launches: dict[_Key, torch.cuda.Event] = {}
 _captured_slabs: dict[int, tuple[torch.Tensor, int]] = {}
 _HERE = nullcontext()
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]
+) -> Compiled | None:
+    """Launch a kernel on the current device and stream; every launch of this package passes here.
+
+    Args:
+        kernel: the jitted function.
+        grid: number of programs in one or two dimensions.
+        arguments: all that are no constants, in the kernel's order.
+        constants: the kernel's constants by name, in its order.
+        options: what Triton's compiler is told.
+
+    Returns:
+        The compiled kernel, which may be launched again where the arguments are of the same kinds; None if it may not.
+    """
+    if not can_launch_directly(kernel):
+        kernel[grid](*arguments, **constants, **options)
+        return None
+    variants = variants_of(kernel)
+    key = variants.key(arguments, constants, options)
+    compiled = variants.get(key)
+    if compiled is not None and compiled.is_current(kernel):
+        compiled.launch(grid, (*arguments, *constants.values()))
+        return compiled
+    # Triton finds its own compiled kernel or makes it, launches it and returns it.
+    owner = kernel[grid](*arguments, **constants, **options)
+    is_in_order = [*constants] == kernel.arg_names[len(arguments) :]
+    is_loaded = getattr(owner, "module", None) is not None
+    return variants.add(key, owner) if is_in_order and is_loaded else None
+
+
+class PreparedLaunch:
+    """A launch of which all is known but the places of its tensors, so that it can be made again with others.
+
+    Tensors of another launch must have the same dtypes, and whatever follows from their shapes and strides must be
+    the same, because it is among the arguments.
+    """
+
+    __slots__ = ("_aligned", "_arrange", "_constants", "_grid", "_num_specialized", "_options", "_values")
+
+    def __init__(
+        self,
+        grid: tuple[int, ...],
+        arrange: Callable[..., tuple[Any, ...]],
+        constants: dict[str, Any],
+        options: dict[str, Any],
+        num_specialized: int,
+    ) -> None:
+        """Prepare a launch.
+
+        Args:
+            grid, constants, options: as in `launch`.
+            arrange: returns the kernel's arguments, given the tensors or their pointers.
+            num_specialized: how many of the tensors Triton specialises by their alignment; they come first.
+        """
+        self._grid = grid
+        self._arrange = arrange
+        self._constants = constants
+        self._values = tuple(constants.values())
+        self._options = options
+        self._num_specialized = num_specialized
+        self._aligned: Compiled | None = None
+
+    def __call__(self, kernel: Any, *tensors: torch.Tensor) -> None:
+        """Launch the kernel, directly if it has been launched with tensors that are as aligned as these."""
+        compiled = self._aligned
+        if compiled is None or not compiled.is_current(kernel):
+            self._launch(kernel, tensors)
+            return
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        if any_misaligned(pointers[: self._num_specialized]):
+            self._launch(kernel, tensors)
+        else:
+            compiled.launch(self._grid, (*self._arrange(*pointers), *self._values))
+
+    def _launch(self, kernel: Any, tensors: tuple[torch.Tensor, ...]) -> None:
+        compiled = launch(kernel, self._grid, self._arrange(*tensors), self._constants, self._options)
+        if compiled is not None and not any_misaligned(
+            [tensor.data_ptr() for tensor in tensors[: self._num_specialized]]
+        ):
+            self._aligned = compiled
 
 
 def compiler_options(num_warps: int, max_registers: int) -> dict[str, object]:

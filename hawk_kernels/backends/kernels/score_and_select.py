@@ -20,6 +20,7 @@ from hawk_kernels.backends.kernels.exact_dot import exact_dot
 from hawk_kernels.backends.kernels.finish import Logits, Memory, Outputs, histograms_of_row, sum_and_select
 from hawk_kernels.backends.kernels.head_norms import MODES, NO_NORM, merge, neutral_pair, pair_of_tile
 from hawk_kernels.backends.kernels.launch import (
+    PreparedLaunch,
     check_limits,
     compiler_options,
     launch_counters,
@@ -342,6 +343,100 @@ def make_plan(
     )
 
 
+class PreparedCall:
+    """A call of one signature, which can be made again with other tensors of it."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        w: torch.Tensor,
+        r: float | int | None,
+        q_mask: torch.Tensor | None,
+        k_mask: torch.Tensor | None,
+        normalize: str | None,
+        scale: float,
+        rounding: str,
+        batched: bool = True,
+        config: ScoreConfig | None = None,
+    ) -> None:
+        """Prepare a call by validated `[B, H, N, D]` queries and `[B, Hkv, M, D]` keys, by default the table's.
+
+        Args:
+            q, k, w, q_mask, k_mask, normalize, scale, rounding: as in the public function.
+            r: None scores and does not select.
+            batched: False leaves the batch axis out of the results.
+            config: how the launch is cut; None takes it from the table.
+        """
+        batch, num_key_value_heads, num_keys, head_dim = k.shape
+        num_heads, num_queries = q.shape[1:3]
+        selects = r is not None
+        width = num_keys if r is None else max_kept(r, num_keys, rounding)
+        rows = (batch,) if batched else ()
+        self._device = k.device
+        self._shape = (*rows, num_keys)
+        self._kept_shape = (*rows, width) if selects else None
+        self._launch: PreparedLaunch | None = None
+        if batch == 0 or num_keys == 0:
+            return
+        shape = (batch, num_heads, num_key_value_heads, num_queries, num_keys, head_dim, normalize, selects)
+        plan = _plan(k.device, k.dtype, *shape) if config is None else make_plan(*shape, config)
+        self._num_floats, self._num_words = plan.num_floats, plan.num_words
+        self._num_counters = num_counters(batch)
+        q_strides, k_strides = q.stride(), k.stride()
+        unit = stride_unit(head_dim, *q_strides[:2], *k_strides[:2])
+        strides = Strides(*q_strides[2:], *k_strides[2:], w.stride(0))  # type: ignore[call-arg]
+        numbers = (
+            *((0, 0) if q_mask is None else q_mask.stride()),
+            *((0, 0) if k_mask is None else k_mask.stride()),
+            q_strides[0] // unit, q_strides[1] // unit, k_strides[0] // unit, k_strides[1] // unit,
+            *plan.sizes, width, *((1, 1, 0) if r is None else keep_arguments(r, rounding)), scale,
+        )  # fmt: skip
+
+        def arrange(
+            q: Any, k: Any, w: Any, floats: Any, words: Any, counters: Any, scores: Any, mask: Any, indices: Any,
+            q_mask: Any, k_mask: Any,
+        ) -> tuple[Any, ...]:  # fmt: skip
+            memory, outputs = Memory(floats, words, counters), Outputs(scores, mask, indices)
+            return Tensors(q, k, w), strides, memory, outputs, q_mask, k_mask, *numbers
+
+        constants = {
+            "HAS_Q_MASK": q_mask is not None,
+            "HAS_K_MASK": k_mask is not None,
+            "ROUNDING": rounding if selects else "floor",
+            "INTERPRETED": k.device.type == "cpu",
+            "STRIDE_UNIT": unit,
+            "STATIC": plan.static,
+        }
+        # all but the masks are specialised
+        self._launch = PreparedLaunch(plan.grid, arrange, constants, plan.options, num_specialized=9)
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        w: torch.Tensor,
+        q_mask: torch.Tensor | None,
+        k_mask: torch.Tensor | None,
+    ) -> Selection:
+        """Return mask, indices and scores; without selecting, each of them is the scores."""
+        device = self._device
+        if self._kept_shape is None:
+            mask = indices = scores = torch.empty(self._shape, dtype=torch.float32, device=device)
+        else:
+            mask = torch.empty(self._shape, dtype=torch.bool, device=device)
+            indices = torch.empty(self._kept_shape, dtype=torch.int64, device=device)
+            scores = torch.empty(self._shape, dtype=torch.float32, device=device)
+        if self._launch is not None:
+            with on_device(device):
+                floats, words = workspace(self._num_floats, self._num_words, device)
+                self._launch(
+                    _score_and_select_kernel, q, k, w, floats, words, launch_counters(self._num_counters, device),
+                    scores, mask, indices, q if q_mask is None else q_mask, k if k_mask is None else k_mask,
+                )  # fmt: skip
+        return Selection(mask, indices, scores)
+
+
 def score_and_select(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -355,16 +450,8 @@ def score_and_select(
     config: ScoreConfig | None = None,
 ) -> Selection:
     """Select by validated `[B, H, N, D]` queries and `[B, Hkv, M, D]` keys in one launch, by default the table's."""
-    batch, _, num_keys, _ = k.shape
-    selection = Selection(
-        torch.empty((batch, num_keys), dtype=torch.bool, device=k.device),
-        torch.empty((batch, max_kept(r, num_keys, rounding)), dtype=torch.int64, device=k.device),
-        torch.empty((batch, num_keys), dtype=torch.float32, device=k.device),
-    )
-    if batch and num_keys:
-        keep = keep_arguments(r, rounding)
-        _launch(q, k, w, q_mask, k_mask, normalize, scale, selection, True, keep, rounding, config)
-    return selection
+    call = PreparedCall(q, k, w, r, q_mask, k_mask, normalize, scale, rounding, config=config)
+    return call(q, k, w, q_mask, k_mask)
 
 
 def score_tokens(
@@ -378,51 +465,8 @@ def score_tokens(
     config: ScoreConfig | None = None,
 ) -> torch.Tensor:
     """Compute importance `[B, M]` float32 of validated arguments, in one launch, by default the table's."""
-    batch, num_keys = k.shape[0], k.shape[2]
-    scores = torch.empty((batch, num_keys), dtype=torch.float32, device=k.device)
-    if batch and num_keys:
-        unselected = Selection(scores, scores, scores)
-        _launch(q, k, w, q_mask, k_mask, normalize, scale, unselected, False, (1, 1, 0), "floor", config)
-    return scores
-
-
-def _launch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    w: torch.Tensor,
-    q_mask: torch.Tensor | None,
-    k_mask: torch.Tensor | None,
-    normalize: str | None,
-    scale: float,
-    selection: Selection,
-    selects: bool,
-    keep: tuple[int, int, int],
-    rounding: str,
-    config: ScoreConfig | None,
-) -> None:
-    device = k.device
-    _, num_heads, num_queries, _ = q.shape
-    batch, num_key_value_heads, num_keys, head_dim = k.shape
-    shape = (batch, num_heads, num_key_value_heads, num_queries, num_keys, head_dim, normalize, selects)
-    plan = _plan(device, k.dtype, *shape) if config is None else make_plan(*shape, config)
-    mask, indices, scores = selection
-    with on_device(device):
-        floats, words = workspace(plan.num_floats, plan.num_words, device)
-        q_strides, k_strides = q.stride(), k.stride()
-        unit = stride_unit(head_dim, *q_strides[:2], *k_strides[:2])
-        q_mask_strides = (0, 0) if q_mask is None else q_mask.stride()
-        k_mask_strides = (0, 0) if k_mask is None else k_mask.stride()
-        _score_and_select_kernel[plan.grid](
-            Tensors(q, k, w),
-            Strides(*q_strides[2:], *k_strides[2:], w.stride(0)),  # type: ignore[call-arg]
-            Memory(floats, words, launch_counters(num_counters(batch), device)),
-            Outputs(scores, mask, indices),
-            q if q_mask is None else q_mask, k if k_mask is None else k_mask, *q_mask_strides, *k_mask_strides,
-            q_strides[0] // unit, q_strides[1] // unit, k_strides[0] // unit, k_strides[1] // unit,
-            *plan.sizes, indices.shape[-1], *keep, scale,
-            HAS_Q_MASK=q_mask is not None, HAS_K_MASK=k_mask is not None, ROUNDING=rounding,
-            INTERPRETED=device.type == "cpu", STRIDE_UNIT=unit, STATIC=plan.static, **plan.options,
-        )  # fmt: skip
+    call = PreparedCall(q, k, w, None, q_mask, k_mask, normalize, scale, "floor", config=config)
+    return call(q, k, w, q_mask, k_mask).scores
 
 
 @lru_cache(maxsize=4096)

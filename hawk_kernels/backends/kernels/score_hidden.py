@@ -25,6 +25,7 @@ from hawk_kernels.backends.kernels.finish import Logits, Outputs, histograms_of_
 from hawk_kernels.backends.kernels.folded_queries import fold_keys, mean_text, project_means, sum_text
 from hawk_kernels.backends.kernels.head_norms import MODES, NO_NORM, merge, neutral_pair, pair_of_tile
 from hawk_kernels.backends.kernels.launch import (
+    PreparedLaunch,
     check_limits,
     compiler_options,
     launch_counters,
@@ -384,6 +385,103 @@ def make_plan(
     )
 
 
+class PreparedCall:
+    """A call of one signature, which can be made again with other tensors of it."""
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        layer: Layer,
+        w: torch.Tensor,
+        r: float | int | None,
+        q_mask: torch.Tensor,
+        k_mask: torch.Tensor,
+        normalize: str | None,
+        scale: float,
+        rounding: str,
+        batched: bool = True,
+        config: HiddenConfig | None = None,
+    ) -> None:
+        """Prepare a call by validated hidden states `[B, T, C]`, by default the table's.
+
+        Args:
+            x, layer, w, q_mask, k_mask, normalize, scale, rounding: as in the public function.
+            r: None scores and does not select.
+            batched: False leaves the batch axis out of the results.
+            config: how the launch is cut; None takes it from the table.
+        """
+        norm_weight, norm_eps, wq, bq, wk, bk, _ = layer
+        batch, num_tokens, hidden_size = x.shape
+        num_heads = w.shape[0]
+        head_dim = wq.shape[0] // num_heads
+        selects = r is not None
+        width = num_tokens if r is None else max_kept(r, num_tokens, rounding)
+        rows = (batch,) if batched else ()
+        self._device, self._dtype = x.device, x.dtype
+        self._shape = (*rows, num_tokens)
+        self._kept_shape = (*rows, width) if selects else None
+        self._launch: PreparedLaunch | None = None
+        if batch == 0 or num_tokens == 0:
+            return
+        shape = (batch, num_tokens, hidden_size, num_heads, wk.shape[0] // head_dim, head_dim, normalize, selects)
+        plan = _plan(x.device, x.dtype, *shape) if config is None else make_plan(*shape, config)
+        self._num_floats, self._num_words = plan.num_floats, plan.num_words
+        self._num_terms = (1 if x.dtype == torch.float32 else 3) * batch * num_heads * hidden_size
+        self._num_counters = num_counters(batch + triton.cdiv(batch, ROWS_PER_PROJECTION))
+        strides = Strides(  # type: ignore[call-arg]
+            *x.stride()[1:], *wq.stride(), 0 if bq is None else bq.stride(0),
+            *wk.stride(), 0 if bk is None else bk.stride(0), w.stride(0),
+        )  # fmt: skip
+        numbers = (
+            *q_mask.stride(), *k_mask.stride(), x.stride(0), *plan.sizes, width,
+            *((1, 1, 0) if r is None else keep_arguments(r, rounding)), scale, norm_eps,
+        )  # fmt: skip
+
+        def arrange(
+            x: Any, norm_weight: Any, wq: Any, bq: Any, wk: Any, bk: Any, w: Any,
+            floats: Any, words: Any, counters: Any, terms: Any, scores: Any, mask: Any, indices: Any,
+            q_mask: Any, k_mask: Any,
+        ) -> tuple[Any, ...]:  # fmt: skip
+            memory, outputs = Memory(floats, words, counters, terms), Outputs(scores, mask, indices)
+            return Tensors(x, norm_weight, wq, bq, wk, bk, w), strides, memory, outputs, q_mask, k_mask, *numbers
+
+        constants = {
+            "HAS_NORM_WEIGHT": norm_weight is not None,
+            "HAS_QUERY_BIAS": bq is not None,
+            "HAS_KEY_BIAS": bk is not None,
+            "ROUNDING": rounding if selects else "floor",
+            "INTERPRETED": x.device.type == "cpu",
+            "STATIC": plan.static,
+        }
+        # all but the masks are specialised
+        self._launch = PreparedLaunch(plan.grid, arrange, constants, plan.options, num_specialized=14)
+
+    def __call__(
+        self, x: torch.Tensor, layer: Layer, w: torch.Tensor, q_mask: torch.Tensor, k_mask: torch.Tensor
+    ) -> Selection:
+        """Return mask, indices and scores; without selecting, each of them is the scores."""
+        device = self._device
+        if self._kept_shape is None:
+            mask = indices = scores = torch.empty(self._shape, dtype=torch.float32, device=device)
+        else:
+            mask = torch.empty(self._shape, dtype=torch.bool, device=device)
+            indices = torch.empty(self._kept_shape, dtype=torch.int64, device=device)
+            scores = torch.empty(self._shape, dtype=torch.float32, device=device)
+        if self._launch is not None:
+            norm_weight, _, wq, bq, wk, bk, _ = layer
+            norm_weight = None if norm_weight is None else norm_weight.contiguous()
+            with on_device(device):
+                floats, words = workspace(self._num_floats, self._num_words, device)
+                terms = torch.empty(self._num_terms, dtype=self._dtype, device=device)
+                counters = launch_counters(self._num_counters, device)
+                self._launch(
+                    _score_hidden_kernel, x, x if norm_weight is None else norm_weight, wq, wq if bq is None else bq,
+                    wk, wk if bk is None else bk, w, floats, words, counters, terms, scores, mask, indices,
+                    q_mask, k_mask,
+                )  # fmt: skip
+        return Selection(mask, indices, scores)
+
+
 def score_hidden_and_select(
     x: torch.Tensor,
     layer: Layer,
@@ -397,16 +495,8 @@ def score_hidden_and_select(
     config: HiddenConfig | None = None,
 ) -> Selection:
     """Select by validated hidden states `[B, T, C]`, in one launch, by default the table's."""
-    batch, num_tokens = x.shape[:2]
-    selection = Selection(
-        torch.empty((batch, num_tokens), dtype=torch.bool, device=x.device),
-        torch.empty((batch, max_kept(r, num_tokens, rounding)), dtype=torch.int64, device=x.device),
-        torch.empty((batch, num_tokens), dtype=torch.float32, device=x.device),
-    )
-    if batch and num_tokens:
-        keep = keep_arguments(r, rounding)
-        _launch(x, layer, w, q_mask, k_mask, normalize, scale, selection, True, keep, rounding, config)
-    return selection
+    call = PreparedCall(x, layer, w, r, q_mask, k_mask, normalize, scale, rounding, config=config)
+    return call(x, layer, w, q_mask, k_mask)
 
 
 def score_hidden(
@@ -420,58 +510,8 @@ def score_hidden(
     config: HiddenConfig | None = None,
 ) -> torch.Tensor:
     """Compute importance `[B, T]` float32 by validated hidden states, in one launch, by default the table's."""
-    scores = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
-    if scores.numel():
-        nothing = Selection(scores, scores, scores)
-        _launch(x, layer, w, q_mask, k_mask, normalize, scale, nothing, False, (1, 1, 0), "floor", config)
-    return scores
-
-
-def _launch(
-    x: torch.Tensor,
-    layer: Layer,
-    w: torch.Tensor,
-    q_mask: torch.Tensor,
-    k_mask: torch.Tensor,
-    normalize: str | None,
-    scale: float,
-    selection: Selection,
-    selects: bool,
-    keep: tuple[int, int, int],
-    rounding: str,
-    config: HiddenConfig | None,
-) -> None:
-    norm_weight, norm_eps, wq, bq, wk, bk, _ = layer
-    batch, num_tokens, hidden_size = x.shape
-    num_heads = w.shape[0]
-    head_dim = wq.shape[0] // num_heads
-    num_key_value_heads = wk.shape[0] // head_dim
-    shape = (batch, num_tokens, hidden_size, num_heads, num_key_value_heads, head_dim, normalize, selects)
-    plan = _plan(x.device, x.dtype, *shape) if config is None else make_plan(*shape, config)
-    norm_weight = None if norm_weight is None else norm_weight.contiguous()
-    num_terms = 1 if x.dtype == torch.float32 else 3
-    mask, indices, scores = selection
-    with on_device(x.device):
-        floats, words = workspace(plan.num_floats, plan.num_words, x.device)
-        terms = torch.empty(num_terms * batch * num_heads * hidden_size, dtype=x.dtype, device=x.device)
-        counters = launch_counters(num_counters(batch + triton.cdiv(batch, ROWS_PER_PROJECTION)), x.device)
-        x_strides = x.stride()
-        _score_hidden_kernel[plan.grid](
-            Tensors(
-                x, x if norm_weight is None else norm_weight, wq, wq if bq is None else bq,
-                wk, wk if bk is None else bk, w,
-            ),
-            Strides(  # type: ignore[call-arg]
-                *x_strides[1:], *wq.stride(), 0 if bq is None else bq.stride(0),
-                *wk.stride(), 0 if bk is None else bk.stride(0), w.stride(0),
-            ),
-            Memory(floats, words, counters, terms),
-            Outputs(scores, mask, indices),
-            q_mask, k_mask, *q_mask.stride(), *k_mask.stride(), x_strides[0],
-            *plan.sizes, indices.shape[-1], *keep, scale, norm_eps,
-            HAS_NORM_WEIGHT=norm_weight is not None, HAS_QUERY_BIAS=bq is not None, HAS_KEY_BIAS=bk is not None,
-            ROUNDING=rounding, INTERPRETED=x.device.type == "cpu", STATIC=plan.static, **plan.options,
-        )  # fmt: skip
+    call = PreparedCall(x, layer, w, None, q_mask, k_mask, normalize, scale, "floor", config=config)
+    return call(x, layer, w, q_mask, k_mask).scores
 
 
 @lru_cache(maxsize=4096)

@@ -29,6 +29,7 @@ from hawk_kernels.backends.kernels.head_norms import (
 from hawk_kernels.backends.kernels.launch import (
     check_limits,
     compiler_options,
+    launch,
     launch_counters,
     on_device,
     workspace,
@@ -360,16 +361,23 @@ def score_peaks(
         floats, words = workspace(plan.num_floats, plan.num_words, device)
         q_strides, k_strides = q.stride(), k.stride()
         unit = stride_unit(head_dim, *q_strides[:2], *k_strides[:2])
-        _score_peaks_kernel[plan.grid](
-            Tensors(q, k, w),
-            Strides(*q_strides[2:], *k_strides[2:], w.stride(0)),  # type: ignore[call-arg]
-            Memory(floats, words, launch_counters(num_counters(batch), device)),
-            Outputs(scores, scores, scores),
-            q if q_mask is None else q_mask, k if k_mask is None else k_mask,
-            *((0, 0) if q_mask is None else q_mask.stride()), *((0, 0) if k_mask is None else k_mask.stride()),
-            q_strides[0] // unit, q_strides[1] // unit, k_strides[0] // unit, k_strides[1] // unit,
-            *plan.sizes, scale,
-            HAS_Q_MASK=q_mask is not None, HAS_K_MASK=k_mask is not None,
-            INTERPRETED=is_interpreted, STRIDE_UNIT=unit, STATIC=plan.static, **plan.options,
+        launch(
+            _score_peaks_kernel,
+            plan.grid,
+            (
+                Tensors(q, k, w),
+                Strides(*q_strides[2:], *k_strides[2:], w.stride(0)),  # type: ignore[call-arg]
+                Memory(floats, words, launch_counters(num_counters(batch), device)),
+                Outputs(scores, scores, scores),
+                q if q_mask is None else q_mask, k if k_mask is None else k_mask,
+                *((0, 0) if q_mask is None else q_mask.stride()), *((0, 0) if k_mask is None else k_mask.stride()),
+                q_strides[0] // unit, q_strides[1] // unit, k_strides[0] // unit, k_strides[1] // unit,
+                *plan.sizes, scale,
+            ),
+            {
+                "HAS_Q_MASK": q_mask is not None, "HAS_K_MASK": k_mask is not None,
+                "INTERPRETED": is_interpreted, "STRIDE_UNIT": unit, "STATIC": plan.static,
+            },
+            plan.options,
         )  # fmt: skip
     return scores

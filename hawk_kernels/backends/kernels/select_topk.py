@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -10,7 +11,14 @@ import triton.language as tl
 
 from hawk_kernels.backends.kernels import finish
 from hawk_kernels.backends.kernels.finish import Memory, Outputs, histograms_of_row, select
-from hawk_kernels.backends.kernels.launch import _MOST_COLUMNS, check_limits, launch_counters, on_device, workspace
+from hawk_kernels.backends.kernels.launch import (
+    _MOST_COLUMNS,
+    PreparedLaunch,
+    check_limits,
+    launch_counters,
+    on_device,
+    workspace,
+)
 from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, draw_ticket, num_counters, wait_for
 from hawk_kernels.backends.kernels.plan import Plan
 from hawk_kernels.backends.kernels.radix import (
@@ -89,25 +97,57 @@ def make_plan(batch: int, num_keys: int) -> Plan:
     )
 
 
+class PreparedCall:
+    """A call of one signature, which can be made again with other tensors of it."""
+
+    def __init__(
+        self, scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str, batched: bool = True
+    ) -> None:
+        """Prepare a call by validated float32 scores `[B, M]`; unless batched, the results have no batch axis."""
+        batch, num_keys = scores.shape
+        width = max_kept(r, num_keys, rounding)
+        rows = (batch,) if batched else ()
+        self._device = scores.device
+        self._shape = (*rows, num_keys)
+        self._kept_shape = (*rows, width)
+        self._launch: PreparedLaunch | None = None
+        if batch == 0 or num_keys == 0:
+            return
+        plan = make_plan(batch, num_keys)
+        self._num_floats, self._num_words = plan.num_floats, plan.num_words
+        self._num_counters = num_counters(batch)
+        mask_strides = (0, 0) if mask is None else mask.stride()
+        numbers = *mask_strides, *plan.sizes, width, *keep_arguments(r, rounding)
+
+        def arrange(
+            floats: Any, words: Any, counters: Any, out_scores: Any, keep: Any, indices: Any, scores: Any, mask: Any
+        ) -> tuple[Any, ...]:
+            return scores, mask, Memory(floats, words, counters), Outputs(out_scores, keep, indices), *numbers
+
+        constants = {"HAS_MASK": mask is not None, "ROUNDING": rounding, "STATIC": plan.static}
+        # all but the scores and their mask are specialised
+        self._launch = PreparedLaunch(plan.grid, arrange, constants, plan.options, num_specialized=6)
+
+    def __call__(self, scores: torch.Tensor, mask: torch.Tensor | None) -> Selection:
+        """Return mask, indices and scores."""
+        device = self._device
+        scores = scores.contiguous()
+        keep = torch.empty(self._shape, dtype=torch.bool, device=device)
+        indices = torch.empty(self._kept_shape, dtype=torch.int64, device=device)
+        out_scores = torch.empty(self._shape, dtype=torch.float32, device=device)
+        if self._launch is not None:
+            with on_device(device):
+                floats, words = workspace(self._num_floats, self._num_words, device)
+                self._launch(
+                    _select_kernel, floats, words, launch_counters(self._num_counters, device),
+                    out_scores, keep, indices, scores, scores if mask is None else mask,
+                )  # fmt: skip
+        return Selection(keep, indices, out_scores)
+
+
 def select_topk(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str) -> Selection:
     """Select from validated float32 scores `[B, M]` in one launch."""
-    scores = scores.contiguous()
-    batch, num_keys = scores.shape
-    keep = torch.empty_like(scores, dtype=torch.bool)
-    indices = torch.empty((batch, max_kept(r, num_keys, rounding)), dtype=torch.int64, device=scores.device)
-    out_scores = torch.empty_like(scores)
-    if batch and num_keys:
-        plan = make_plan(batch, num_keys)
-        with on_device(scores.device):
-            floats, words = workspace(plan.num_floats, plan.num_words, scores.device)
-            _select_kernel[plan.grid](
-                scores, scores if mask is None else mask,
-                Memory(floats, words, launch_counters(num_counters(batch), scores.device)),
-                Outputs(out_scores, keep, indices), *((0, 0) if mask is None else mask.stride()),
-                *plan.sizes, indices.shape[1], *keep_arguments(r, rounding),
-                HAS_MASK=mask is not None, ROUNDING=rounding, STATIC=plan.static, **plan.options,
-            )  # fmt: skip
-    return Selection(keep, indices, out_scores)
+    return PreparedCall(scores, r, mask, rounding)(scores, mask)
 
 
 def keep_arguments(r: float | int, rounding: str) -> tuple[int, int, int]:

@@ -14,6 +14,8 @@ from hawk_kernels.hf.encoders.pieces import Piece
 _PUBLISHED = {("clip_vision_model", 24): 9, ("qwen2_5_vl", 32): 16}
 _OBJECT_DEPTH = {"clip_vision_model": 9 / 24}
 _USUAL_OBJECT_DEPTH = 16 / 32
+# what CLIP and InternViT call the embedding of the CLS token
+_CLS_TOKENS = ("class_embedding", "cls_token")
 
 
 class VisionEncoder(ABC):
@@ -22,15 +24,19 @@ class VisionEncoder(ABC):
     Args:
         multimodal: the model that holds the encoder and has `get_image_features`.
         tower: name of the encoder in it.
+        projector: path in `multimodal` of the module that turns the encoder's rows into embeddings.
 
     Attributes:
         multimodal: the same.
         tower: the encoder itself.
+        projector: the module that turns the encoder's rows into embeddings, each row by itself or each group of rows
+            that become one visual token.
         attentions: the attention module of each layer.
         depth: number of layers.
         deep_layer: the last layer that the visual tokens come from, counted from 1.
         default_object_layer: the layer that HiPrune finds objects in, counted from 1.
         object_layer_source: where that number comes from.
+        has_cls: whether the encoder sees a CLS token before the patches.
         projections: names of the modules in an attention module that make queries and keys; in each group the first
             name that the attention module has counts.
 
@@ -40,15 +46,17 @@ class VisionEncoder(ABC):
 
     projections: ClassVar[tuple[tuple[str, ...], ...]]
 
-    def __init__(self, multimodal: Any, tower: str) -> None:
+    def __init__(self, multimodal: Any, tower: str, projector: str) -> None:
         self.multimodal: Any = multimodal
         self.tower: Any = getattr(multimodal, tower)
+        self.projector: nn.Module = multimodal.get_submodule(projector)
         self.attentions = _attentions(self.tower, [group[-1] for group in self.projections])
         self.depth = len(self.attentions)
         config = multimodal.config
         # VipLLaVA had a name of its own for it
         taken = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
         self.deep_layer = _deepest(taken, self.depth)
+        self.has_cls = any(name.endswith(_CLS_TOKENS) for name, _ in self.tower.named_parameters())
         kind = getattr(self.tower.config, "model_type", "").removesuffix("_vision")
         published = _PUBLISHED.get((kind, self.depth))
         fraction = _OBJECT_DEPTH.get(kind, _USUAL_OBJECT_DEPTH)
@@ -74,6 +82,29 @@ class VisionEncoder(ABC):
             arguments: those of the layer's attention module.
         """
 
+    def from_cls(self, layer: int, projected: list[torch.Tensor], arguments: dict[str, Any]) -> torch.Tensor:
+        """Measure the attention that the CLS token pays to each token of the encoder, mean over heads.
+
+        An encoder without a CLS token is measured as in `received`, where all query rows count.
+
+        Args:
+            layer, projected, arguments: as in `received`.
+        """
+        return self.received(layer, projected, arguments)
+
+    @abstractmethod
+    def keys(self, layer: int, projected: list[torch.Tensor], arguments: dict[str, Any]) -> torch.Tensor:
+        """Return the keys of each token of the encoder before they are rotated by position, float32 `[..., H, D]`.
+
+        Args:
+            layer, projected, arguments: as in `received`.
+        """
+
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        """Run the projector on rows of visual tokens as `visual_rows` lays them out, `[K, C]` to `[K, hidden]`."""
+        projected: torch.Tensor = self.projector(rows)
+        return projected
+
     @abstractmethod
     def visual_tokens(
         self, kind: str, arguments: dict[str, Any], features: Any, received: torch.Tensor
@@ -89,6 +120,24 @@ class VisionEncoder(ABC):
         Returns:
             The statistics of the visual tokens that are cells, float32 `[cells, S]`, in the order of the features; and
             the pieces that all visual tokens form.
+        """
+
+    @abstractmethod
+    def visual_rows(
+        self, kind: str, arguments: dict[str, Any], features: Any, entering: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[Piece]]:
+        """Lay out what entered the projector, one row for each visual token.
+
+        Where several rows of the encoder become one visual token, they stand side by side in its row, in the order of
+        the projector or, where that merges squares of patches itself, row by row of the square.
+
+        Args:
+            kind, arguments, features: as in `visual_tokens`.
+            entering: what entered each call of the projector, `[..., C']`.
+
+        Returns:
+            The rows of the visual tokens that are cells, `[cells, C]`, in the order of the features; and the pieces
+            that all visual tokens form.
         """
 
 

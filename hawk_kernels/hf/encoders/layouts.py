@@ -17,18 +17,20 @@ from hawk_kernels.hf.hooks import upload
 
 @dataclass(frozen=True)
 class Tiles:
-    """Statistics of the patches of a batch of tiles.
+    """Statistics, or rows, of the patches of a batch of tiles.
 
     Attributes:
-        patches: float32 `[tiles, h, w, S]`.
+        patches: `[tiles, h, w, S]`.
         prefix: tokens of the encoder before the patches, such as CLS.
         pixels: shape of what was encoded, `[images, tiles, 3, height, width]` or `[videos, frames, ...]`, or without
             the second.
+        joins: whether patches that become one visual token are set side by side, row by row, instead of averaged.
     """
 
     patches: torch.Tensor
     prefix: int
     pixels: torch.Size
+    joins: bool = False
 
 
 Layout = Callable[[Tiles, Any, dict[str, Any], Any], tuple[torch.Tensor, list[Piece]]]
@@ -39,7 +41,7 @@ Layout = Callable[[Tiles, Any, dict[str, Any], Any], tuple[torch.Tensor, list[Pi
 def merged_tiles(
     tiles: Tiles, multimodal: Any, arguments: dict[str, Any], features: Any
 ) -> tuple[torch.Tensor, list[Piece]]:
-    """Lay tiles out one after the other, and average squares of patches where the model merges them.
+    """Lay tiles out one after the other, and merge squares of patches where the model does.
 
     The number of visual tokens tells how large the squares are, and whether CLS is one of the tokens.
     """
@@ -53,7 +55,8 @@ def merged_tiles(
             f"got {tokens} tokens; use method='hawk', which leaves the vision encoder alone"
         )
     height, width = height // side, width // side
-    merged = tiles.patches.view(count, height, side, width, side, -1).mean(dim=(2, 4))
+    squares = tiles.patches.reshape(count, height, side, width, side, -1).transpose(2, 3)
+    merged = squares.flatten(3) if tiles.joins else squares.mean(dim=(3, 4))
     piece = Piece.of_cells(height, width)
     of_tile = [Piece.of_separators(tokens - cells), piece] if tokens > cells else [piece]
     return merged.flatten(0, 2), of_tile * count

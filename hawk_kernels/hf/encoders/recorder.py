@@ -1,16 +1,17 @@
-"""Recording how much attention each visual token receives in the vision encoder, by hooks on two of its layers.
+"""Recording what a method asks of the vision encoder: attention that visual tokens receive, and rows of the projector.
 
 The encoder keeps its own attention implementation: the queries and keys that a layer has just computed go through
-`attention_column_mean` as well. How tiles and frames become visual tokens shows in `get_image_features` and
-`get_video_features` of the multimodal model, which are watched too. `generate` may run the encoder long before the text
-model and hand over its output; what was measured travels with that output.
+`attention_column_mean` as well. Of the projector's input a reference is kept until its rows are laid out. How tiles and
+frames become visual tokens shows in `get_image_features` and `get_video_features` of the multimodal model, which are
+watched too. `generate` may run the encoder long before the text model and hand over its output; what was measured
+travels with that output.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,16 +38,16 @@ class Recording:
     """What was measured in one run of the encoder.
 
     Attributes:
-        object: float32 `[cells]`, attention received in the object layer by each visual token that is a cell of a grid.
-        deep: the same in the deep layer.
+        values: what is known of each visual token that is a cell of a grid, `[cells]` or `[cells, C]`, by name: the
+            attention received in the layers "object" and "deep", the attention of "cls", the "keys" `[cells, H, D]` of
+            the same layer, and the "features" that entered the projector; only what the recorder was asked for.
         pieces: what the visual tokens stand for, all of them.
-        layers: the two layers, counted from 1.
+        layers: the layers of the attention, counted from 1, in the order of their names in `values`.
     """
 
-    object: torch.Tensor
-    deep: torch.Tensor
+    values: dict[str, torch.Tensor]
     pieces: list[Piece]
-    layers: tuple[int, int]
+    layers: tuple[int, ...]
 
 
 class VisionRecorder:
@@ -55,49 +56,71 @@ class VisionRecorder:
     Args:
         encoder: the encoder's anatomy.
         object_layer: counted from 1, or None for the encoder's own.
+        cls_layer: counted from 1, or None for the last one that the visual tokens come from.
+        reads: what to measure, out of the names in `Recording.values`.
 
     Attributes:
-        layers: object layer and deep layer, counted from 1.
-        tower: the vision encoder.
+        layers: the layers whose attention is measured, counted from 1, in the order of `reads`.
+        encoder: the anatomy of the vision encoder.
+        watched: the modules inside which hooks must run: the vision encoder, and the projector if its input is kept.
 
     Raises:
         ValueError: a layer that the encoder does not have.
     """
 
-    def __init__(self, encoder: VisionEncoder, object_layer: int | None) -> None:
-        if object_layer is not None and object_layer > encoder.depth:
-            raise ValueError(
-                f"object_layer: expected 1 to {encoder.depth}, the layers of the vision encoder, got {object_layer}; "
-                f"None takes layer {encoder.default_object_layer}"
-            )
-        self.layers = (object_layer or encoder.default_object_layer, encoder.deep_layer)
+    def __init__(
+        self,
+        encoder: VisionEncoder,
+        object_layer: int | None,
+        cls_layer: int | None = None,
+        reads: Sequence[str] = ("object", "deep"),
+    ) -> None:
+        deep = encoder.deep_layer
+        defaults = {"object": encoder.default_object_layer, "deep": deep, "cls": deep, "keys": deep}
+        chosen = {"object": object_layer, "cls": cls_layer, "keys": cls_layer}
+        for name, layer in (("object", object_layer), ("cls", cls_layer)):
+            if layer is not None and layer > encoder.depth:
+                raise ValueError(
+                    f"{name}_layer: expected 1 to {encoder.depth}, the layers of the vision encoder, got {layer}; "
+                    f"None takes layer {defaults[name]}"
+                )
+        self._layer_of = {name: chosen.get(name) or defaults[name] for name in reads if name in defaults}
+        self.layers = tuple(self._layer_of.values())
+        self._reads = set(reads)
         self._source = encoder.object_layer_source if object_layer is None else "the option object_layer"
-        self._encoder = encoder
-        self.tower: nn.Module = encoder.tower
+        self.encoder = encoder
+        self.watched: list[nn.Module] = [encoder.tower, *([encoder.projector] if "features" in self._reads else [])]
         self._thread = _ThreadState()
 
     def attach(self) -> list[Handle]:
         """Register the hooks; removing the handles ends the recording."""
-        multimodal = self._encoder.multimodal
+        multimodal = self.encoder.multimodal
         handles: list[Handle] = [
             WatchedMethod(multimodal, f"get_{kind}_features", partial(self._watch, kind))
             for kind in _KINDS
             if hasattr(multimodal, f"get_{kind}_features")
         ]
         for layer in sorted(set(self.layers)):
-            attention = self._encoder.attentions[layer - 1]
-            for place, module in enumerate(self._encoder.projecting(layer)):
+            attention = self.encoder.attentions[layer - 1]
+            for place, module in enumerate(self.encoder.projecting(layer)):
                 handles.append(module.register_forward_hook(partial(self._after_projection, (layer, place))))
             handles.append(attention.register_forward_hook(partial(self._after_attention, layer), with_kwargs=True))
+        if "features" in self._reads:
+            handles.append(self.encoder.projector.register_forward_pre_hook(self._before_projector, with_kwargs=True))
         return handles
 
     def options(self) -> dict[str, int | str]:
         """Name the layers, for statistics."""
-        return {
-            "object_layer": self.layers[0],
-            "object_layer_source": self._source,
-            "deep_layer": self.layers[1],
-        }
+        found: dict[str, int | str] = {}
+        for name, layer in self._layer_of.items():
+            if name == "keys":
+                continue
+            found[f"{name}_layer"] = layer
+            if name == "object":
+                found["object_layer_source"] = self._source
+            elif name == "cls":
+                found["cls_queries"] = "CLS" if self.encoder.has_cls else "all tokens, as the encoder has no CLS"
+        return found
 
     def start(self) -> None:
         """Forget the runs of earlier calls of the multimodal model."""
@@ -122,7 +145,7 @@ class VisionRecorder:
                     f"mm_encoder_outputs: expected {kind} features that the vision encoder made inside the prune "
                     "block, got others, whose attention was not recorded; encode inside the block, or pass the pixels"
                 )
-            if run is not None and run.layers != self.layers:
+            if run is not None and (run.layers != self.layers or set(run.values) != self._reads):
                 raise ValueError(
                     f"mm_encoder_outputs: expected {kind} features measured in layers {self.layers} of the vision "
                     f"encoder, got {run.layers}; encode them inside this prune block"
@@ -138,38 +161,61 @@ class VisionRecorder:
         if thread.is_encoding:
             yield lambda features: None
             return
-        thread.is_encoding, thread.received = True, defaultdict(list)
+        thread.is_encoding, thread.received, thread.entering = True, defaultdict(list), []
         try:
             yield partial(self._keep, kind, arguments)
         finally:
             thread.is_encoding = False
             thread.projected.clear()
             thread.received.clear()
+            thread.entering.clear()
 
     def _after_projection(self, place: tuple[int, int], module: nn.Module, args: Any, output: torch.Tensor) -> None:
         self._thread.projected[place] = output
 
     def _after_attention(self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         projected = self._thread.projected
-        outputs = [projected.pop((layer, place)) for place in range(len(self._encoder.projections))]
+        outputs = [projected.pop((layer, place)) for place in range(len(self.encoder.projections))]
         if not self._thread.is_encoding:
             return
+        arguments = named(module, args, kwargs)
+        names = [name for name, own in self._layer_of.items() if own == layer]
         with torch.no_grad():
             # float64 models are measured in float32
             outputs = [x.float() if x.dtype == torch.float64 else x for x in outputs]
-            received = self._encoder.received(layer, outputs, named(module, args, kwargs))
-        self._thread.received[layer].append(received)
+            # in a shallow encoder the object layer is the deep one
+            special = {"cls": self.encoder.from_cls, "keys": self.encoder.keys}
+            measures = {name: special.get(name, self.encoder.received) for name in names}
+            measured = {measure: measure(layer, outputs, arguments) for measure in dict.fromkeys(measures.values())}
+        for name, measure in measures.items():
+            self._thread.received[name].append(measured[measure])
+
+    def _before_projector(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._thread.is_encoding:
+            rows = args[0] if args else next(iter(kwargs.values()))
+            self._thread.entering.append(rows.detach())
 
     @torch.no_grad()
     def _keep(self, kind: str, arguments: dict[str, Any], features: Any) -> None:
-        received = self._thread.received
+        received, entering = self._thread.received, self._thread.entering
         # a caller that asks for a tuple gets no record: no model accepts a tuple of features back
-        if not received or not hasattr(features, "pooler_output"):
+        if not (received or entering) or not hasattr(features, "pooler_output"):
             return
-        middle, deep = (torch.cat(received[layer]) for layer in self.layers)
-        both = torch.stack([middle.to(deep.device), deep], dim=-1)
-        cells, pieces = self._encoder.visual_tokens(kind, arguments, features, both)
-        run = Recording(cells[:, 0], cells[:, 1], pieces, self.layers)
+        values: dict[str, torch.Tensor] = {}
+        pieces: list[Piece] = []
+        statistics = [name for name in self._layer_of if name != "keys"]
+        if statistics:
+            measured = [torch.cat(received[name]) for name in statistics]
+            together = torch.stack([one.to(measured[-1].device) for one in measured], dim=-1)
+            cells, pieces = self.encoder.visual_tokens(kind, arguments, features, together)
+            values = dict(zip(statistics, cells.unbind(-1), strict=True))
+        if "keys" in self._reads:
+            keys = torch.cat(received["keys"])
+            cells, pieces = self.encoder.visual_tokens(kind, arguments, features, keys.flatten(-2))
+            values["keys"] = torch.unflatten(cells, -1, keys.shape[-2:])
+        if "features" in self._reads:
+            values["features"], pieces = self.encoder.visual_rows(kind, arguments, features, entering)
+        run = Recording(values, pieces, self.layers)
         self._thread.runs[kind] = run
         setattr(features, _ATTRIBUTE, run)
 
@@ -181,21 +227,29 @@ def recorder_for(anatomy: Anatomy, method: Method) -> VisionRecorder:
         TypeError: a family whose encoder cannot be read.
         ValueError: a layer that the encoder does not have.
     """
+    reads = [
+        *(("object", "deep") if method.uses_encoder_attention else ()),
+        *(("cls",) if method.uses_cls_attention else ()),
+        *(("keys",) if method.uses_encoder_keys else ()),
+        *(("features",) if method.uses_encoder_features or method.stage == "encoder" else ()),
+    ]
     make = anatomy.family.encoder
     if make is None:
+        what = "what enters its projector" if reads == ["features"] else "its attention"
         supported = ", ".join(sorted(ENCODERS))
         raise TypeError(
             f"method: expected one that leaves the vision encoder of {anatomy.family.model_type} alone, got "
-            f"{method.name!r}, which reads its attention; that method works for {supported}"
+            f"{method.name!r}, which reads {what}; that method works for {supported}"
         )
-    return VisionRecorder(make(anatomy.multimodal), method.object_layer)
+    return VisionRecorder(make(anatomy.multimodal), method.object_layer, method.cls_layer, reads)
 
 
 class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.is_encoding = False
         self.projected: dict[tuple[int, int], torch.Tensor] = {}
-        self.received: dict[int, list[torch.Tensor]] = defaultdict(list)
+        self.received: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.entering: list[torch.Tensor] = []
         self.runs: dict[str, Recording] = {}
 
 
@@ -204,15 +258,13 @@ class PromptAttention:
     """What was recorded, in the order of a prompt's visual tokens.
 
     Attributes:
-        object: float32 `[S]`, attention in the object layer received by the visual tokens of all rows that are cells of
-            a grid, without padding.
-        deep: the same in the deep layer.
+        values: as in `Recording`, with `S` in place of `cells`: the visual tokens of all rows that are cells of a grid,
+            without padding.
         grids: for each row and each of its images (or tiles, where the prompt knows them), the grids in it.
         is_separator: bool `[B, T]`, True at visual tokens that are not cells, such as image newlines.
     """
 
-    object: torch.Tensor
-    deep: torch.Tensor
+    values: dict[str, torch.Tensor]
     grids: list[list[list[Grid]]]
     is_separator: np.ndarray
 
@@ -239,7 +291,7 @@ def attention_of_prompt(recordings: dict[str, Recording], prompt: Prompt, kinds:
     next_place, offset = {}, 0
     for kind, run in recordings.items():
         next_place[kind] = offset
-        offset += len(run.object)
+        offset += num_cells(run.pieces)
 
     places: list[np.ndarray] = []
     rows: list[list[list[Grid]]] = []
@@ -268,9 +320,11 @@ def attention_of_prompt(recordings: dict[str, Recording], prompt: Prompt, kinds:
             images = _grids_of_tiles(prompt, row, images)
         rows += [images] * copies
         places += place_of_row * copies
-    middle, deep = (torch.cat([getattr(run, name) for run in recordings.values()]) for name in ("object", "deep"))
-    index = upload(np.concatenate(places), middle.device)
-    return PromptAttention(middle[index], deep[index], rows, is_separator)
+    runs = list(recordings.values())
+    found = {name: torch.cat([run.values[name] for run in runs]) for name in runs[0].values}
+    index = np.concatenate(places)
+    ordered = {name: values[upload(index, values.device)] for name, values in found.items()}
+    return PromptAttention(ordered, rows, is_separator)
 
 
 def _grids_of_tiles(prompt: Prompt, row: int, images: list[list[Grid]]) -> list[list[Grid]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,8 @@ class TileEncoder(VisionEncoder):
     Args:
         multimodal: the model that holds the encoder.
         tower: name of the encoder in it.
+        projector: path in it of the module that turns the encoder's rows into embeddings.
+        merges_squares: whether the projector makes one visual token of each square of patches.
         images: how the tiles of images become visual tokens.
         videos: the same for frames.
 
@@ -37,10 +40,13 @@ class TileEncoder(VisionEncoder):
         self,
         multimodal: Any,
         tower: str = "vision_tower",
+        projector: str = "multi_modal_projector",
         images: Layout = merged_tiles,
         videos: Layout = merged_tiles,
+        merges_squares: bool = False,
     ) -> None:
-        super().__init__(multimodal, tower)
+        super().__init__(multimodal, tower, projector)
+        self._merges_squares = merges_squares
         if "position_embeddings" in inspect.signature(self.attentions[0].forward).parameters:
             raise TypeError(
                 "method: expected one that leaves the vision encoder alone, got one that reads it, and this "
@@ -52,21 +58,71 @@ class TileEncoder(VisionEncoder):
 
     def received(self, layer: int, projected: list[torch.Tensor], arguments: dict[str, Any]) -> torch.Tensor:
         attention: Any = self.attentions[layer - 1]
-        shape = (*arguments["hidden_states"].shape[:2], attention.num_heads, -1)
-        queries, keys = (x.reshape(shape).transpose(1, 2) for x in projected)
+        queries, keys = _heads(attention, projected, arguments)
         mask = arguments.get("attention_mask")
         if mask is None:
             return attention_column_mean(queries, keys, reduction="sum", scale=attention.scale)
         return _received_without_padding(queries, keys, mask, attention.scale)
 
+    def from_cls(self, layer: int, projected: list[torch.Tensor], arguments: dict[str, Any]) -> torch.Tensor:
+        if not self.has_cls:
+            return self.received(layer, projected, arguments)
+        attention: Any = self.attentions[layer - 1]
+        queries, keys = _heads(attention, projected, arguments)
+        return attention_column_mean(queries[:, :, :1], keys, scale=attention.scale)
+
+    def keys(self, layer: int, projected: list[torch.Tensor], arguments: dict[str, Any]) -> torch.Tensor:
+        return _heads(self.attentions[layer - 1], projected, arguments)[1].transpose(1, 2).float()
+
     def visual_tokens(
         self, kind: str, arguments: dict[str, Any], features: Any, received: torch.Tensor
     ) -> tuple[torch.Tensor, list[Piece]]:
+        pixels, height, width = self._patches(arguments)
+        prefix = received.shape[1] - height * width
+        tiles = Tiles(torch.unflatten(received[:, prefix:], 1, (height, width)), prefix, pixels)
+        return self._layouts[kind](tiles, self.multimodal, arguments, features)
+
+    def visual_rows(
+        self, kind: str, arguments: dict[str, Any], features: Any, entering: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[Piece]]:
+        pixels, height, width = self._patches(arguments)
+        prefix = int(self.has_cls)
+        rows = torch.cat(entering)
+        count = rows.shape[1]
+        patches = rows[:, prefix:] if count == height * width + prefix else rows
+        if count < height * width:
+            # the model has merged squares of patches before its projector
+            side = math.isqrt(height * width // count)
+            height, width = height // side, width // side
+        tiles = Tiles(torch.unflatten(patches, 1, (height, width)), prefix, pixels, joins=True)
+        return self._layouts[kind](tiles, self.multimodal, arguments, features)
+
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        if not self._merges_squares:
+            return super().project(rows)
+        # a square becomes the same token in any tile; only the projector of Gemma 3 takes no other than whole ones
+        tokens = getattr(self.projector, "tokens_per_side", 1)
+        count = len(rows)
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, -count % tokens**2))
+        channels = self.tower.config.hidden_size
+        side = math.isqrt(rows.shape[1] // channels)
+        squares = rows.view(-1, tokens, tokens, side, side, channels).transpose(2, 3)
+        return super().project(squares.reshape(-1, (tokens * side) ** 2, channels)).flatten(0, -2)[:count]
+
+    def _patches(self, arguments: dict[str, Any]) -> tuple[torch.Size, int, int]:
+        """Return the shape of what was encoded, and the rows and columns of patches of each tile."""
         pixels = next(arguments[name] for name in _PIXELS if arguments.get(name) is not None)
         height, width = (side // self._patch for side in pixels.shape[-2:])
-        prefix = received.shape[1] - height * width
-        tiles = Tiles(torch.unflatten(received[:, prefix:], 1, (height, width)), prefix, pixels.shape)
-        return self._layouts[kind](tiles, self.multimodal, arguments, features)
+        return pixels.shape, height, width
+
+
+def _heads(
+    attention: Any, projected: list[torch.Tensor], arguments: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split what the projections returned into queries and keys `[B, H, N, D]`."""
+    shape = (*arguments["hidden_states"].shape[:2], attention.num_heads, -1)
+    queries, keys = (x.reshape(shape).transpose(1, 2) for x in projected)
+    return queries, keys
 
 
 def _received_without_padding(

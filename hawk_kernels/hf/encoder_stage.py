@@ -1,0 +1,78 @@
+"""Merging at the projector's input: what the projector makes of sums of the encoder's rows, in place of embeddings.
+
+The model projects every row before anything is chosen, as it always does. The kept rows are then summed by the merge
+map and go through the projector once more; the results take the places of the kept tokens. Where a projector makes one
+visual token of several patches, as that of Qwen2.5-VL does of four, the row is these patches side by side: a merge
+averages the patches at the same corner of each square. DeepStack features come from projectors of their own, whose
+inputs are not watched; they are merged after these.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from hawk_kernels.hf.anatomy import Anatomy
+from hawk_kernels.hf.encoders import VisionEncoder
+from hawk_kernels.hf.encoders.recorder import PromptAttention
+from hawk_kernels.hf.families import MERGES_BEFORE_PROJECTOR, NO_ENCODER_STAGE
+from hawk_kernels.hf.hooks import upload
+from hawk_kernels.hf.prompt import Prompt
+from hawk_kernels.ops.compact import compact
+from hawk_kernels.selection import Merge
+
+
+def check_projector(anatomy: Anatomy, method: str) -> None:
+    """Refuse a family whose projector does more than to turn each row into the embedding of one visual token.
+
+    Raises:
+        TypeError: such a family.
+    """
+    name = anatomy.family.model_type
+    why = next((reason for names, reason in NO_ENCODER_STAGE.items() if name in names), None)
+    if why is not None:
+        supported = ", ".join(sorted(MERGES_BEFORE_PROJECTOR))
+        raise TypeError(
+            f"method: expected one that does not merge before the projector of {name} ({why}), got {method!r}, whose "
+            f"stage is 'encoder'; that stage works for {supported}"
+        )
+
+
+def merged_before_projector(
+    inputs_embeds: torch.Tensor,
+    prompt: Prompt,
+    kept: torch.Tensor,
+    counts: list[int],
+    merge: Merge,
+    recorded: PromptAttention,
+    encoder: VisionEncoder,
+) -> torch.Tensor:
+    """Return the embeddings `[B, T, hidden]` with those of kept visual tokens made of merged rows of the encoder.
+
+    Gradients reach the projector; the rows themselves were recorded without.
+
+    Args:
+        inputs_embeds: `[B, T, hidden]`.
+        prompt: where visual tokens stand.
+        kept: bool `[B, T]`, the tokens that stay.
+        counts: how many stay in each row.
+        merge: makes kept tokens sums of visual tokens, by places among the T.
+        recorded: the rows that entered the projector, as "features", and which visual tokens have none.
+        encoder: has the projector.
+    """
+    rows = recorded.values["features"]
+    device = rows.device
+    is_cell = prompt.visual & ~recorded.is_separator
+    cells = upload(np.flatnonzero(is_cell), device)
+    # the places of one long row, in which all cells of all prompts follow each other
+    place = upload(np.cumsum(is_cell).reshape(is_cell.shape) - 1, device)
+    target, source, weight = (part.to(device) for part in merge)
+    placed = [place.gather(1, places.clamp(min=0)) for places in (target, source)]
+    in_one_row = Merge(torch.where(target < 0, -1, placed[0]).view(1, -1), placed[1].view(1, -1), weight.view(1, -1))
+    kept_cells = kept.to(device).flatten().index_select(0, cells)
+    length = sum(counts) - int((prompt.valid & ~is_cell).sum())
+    merged = compact(rows.unsqueeze(0), kept_cells.unsqueeze(0), length=length, merge=in_one_row.ordered())
+    embeddings = encoder.project(merged.inputs_embeds[0]).to(inputs_embeds)
+    places = cells.index_select(0, merged.source[0]).to(inputs_embeds.device)
+    whole = inputs_embeds.flatten(0, 1).index_copy(0, places, embeddings)
+    return torch.unflatten(whole, 0, inputs_embeds.shape[:2])
