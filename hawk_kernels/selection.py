@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -146,17 +146,15 @@ def kept_count(r: float | int, num_candidates: int, rounding: str = "floor") -> 
         return 0
     if isinstance(r, int):
         return min(r, num_candidates)
-    return max(1, rounded_share(num_candidates, *keep_fraction(r, rounding), rounding))
+    kept: int = rounded_share(num_candidates, *keep_fraction(r, rounding), rounding)
+    return max(1, kept)
 
 
-Count = TypeVar("Count", int, torch.SymInt, torch.Tensor)
-
-
-def rounded_share(num_candidates: Count, numerator: int, denominator: int, rounding: str) -> Count:
+def rounded_share(num_candidates: Any, numerator: int, denominator: int, rounding: str) -> Any:
     """Round `num_candidates * numerator / denominator` to an integer, with integers alone.
 
     Args:
-        num_candidates: an int, also a symbolic one, or an int64 tensor; below 2**31.
+        num_candidates: an int, also a symbolic one, or an int64 tensor, of which the result is one too; below 2**31.
         numerator, denominator: below 2**31.
         rounding: "floor", "ceil" or "nearest", which takes halves to the even neighbour.
     """

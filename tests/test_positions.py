@@ -50,7 +50,7 @@ def test_logits_and_tokens_are_those_of_the_short_prompt_without_position_ids(na
 
 @families(BY_NAME)
 def test_every_family_is_served_or_refused(name):
-    """Some heads want the pixels, and layers may hold state: there the others are hidden, or the text model is asked."""
+    """Some models want the pixels, so there the others are hidden; elsewhere the text model is asked."""
     model = model_of(name)
     if hasattr(dissect(model).multimodal, "get_rope_index") or name in WINDOWS_OF_THE_WHOLE_PROMPT:
         with pytest.raises(TypeError, match=f"positions: expected 'original' for {name}, got 'packed'"):
