@@ -15,7 +15,7 @@ def holov_select(attention, embeddings, r, *, crops=16, diversity=0.09, scale="c
         crops: number of crops.
         diversity: weight of the variance of cosines.
         scale: "crop" or "image", what attention and variance are averaged over to scale one to the other.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
     """
     attention, embeddings = attention.tolist(), embeddings.double().tolist()
     count = len(attention)

@@ -17,7 +17,7 @@ def mmtok_select(
         r: float in (0, 1] = fraction kept, int >= 1 = budget.
         alpha: weight of the cover of the visual tokens.
         text_temperature, vision_temperature: of the softmax over the visual tokens.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Returns:
         The places, and for each token what it added when it was picked or would add in the end.

@@ -18,7 +18,7 @@ def prumerge_select(attention, keys, r, *, mask, neighbours=32, plus=False, merg
         plus: whether only a quarter of the budget is chosen by attention, and the rest evenly among the others.
         merging: "paper" = average of the token and dropped neighbours by attention; "release" = the token plus its
             neighbours, kept or not, times their share of the attention.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Returns:
         `Selection(mask, indices, scores)`, and for each row a dict from a kept token to `{token: weight}`.

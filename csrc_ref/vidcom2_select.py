@@ -12,7 +12,7 @@ def vidcom2_select(embeddings, frames, r, *, rounding="floor"):
         embeddings: `[M, hidden]`, finite.
         frames: the tokens of each frame.
         r: float in (0, 1] = fraction kept, int >= 1 = budget.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
     """
     tokens = embeddings.double().tolist()
     count, channels = len(tokens), len(tokens[0])

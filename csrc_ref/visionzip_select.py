@@ -18,7 +18,7 @@ def visionzip_select(attention, keys, r, *, mask, contextual=5 / 32, merging="pa
         mask: bool `[B, M]`, True = candidate.
         contextual: share of the budget for targets.
         merging: "paper" = mean of the target and what came to it; "release" = target plus the mean of what came.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Returns:
         `Selection(mask, indices, scores)`, and for each row a dict from a kept token to `{token: weight}`.

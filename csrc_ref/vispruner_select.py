@@ -14,7 +14,7 @@ def vispruner_select(attention, features, r, *, important=0.5, step=8, rounding=
         r: float in (0, 1] = fraction kept, int >= 1 = budget.
         important: share of the budget that attention takes.
         step: how many tokens go at a time.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
     """
     attention, features = attention.tolist(), features.double().tolist()
     budget = _count(r, len(attention), rounding)

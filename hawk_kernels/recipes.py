@@ -76,6 +76,39 @@ RECIPES: dict[str, Recipe] = {
         arguments={"budget": "per_tile", "positions": "packed"},
         options={"alpha": 0.1, "rounding": "nearest"},
     ),
+    "fastervlm-release": Recipe(
+        method="fastervlm",
+        source="github.com/Theia-4869/FasterVLM",
+        differs="Nothing else that changes which tokens stay.",
+        arguments={"budget": "per_tile", "positions": "packed"},
+    ),
+    "vispruner-release": Recipe(
+        method="vispruner",
+        source="github.com/Theia-4869/VisPruner",
+        differs="Nothing else that changes which tokens stay.",
+        arguments={"budget": "per_tile", "positions": "packed"},
+    ),
+    "visionzip-release": Recipe(
+        method="visionzip",
+        source="github.com/dvlab-research/VisionZip",
+        differs=(
+            "It hands CLS to the language model as one of the dominant tokens, which transformers never does, and sets "
+            "contextual tokens after the dominant ones; here each stands where it was in the picture."
+        ),
+        arguments={"positions": "packed"},
+        options={"merging": "release"},
+    ),
+    "prumerge-release": Recipe(
+        method="prumerge",
+        source="github.com/42Shawn/LLaVA-PruMerge",
+        differs=(
+            "It counts outliers of the attention to find how many tokens stay, reads the last layer of the encoder "
+            "(pass cls_layer=24 for CLIP-L), whose output LLaVA discards, takes one softmax over all heads together, "
+            "and appends a token that sums up the dropped ones."
+        ),
+        arguments={"positions": "packed"},
+        options={"merging": "release"},
+    ),
     "sparsevlm-release": Recipe(
         method="sparsevlm",
         source="github.com/Gumpest/SparseVLMs",

@@ -38,7 +38,9 @@ def any_resolution(name, sizes):
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}, [len(f) for f in features]
 
 
-@pytest.mark.parametrize("method", ["divprune", "random", "cdpruner", "downsample", "key_norm", "hiprune"])
+@pytest.mark.parametrize(
+    "method", ["divprune", "random", "cdpruner", "downsample", "key_norm", "hiprune", "vispruner", "fastervlm", "holov"]
+)
 def test_tiles_of_a_mosaic_keep_their_own_budgets(method):
     """LLaVA-NeXT: the picture's 2 x 2 tokens, then two tiles side by side, whose lines alternate, with newlines."""
     model, inputs = model_of("llava_next"), batch("llava_next", *prompts("llava_next")["padded batch"])

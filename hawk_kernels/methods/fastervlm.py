@@ -21,7 +21,7 @@ class FasterVLM(Method):
 
     Args:
         cls_layer: encoder layer, counted from 1; None takes that of the visual features.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Raises:
         TypeError, ValueError: an option that is none of these.

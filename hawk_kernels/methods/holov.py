@@ -42,7 +42,7 @@ class HoloV(JointMethod):
         diversity: weight of the variance, at least 0.
         scale: "crop" (release) or "image", what the means are taken over.
         cls_layer: encoder layer, counted from 1; None takes that of the visual features.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Raises:
         TypeError, ValueError: an option that is none of these.

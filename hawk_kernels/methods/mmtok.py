@@ -30,7 +30,7 @@ class MMTok(JointMethod):
         alpha: weight of the cover of the visual tokens, at least 0.
         text_temperature: of the softmax for text tokens, above 0.
         vision_temperature: of the softmax for visual tokens, above 0.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Raises:
         TypeError, ValueError: an option that is none of these.

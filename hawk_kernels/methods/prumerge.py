@@ -51,7 +51,7 @@ class PruMerge(Method):
         merging: "paper" or "release", what a kept token becomes.
         cls_layer: encoder layer of attention and keys, counted from 1; None takes the last one that visual tokens come
             from.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Raises:
         TypeError, ValueError: an option that is none of these.
@@ -125,7 +125,7 @@ def prumerge_select(
         neighbours: tokens that go into each kept one.
         plus: whether three quarters of the budget are spread evenly.
         merging: "paper" or "release".
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Returns:
         `Selection(mask, indices, scores)` with a merge map of `1 + neighbours` entries for each kept token. A row that

@@ -41,7 +41,7 @@ class VisionZip(Method):
     Args:
         contextual: share of the budget for contextual tokens, in [0, 1); 10 of 64, 20 of 128 and 30 of 192 are 5/32.
         merging: "paper" or "release", what a target becomes.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Raises:
         TypeError, ValueError: an option that is none of these.
@@ -96,7 +96,7 @@ def visionzip_select(
         mask: bool `[B, M]`, True = candidate.
         contextual: share of the budget for contextual tokens.
         merging: "paper" or "release".
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Returns:
         `Selection(mask, indices, scores)` with a merge map of one entry for each token of a contextual cluster.

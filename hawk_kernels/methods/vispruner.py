@@ -35,7 +35,7 @@ class VisPruner(JointMethod):
         important: share of the budget that attention takes, in [0, 1].
         step: how many tokens go at a time, at least 1.
         cls_layer: encoder layer, counted from 1; None takes that of the visual features.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Raises:
         TypeError, ValueError: an option that is none of these.
