@@ -39,7 +39,20 @@ def any_resolution(name, sizes):
 
 
 @pytest.mark.parametrize(
-    "method", ["divprune", "random", "cdpruner", "downsample", "key_norm", "hiprune", "vispruner", "fastervlm", "holov"]
+    "method",
+    [
+        "divprune",
+        "random",
+        "cdpruner",
+        "downsample",
+        "key_norm",
+        "hiprune",
+        "vispruner",
+        "fastervlm",
+        "holov",
+        "visionzip",
+        "prumerge",
+    ],
 )
 def test_tiles_of_a_mosaic_keep_their_own_budgets(method):
     """LLaVA-NeXT: the picture's 2 x 2 tokens, then two tiles side by side, whose lines alternate, with newlines."""
