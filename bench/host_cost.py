@@ -72,6 +72,7 @@ def public_calls(device: torch.device) -> dict[str, Callable[[], object]]:
         "score_and_select": lambda: hawk_kernels.score_and_select(q, k, w, 0.2, **options),
         "score_and_select, masked": lambda: hawk_kernels.score_and_select(q, k, w, 0.2, k_mask=mask, **options),
         "score_tokens": lambda: hawk_kernels.score_tokens(q, k, w, **options),
+        "score_peaks": lambda: hawk_kernels.score_peaks(q, k, w, **backend),
         "select_topk": lambda: hawk_kernels.select_topk(of_scores, 0.2),
         "score_hidden_and_select": partial(hawk_kernels.score_hidden_and_select, **hidden.arguments, r=0.2, **options),
         "score_hidden": partial(hawk_kernels.score_hidden, **hidden.arguments, **options),

@@ -11,11 +11,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hawk_kernels import Layer, score_and_select, score_hidden, score_hidden_and_select, score_tokens, select_topk
+from hawk_kernels import (
+    Layer,
+    score_and_select,
+    score_hidden,
+    score_hidden_and_select,
+    score_peaks,
+    score_tokens,
+    select_topk,
+)
 from hawk_kernels.backends import choose
 from hawk_kernels.backends.choose import plain_signature
 from hawk_kernels.ops import score_and_select as of_queries
 from hawk_kernels.ops import score_hidden as of_hidden
+from hawk_kernels.ops import score_peaks as of_peaks
 from hawk_kernels.ops import select_topk as of_scores
 from hawk_kernels.validation import Passed
 
@@ -27,11 +36,13 @@ LAYER = Layer(None, 1e-6, torch.randn(8, 16), None, torch.randn(4, 16), None)
 CALLS = {
     "score_and_select": (Q, lambda q: score_and_select(q, K.to(q.device), W.to(q.device), 0.4, normalize="l2")),
     "score_tokens": (Q, lambda q: score_tokens(q, K.to(q.device), W.to(q.device), normalize="softmax")),
+    "score_peaks": (Q, lambda q: score_peaks(q, K.to(q.device), W.to(q.device))),
     "score_hidden_and_select": (X, lambda x: score_hidden_and_select(x, LAYER, W, 0.4, q_mask=TEXT, k_mask=~TEXT)),
     "score_hidden": (X, lambda x: score_hidden(x, LAYER, W, q_mask=TEXT, k_mask=~TEXT)),
     "select_topk": (Q[0, 0], lambda scores: select_topk(scores, 2)),
 }
-MODULES = {name: of_hidden if "hidden" in name else of_queries for name in CALLS} | {"select_topk": of_scores}
+MODULES = {name: of_hidden if "hidden" in name else of_queries for name in CALLS}
+MODULES |= {"score_peaks": of_peaks, "select_topk": of_scores}
 
 
 def tensors_of(result):
@@ -184,7 +195,7 @@ def test_tensors_that_are_not_simply_values_in_memory():
     assert negated.is_neg()
     assert torch.equal(negated, Q)
     assert_same(score_and_select(negated, K, W, 0.4), score_and_select(Q, K, W, 0.4))
-    for name in ("score_and_select", "score_tokens", "select_topk"):
+    for name in ("score_and_select", "score_tokens", "score_peaks", "select_topk"):
         tensor, call = CALLS[name]
         for got, expected in zip(tensors_of(call(tensor.to("meta"))), tensors_of(call(tensor)), strict=True):
             assert got.is_meta

@@ -30,6 +30,7 @@ from hawk_kernels import (
     score_and_select,
     score_hidden,
     score_hidden_and_select,
+    score_peaks,
     score_tokens,
     select_topk,
 )
@@ -40,11 +41,13 @@ from hawk_kernels.backends.kernels import compact as compact_kernels
 from hawk_kernels.backends.kernels import compiled, configs
 from hawk_kernels.backends.kernels import score_and_select as kernels_of_queries
 from hawk_kernels.backends.kernels import score_hidden as kernels_of_hidden
+from hawk_kernels.backends.kernels import score_peaks as kernels_of_peaks
 from hawk_kernels.backends.kernels import select_topk as kernels_of_scores
 from hawk_kernels.ops import attention_column_mean as of_columns
 from hawk_kernels.ops import compact as of_embeds
 from hawk_kernels.ops import score_and_select as of_queries
 from hawk_kernels.ops import score_hidden as of_hidden
+from hawk_kernels.ops import score_peaks as of_peaks
 from hawk_kernels.ops import select_topk as of_scores
 
 
@@ -103,7 +106,7 @@ def driver(monkeypatch, launched):
     """A pretended driver, and jitted functions in place of interpreted ones; CPU tensors may ask for Triton."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(compiled, "_variants", {})
-    for module in (of_columns, of_embeds, of_hidden, of_queries, of_scores):
+    for module in (of_columns, of_embeds, of_hidden, of_peaks, of_queries, of_scores):
         for name in ("_prepared", "_prepared_scores"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, PreparedCalls())
@@ -174,6 +177,7 @@ def _hidden(function, t, *options):
 CALLS = {
     "score_and_select": (lambda t: score_and_select(t.q, t.k, t.w, 0.3, k_mask=t.mask, backend="triton"), "q k w mask"),
     "score_tokens": (lambda t: score_tokens(t.q, t.k, t.w, normalize="l2", backend="triton"), "q k w"),
+    "score_peaks": (lambda t: score_peaks(t.q, t.k, t.w, k_mask=t.mask, backend="triton"), "q k w mask"),
     "score_hidden_and_select": (
         lambda t: _hidden(score_hidden_and_select, t, 0.3),
         "x norm wq bq wk bk w keep mask",
@@ -194,6 +198,7 @@ CALLS = {
 PREPARED = (
     "score_and_select",
     "score_tokens",
+    "score_peaks",
     "score_hidden_and_select",
     "score_hidden",
     "select_topk",
@@ -361,9 +366,10 @@ def test_a_second_call_neither_checks_nor_specialises(name, driver, launched, mo
     def refuse(*arguments, **options):
         raise AssertionError("this was done before")
 
-    for module in (of_columns, of_embeds, of_hidden, of_queries, of_scores):
+    for module in (of_columns, of_embeds, of_hidden, of_peaks, of_queries, of_scores):
         for function in (
             "_checked",
+            "checked_arguments",
             "_check_tensors",
             "_check_embeds",
             "check_mask",
@@ -373,8 +379,9 @@ def test_a_second_call_neither_checks_nor_specialises(name, driver, launched, mo
         ):
             if hasattr(module, function):
                 monkeypatch.setattr(module, function, refuse)
-    for module in (kernels_of_queries, kernels_of_hidden, kernels_of_scores):
+    for module in (kernels_of_queries, kernels_of_hidden, kernels_of_peaks, kernels_of_scores):
         monkeypatch.setattr(module, "make_plan", refuse)
+    for module in (kernels_of_queries, kernels_of_hidden, kernels_of_scores):
         monkeypatch.setattr(module, "keep_arguments", refuse)
     for module in (columns_kernels, compact_kernels):
         monkeypatch.setattr(module, "launch_config", refuse)

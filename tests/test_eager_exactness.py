@@ -15,7 +15,7 @@ from tests.cases import DTYPES, NORMALIZATIONS, SCORE_TOLERANCE, assert_matches_
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
+@pytest.fixture(params=[1, 3], ids="{} threads".format)
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -39,10 +39,9 @@ def run(case):
     return score_and_select(case.q, case.k, case.w, case.r, backend="torch", **case.options)
 
 
-@pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_equal_keys_score_equally_wherever_they_stand(threads, way, normalize, data):
+def test_equal_keys_score_equally_wherever_they_stand(threads, way, data):
     """Few different keys at random places of a row: each scores the same bits everywhere, so lower indices win."""
     num_keys = data.draw(st.integers(1, 700) | st.sampled_from([1024, 1296, 1301, 2064, 5120]))
     num_key_value_heads = data.draw(st.sampled_from([1, 2, 4]))
@@ -55,7 +54,7 @@ def test_equal_keys_score_equally_wherever_they_stand(threads, way, normalize, d
         dtype=data.draw(st.sampled_from(DTYPES)),
         seed=data.draw(st.integers(0, 1000)),
         r=0.3,
-        normalize=normalize,
+        normalize=data.draw(st.sampled_from(NORMALIZATIONS)),
     )
     kinds = torch.randint(4, (num_keys,), generator=torch.Generator().manual_seed(num_keys))
     case.k = case.k[:, :, kinds]
@@ -135,12 +134,11 @@ def test_keys_of_one_head_leave_the_scores_of_the_others_alone(way, bad):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("normalize", NORMALIZATIONS)
-def test_the_same_bits_run_after_run(threads, way, normalize, dtype):
-    for num_keys in (333, 2064):
-        case = make_case(2, 28, 4, 20, num_keys, 64, dtype=dtype, normalize=normalize)
+def test_the_same_bits_run_after_run(threads, way, dtype):
+    for num_keys, normalize in ((333, None), (333, "softmax"), (2064, "l2"), (2064, "minmax")):
+        case = make_case(1, 28, 4, 20, num_keys, 64, dtype=dtype, normalize=normalize)
         first = run(case)
-        for _ in range(3):
+        for _ in range(2):
             for got, expected in zip(run(case), first, strict=True):
                 assert torch.equal(got, expected)
 

@@ -29,6 +29,7 @@ def test_calls_are_measured_beside_launches_without_a_gpu(repository, tmp_path):
         "score_and_select, masked",
         "score_hidden",
         "score_hidden_and_select",
+        "score_peaks",
         "score_tokens",
         "select_topk",
     }

@@ -80,7 +80,9 @@ def score_and_select(
     key = _prepared.key(signature, q, r, normalize, scale, rounding, backend)
     call = _prepared.get(key)
     if call is None:
-        batched, tensors, scale, backend = _checked(q, k, w, q_mask, k_mask, normalize, scale, backend, signature)
+        batched, tensors, scale, backend = checked_arguments(
+            q, k, w, q_mask, k_mask, normalize, scale, backend, signature
+        )
         ratio, budget = checked_keep(r, k.shape[-2], k_mask is not None)
         check_rounding(rounding)
         if key is None or backend != "triton":
@@ -114,7 +116,9 @@ def score_tokens(
     key = _prepared_scores.key(signature, q, normalize, scale, backend)
     call = _prepared_scores.get(key)
     if call is None:
-        batched, tensors, scale, backend = _checked(q, k, w, q_mask, k_mask, normalize, scale, backend, signature)
+        batched, tensors, scale, backend = checked_arguments(
+            q, k, w, q_mask, k_mask, normalize, scale, backend, signature
+        )
         if key is None or backend != "triton":
             run: Callable[..., Any] = _score_tokens if signature is None else _run_score_tokens
             scores: torch.Tensor = run(*tensors, normalize, scale, backend)
@@ -140,7 +144,7 @@ def _prepare(
     return call
 
 
-def _checked(
+def checked_arguments(
     q: torch.Tensor,
     k: torch.Tensor,
     w: torch.Tensor,

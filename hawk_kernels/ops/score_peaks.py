@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
-from hawk_kernels.backends.choose import choose_backend, load_backend, without_autocast
+from hawk_kernels.backends.choose import PreparedCalls, load_backend, plain_signature, without_autocast
 from hawk_kernels.ops.library import define
-from hawk_kernels.validation import (
-    check_head_vector,
-    check_mask,
-    check_normalize,
-    check_queries_and_keys,
-    checked_scale,
-)
+from hawk_kernels.ops.score_and_select import checked_arguments
+
+_prepared = PreparedCalls()
 
 
 def score_peaks(
@@ -53,25 +52,21 @@ def score_peaks(
         ValueError: a shape, device, range or name does not fit.
         ImportError: `backend="triton"` without Triton.
     """
-    check_queries_and_keys(q, k)
-    check_head_vector("w", w, q)
-    batch = q.shape[:-3]
-    if q_mask is not None:
-        check_mask("q_mask", q_mask, (*batch, q.shape[-2]), "one entry a query", q.device)
-    if k_mask is not None:
-        check_mask("k_mask", k_mask, (*batch, k.shape[-2]), "one entry a key", q.device)
-    check_normalize(normalize)
-    scale = checked_scale(scale, q.shape[-1])
-    backend = choose_backend(backend, q.device, q.shape[-1])
-
-    q, k, w = q.detach(), k.detach(), w.detach()
-    batched = q.dim() == 4
-    if not batched:
-        q, k = q.unsqueeze(0), k.unsqueeze(0)
-        q_mask = None if q_mask is None else q_mask.unsqueeze(0)
-        k_mask = None if k_mask is None else k_mask.unsqueeze(0)
-    scores: torch.Tensor = _score_peaks(q, k, w, q_mask, k_mask, normalize, scale, backend)
-    return scores if batched else scores[0]
+    signature = plain_signature(q, k, w, q_mask, k_mask)
+    key = _prepared.key(signature, q, normalize, scale, backend)
+    call = _prepared.get(key)
+    if call is None:
+        batched, tensors, scale, backend = checked_arguments(
+            q, k, w, q_mask, k_mask, normalize, scale, backend, signature
+        )
+        if key is None or backend != "triton":
+            run: Callable[..., Any] = _score_peaks if signature is None else _run_score_peaks
+            scores: torch.Tensor = run(*tensors, normalize, scale, backend)
+            return scores if batched else scores[0]
+        call = load_backend("triton", "score_peaks").PreparedCall(*tensors, normalize, scale, batched)
+        _prepared.add(key, call)
+    peaks: torch.Tensor = call(q, k, w, q_mask, k_mask)
+    return peaks
 
 
 def _run_score_peaks(

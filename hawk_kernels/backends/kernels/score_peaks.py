@@ -27,9 +27,9 @@ from hawk_kernels.backends.kernels.head_norms import (
     reduce_pairs,
 )
 from hawk_kernels.backends.kernels.launch import (
+    PreparedLaunch,
     check_limits,
     compiler_options,
-    launch,
     launch_counters,
     on_device,
     workspace,
@@ -336,6 +336,85 @@ def make_plan(
     )
 
 
+class PreparedCall:
+    """A call of one signature, which can be made again with other tensors of it."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        w: torch.Tensor,
+        q_mask: torch.Tensor | None,
+        k_mask: torch.Tensor | None,
+        normalize: str | None,
+        scale: float,
+        batched: bool = True,
+    ) -> None:
+        """Prepare a call by validated `[B, H, N, D]` queries and `[B, Hkv, M, D]` keys.
+
+        The arguments are those of the public function; the result has a batch axis if `batched`.
+        """
+        _, num_heads, num_queries, _ = q.shape
+        batch, num_key_value_heads, num_keys, head_dim = k.shape
+        self._device = k.device
+        self._shape = (*((batch,) if batched else ()), num_keys)
+        self._launch: PreparedLaunch | None = None
+        if batch == 0 or num_keys == 0:
+            return
+        is_interpreted = k.device.type == "cpu"
+        plan = make_plan(
+            batch, num_heads, num_key_value_heads, num_queries, num_keys, head_dim, k.element_size(), normalize,
+            _PROGRAMS_INTERPRETED if is_interpreted else _PROGRAMS,
+        )  # fmt: skip
+        self._num_floats, self._num_words = plan.num_floats, plan.num_words
+        self._num_counters = num_counters(batch)
+        q_strides, k_strides = q.stride(), k.stride()
+        unit = stride_unit(head_dim, *q_strides[:2], *k_strides[:2])
+        strides = Strides(*q_strides[2:], *k_strides[2:], w.stride(0))  # type: ignore[call-arg]
+        numbers = (
+            *((0, 0) if q_mask is None else q_mask.stride()),
+            *((0, 0) if k_mask is None else k_mask.stride()),
+            q_strides[0] // unit, q_strides[1] // unit, k_strides[0] // unit, k_strides[1] // unit,
+            *plan.sizes, scale,
+        )  # fmt: skip
+
+        def arrange(
+            q: Any, k: Any, w: Any, floats: Any, words: Any, counters: Any, scores: Any, q_mask: Any, k_mask: Any
+        ) -> tuple[Any, ...]:
+            memory, outputs = Memory(floats, words, counters), Outputs(scores, scores, scores)
+            return Tensors(q, k, w), strides, memory, outputs, q_mask, k_mask, *numbers
+
+        constants = {
+            "HAS_Q_MASK": q_mask is not None,
+            "HAS_K_MASK": k_mask is not None,
+            "INTERPRETED": is_interpreted,
+            "STRIDE_UNIT": unit,
+            "STATIC": plan.static,
+        }
+        # all but the masks are specialised
+        self._launch = PreparedLaunch(plan.grid, arrange, constants, plan.options, num_specialized=7)
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        w: torch.Tensor,
+        q_mask: torch.Tensor | None,
+        k_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return importance, `[B, M]` or `[M]`."""
+        device = self._device
+        scores = torch.empty(self._shape, dtype=torch.float32, device=device)
+        if self._launch is not None:
+            with on_device(device):
+                floats, words = workspace(self._num_floats, self._num_words, device)
+                self._launch(
+                    _score_peaks_kernel, q, k, w, floats, words, launch_counters(self._num_counters, device), scores,
+                    q if q_mask is None else q_mask, k if k_mask is None else k_mask,
+                )  # fmt: skip
+        return scores
+
+
 def score_peaks(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -346,38 +425,4 @@ def score_peaks(
     scale: float,
 ) -> torch.Tensor:
     """Compute importance `[B, M]` float32 of validated arguments in one launch, without a host sync."""
-    device = k.device
-    _, num_heads, num_queries, _ = q.shape
-    batch, num_key_value_heads, num_keys, head_dim = k.shape
-    scores = torch.empty((batch, num_keys), dtype=torch.float32, device=device)
-    if batch == 0 or num_keys == 0:
-        return scores
-    is_interpreted = device.type == "cpu"
-    plan = make_plan(
-        batch, num_heads, num_key_value_heads, num_queries, num_keys, head_dim, k.element_size(), normalize,
-        _PROGRAMS_INTERPRETED if is_interpreted else _PROGRAMS,
-    )  # fmt: skip
-    with on_device(device):
-        floats, words = workspace(plan.num_floats, plan.num_words, device)
-        q_strides, k_strides = q.stride(), k.stride()
-        unit = stride_unit(head_dim, *q_strides[:2], *k_strides[:2])
-        launch(
-            _score_peaks_kernel,
-            plan.grid,
-            (
-                Tensors(q, k, w),
-                Strides(*q_strides[2:], *k_strides[2:], w.stride(0)),  # type: ignore[call-arg]
-                Memory(floats, words, launch_counters(num_counters(batch), device)),
-                Outputs(scores, scores, scores),
-                q if q_mask is None else q_mask, k if k_mask is None else k_mask,
-                *((0, 0) if q_mask is None else q_mask.stride()), *((0, 0) if k_mask is None else k_mask.stride()),
-                q_strides[0] // unit, q_strides[1] // unit, k_strides[0] // unit, k_strides[1] // unit,
-                *plan.sizes, scale,
-            ),
-            {
-                "HAS_Q_MASK": q_mask is not None, "HAS_K_MASK": k_mask is not None,
-                "INTERPRETED": is_interpreted, "STRIDE_UNIT": unit, "STATIC": plan.static,
-            },
-            plan.options,
-        )  # fmt: skip
-    return scores
+    return PreparedCall(q, k, w, q_mask, k_mask, normalize, scale)(q, k, w, q_mask, k_mask)
