@@ -52,6 +52,7 @@ from hawk_kernels.hf.pruned_cache import (
     bytes_saved,
     check_slots,
     constant_mask,
+    count_dropped,
     fixed_size,
     forget,
     guard,
@@ -217,9 +218,38 @@ class CallHooks:
             earlier = thread.generation, thread.uncached
             thread.generation, thread.uncached = _Generation(ids), _no_uncached_prompts()
             try:
+                self._begin_history(thread.generation, arguments)
                 yield lambda output: None
             finally:
+                thread.generation.count_dropped(False)
                 thread.generation, thread.uncached = earlier
+
+    def _begin_history(self, generation: _Generation, arguments: dict[str, Any]) -> None:
+        """Note a cache that holds the beginning of the ids, and let it tell `generate` its length before pruning.
+
+        Raises:
+            ValueError: the history has no token after those in the cache.
+        """
+        ids, cache, mask = generation.ids, arguments.get("past_key_values"), arguments.get("attention_mask")
+        # a mask that is longer tells that the ids are the new tokens alone
+        if ids is None or cache is None or (mask is not None and mask.shape[-1] != ids.shape[1]):
+            return
+        record = self._records.of(cache)
+        # the length of a cache of fixed size lives on the device
+        if getattr(cache, "is_compileable", False) or (record is not None and not record.grows):
+            return
+        dropped = 0 if record is None else record.num_dropped
+        seen = int(cache.get_seq_length()) + dropped
+        if record is not None and ids.shape[1] <= seen:
+            raise ValueError(
+                f"input_ids: expected the whole conversation, of which {seen} tokens, counted before pruning, are in "
+                f"past_key_values, got {ids.shape[1]} tokens; append the new turn, or pass the new tokens alone with "
+                "an attention_mask over the whole conversation"
+            )
+        generation.cache, generation.num_dropped, generation.seen = cache, dropped, seen
+        if dropped:
+            guard(cache)
+            generation.count_dropped(True)
 
     def _before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.lifetime.acts():
@@ -245,6 +275,7 @@ class CallHooks:
         cache, input_ids, mask = (kwargs.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
         if is_paged(kwargs):
             return None
+        changed, kwargs = self._over_history(kwargs)
         length = call_length(kwargs)
         check_not_empty(input_ids, kwargs.get("inputs_embeds"))
         self._thread.mask = mask
@@ -265,9 +296,10 @@ class CallHooks:
                 forget(cache)
                 unguard(cache)
                 return None
+        unchanged = ((), kwargs) if changed else None
         record = self._records.of(cache)
         if record is None:
-            return None
+            return unchanged
         positions = kwargs.get("position_ids")
         if positions is None:
             batch = None if input_ids is None else len(input_ids)
@@ -277,7 +309,21 @@ class CallHooks:
                 record.check_length(cache, mask, length)
             else:
                 record.check_continues(cache, positions)
-        return None
+        return unchanged
+
+    def _over_history(self, kwargs: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+        """Leave out the images that a cache holds already; tell also whether there were any."""
+        generation, features = self._thread.generation, self._anatomy.family.features
+        if generation is None or generation.cache is None or generation.cache is not kwargs.get("past_key_values"):
+            return False, kwargs
+        generation.count_dropped(False)
+        if generation.ids is None or generation.has_begun or not generation.seen:
+            return False, kwargs
+        if not visual_features(kwargs, features):
+            return False, kwargs
+        from hawk_kernels.hf.chat_history import without_old_images
+
+        return True, without_old_images(self._anatomy, generation.ids, generation.seen, kwargs)
 
     @outside_graphs
     def _read(self, kwargs: dict[str, Any], input_ids: torch.Tensor) -> _Prefill | None:
@@ -551,6 +597,8 @@ class CallHooks:
         prefill = self._thread.prefill
         self._thread.is_inside, self._thread.prefill, self._thread.mask = False, None, None
         self._thread.logits_to_keep = 0
+        if self._thread.generation is not None:
+            self._thread.generation.count_dropped(True)
         self.lifetime.end_forward()
         if prefill is not None and output is not None:
             raise compiled_before()
@@ -684,10 +732,21 @@ class _Generation:
     Attributes:
         ids: the prompt that it was called with, `[B, T]`, or None.
         has_begun: whether it has read a prompt.
+        cache: holds the beginning of `ids`; None where it is of fixed size, or `ids` are the new tokens alone.
+        num_dropped: tokens by which a row of this cache is shorter than what it stands for.
+        seen: tokens of a row that this cache stood for at the start.
     """
 
     ids: torch.Tensor | None
     has_begun: bool = False
+    cache: Any = None
+    num_dropped: int = 0
+    seen: int = 0
+
+    def count_dropped(self, counts: bool) -> None:
+        """Let the cache, outside the model, tell its length in the caller's counting."""
+        if self.cache is not None:
+            count_dropped(self.cache, self.num_dropped if counts else 0)
 
     def count_guesses(self, input_ids: torch.Tensor) -> int:
         """Count the tokens that assisted decoding reads together with the prompt, after it."""

@@ -74,6 +74,11 @@ class CachedPrompt:
     def grows(self) -> bool:
         return self.constant_mask is None
 
+    @property
+    def num_dropped(self) -> int:
+        """Count the tokens by which a row of the cache is shorter than the caller's counting."""
+        return self.full_length - self.mask.shape[1]
+
     def take_rows(self, rows: torch.Tensor) -> None:
         self.mask = self.mask.index_select(0, rows.to(self.mask.device))
         if self.next_position.shape[-2] > 1:
@@ -97,7 +102,7 @@ class CachedPrompt:
                 rows became longer than the model's attention allows.
         """
         if self.slot_limit is not None and self.constant_mask is None:
-            check_slots(self.slot_limit, self.full_length - self.mask.shape[1] + int(cache.get_seq_length()) + length)
+            check_slots(self.slot_limit, self.num_dropped + int(cache.get_seq_length()) + length)
         given = incoming if isinstance(incoming, torch.Tensor) and incoming.dim() == 2 else None
         if self.constant_mask is not None and given is None:
             return self._rows(self.constant_mask, batch)
@@ -117,7 +122,7 @@ class CachedPrompt:
             new = cached - prompt.shape[1] + length
             if given is not None:
                 self.check_length(cache, given, length)
-        seen = self.full_length - self.mask.shape[1] + prompt.shape[1]
+        seen = self.num_dropped + prompt.shape[1]
         prompt = self._rows(prompt, batch)
         tail = prompt.new_ones(batch, new) if given is None else given[:, seen:].to(prompt)
         return torch.cat([prompt, tail], dim=1)
@@ -139,7 +144,7 @@ class CachedPrompt:
         Raises:
             ValueError: the mask has another length.
         """
-        seen = int(cache.get_seq_length()) + self.full_length - self.mask.shape[1]
+        seen = int(cache.get_seq_length()) + self.num_dropped
         if attention_mask.shape[1] != seen + length:
             raise ValueError(
                 f"attention_mask: expected length {seen + length} ({seen} tokens so far, counted before pruning, and "
@@ -148,7 +153,7 @@ class CachedPrompt:
             )
 
     def check_continues(self, cache: Any, position_ids: torch.Tensor) -> None:
-        """Refuse tokens that are in the cache already, as when `generate` cuts a full history at the pruned length.
+        """Refuse tokens that are in the cache already, as when a full history is cut at the pruned length.
 
         Raises:
             ValueError: the positions do not go on where the cache ends.
@@ -220,8 +225,8 @@ class UncachedPrompt:
 
 
 _CONTINUE = (
-    "A pruned cache cannot take the full history again: pass only the new tokens as input_ids, with an attention_mask "
-    "over the whole conversation before pruning, or start with a new cache"
+    "Only generate over a cache that grows can take the full history again: pass only the new tokens as input_ids, "
+    "with an attention_mask over the whole conversation before pruning, or start with a new cache"
 )
 
 
@@ -324,11 +329,16 @@ class _Guarded:
             return cache.update(*args, **kwargs)
         return super().update(*args, **kwargs)  # type: ignore[misc]
 
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        held = super().get_seq_length(*args, **kwargs)  # type: ignore[misc]
+        return held + vars(self).get(_NUM_DROPPED, 0)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new_guarded, (type(self).__mro__[2],), vars(self)
 
 
 _IS_SERVED = "_hawk_kernels_is_served"
+_NUM_DROPPED = "_hawk_kernels_num_dropped"
 
 
 def guard(cache: Any) -> None:
@@ -343,6 +353,7 @@ def unguard(cache: Any) -> None:
     """Undo `guard` for a cache that is about to be filled anew."""
     if isinstance(cache, _Guarded):
         vars(cache).pop(_IS_SERVED, None)
+        vars(cache).pop(_NUM_DROPPED, None)
         cache.__class__ = type(cache).__mro__[2]
 
 
@@ -350,6 +361,12 @@ def serve(cache: Any, is_served: bool) -> None:
     """Tell a guarded cache whether the call that is under way is one of `prune`."""
     if isinstance(cache, _Guarded):
         setattr(cache, _IS_SERVED, is_served)
+
+
+def count_dropped(cache: Any, num_dropped: int) -> None:
+    """Let the length that a guarded cache tells include tokens that were dropped, or, with 0, not any more."""
+    if isinstance(cache, _Guarded):
+        setattr(cache, _NUM_DROPPED, num_dropped)
 
 
 @functools.cache
