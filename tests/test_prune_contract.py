@@ -461,6 +461,33 @@ def test_embeddings_without_ids_are_refused(model):
             model.generate(inputs_embeds=embeds, **GREEDY)
 
 
+# gemma3 scales the rows of its table
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "gemma3"])
+@torch.no_grad()
+def test_embeddings_of_text_need_no_ids(name):
+    model = tiny_model(name)
+    embeds = model.get_input_embeddings()(torch.tensor([words(7), words(7, 1)]))
+    logits = model(inputs_embeds=embeds).logits
+    spoilt = embeds.clone()
+    spoilt[1, 3, 5] += 1e-3
+    with prune(model, 0.25, head_weights="uniform") as pruning:
+        assert torch.equal(model(inputs_embeds=embeds).logits, logits)
+        assert pruning.stats.reason == "no visual tokens: the embeddings are those of text"
+        assert pruning.keep_mask.shape == embeds.shape[:2]
+        for other in (spoilt, embeds.double()):
+            with pytest.raises(
+                ValueError, match=r"got inputs_embeds only.*exactly those of model.get_input_embeddings"
+            ):
+                model(inputs_embeds=other)
+
+
+def test_generation_from_embeddings_of_text(model):
+    embeds = model.get_input_embeddings()(torch.tensor([words(7), words(7, 1)]))
+    expected = model.generate(inputs_embeds=embeds, **GREEDY)
+    with prune(model, 0.25, head_weights="uniform"):
+        assert torch.equal(model.generate(inputs_embeds=embeds, **GREEDY), expected)
+
+
 def test_a_mask_of_pairs_of_ones_own_is_refused(model):
     inputs = qwen_batch(question(Picture(4, 4)))
     length = inputs["input_ids"].shape[1]

@@ -219,10 +219,19 @@ class CallHooks:
             thread.generation, thread.uncached = _Generation(ids), _no_uncached_prompts()
             try:
                 self._begin_history(thread.generation, arguments)
-                yield lambda output: None
+                config = arguments.get("generation_config")
+                yield self._count_for_main if getattr(config, "is_assistant", False) else lambda output: None
             finally:
                 thread.generation.count_dropped(False)
                 thread.generation, thread.uncached = earlier
+
+    def _count_for_main(self, output: Any) -> None:
+        """Let the cache of an assistant tell its length before pruning, by which the main model crops it."""
+        generation, cache = self._thread.generation, getattr(output, "past_key_values", None)
+        record = self._records.of(cache)
+        if generation is not None and record is not None and record.grows:
+            generation.cache = None
+            count_dropped(cache, record.num_dropped)
 
     def _begin_history(self, generation: _Generation, arguments: dict[str, Any]) -> None:
         """Note a cache that holds the beginning of the ids, and let it tell `generate` its length before pruning.
@@ -238,6 +247,8 @@ class CallHooks:
         # the length of a cache of fixed size lives on the device
         if getattr(cache, "is_compileable", False) or (record is not None and not record.grows):
             return
+        # an assistant's may have been counting
+        count_dropped(cache, 0)
         dropped = 0 if record is None else record.num_dropped
         seen = int(cache.get_seq_length()) + dropped
         if record is not None and ids.shape[1] <= seen:
@@ -281,10 +292,7 @@ class CallHooks:
         self._thread.mask = mask
         if length > 1:
             if input_ids is None and (cache is None or int(cache.get_seq_length()) == 0):
-                raise ValueError(
-                    "input_ids: expected the token ids of the prompt, got inputs_embeds only, which do not tell which "
-                    "tokens are visual; pass input_ids and pixel_values, or leave the prune block"
-                )
+                self._read_embeddings(kwargs)
             # taken here, so that a call which was interrupted leaves nothing to the next one
             wanted, self._thread.logits_to_keep = self._thread.logits_to_keep, 0
             self._thread.is_inside, self._thread.prefill = True, None
@@ -324,6 +332,29 @@ class CallHooks:
         from hawk_kernels.hf.chat_history import without_old_images
 
         return True, without_old_images(self._anatomy, generation.ids, generation.seen, kwargs)
+
+    def _read_embeddings(self, kwargs: dict[str, Any]) -> None:
+        """Let a prompt of text through that comes as embeddings alone.
+
+        Raises:
+            ValueError: it may hold visual tokens.
+        """
+        from hawk_kernels.hf.text_embeddings import are_text
+
+        embeds, cache, generation = kwargs["inputs_embeds"], kwargs.get("past_key_values"), self._thread.generation
+        if visual_features(kwargs, self._anatomy.family.features) or not are_text(self._anatomy, embeds):
+            raise ValueError(
+                "input_ids: expected the token ids of the prompt, got inputs_embeds only, which do not tell which "
+                "tokens are visual; pass input_ids and pixel_values, or leave the prune block. Only embeddings of text "
+                "that are exactly those of model.get_input_embeddings() need no ids"
+            )
+        forget(cache)
+        unguard(cache)
+        if generation is None or not generation.has_begun:
+            whole = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+            self._leave_alone(whole, None, "no visual tokens: the embeddings are those of text")
+        if generation is not None:
+            generation.has_begun = True
 
     @outside_graphs
     def _read(self, kwargs: dict[str, Any], input_ids: torch.Tensor) -> _Prefill | None:
