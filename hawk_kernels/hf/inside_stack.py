@@ -248,7 +248,10 @@ class InsideStack:
         context = _context(layer, states, kwargs, valid) if hasattr(layer, "self_attn") else Context()
         context = replace(context, entered=(passage.embeds, passage.prompt))
         present = prompt.prompt
-        choice = stage.chooser.choose(states, present, self._projections[number], context, passage.original)
+        projections = self._projections[number]
+        if stage.chooser.method.reads_layer:
+            projections = projections.gathered(inside=True)
+        choice = stage.chooser.choose(states, present, projections, context, passage.original)
         kept = prompt.of_whole(choice.kept, False)
         scores = prompt.of_whole(choice.scores, -torch.inf)
         passage.chosen(Chosen(stage.chooser, present, choice, kept, scores))

@@ -43,6 +43,7 @@ from hawk_kernels.hf.hooks import (
 )
 from hawk_kernels.hf.images import Encoded, EncodingWatch, frames_of_prompt
 from hawk_kernels.hf.packing import Packing, pack_call, slot_limit
+from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, check_one_prefill, given_ids, read_prompt
 from hawk_kernels.hf.pruned_cache import (
     CachedPrompt,
@@ -400,7 +401,12 @@ class CallHooks:
                     "cannot call the text model by itself inside prune: inputs_embeds do not tell which tokens are "
                     "visual; call the model that was given to prune, not a compiled wrapper of it, or leave the block"
                 )
+            projections = self._anatomy.projections
+            if self._chooser is not None and self._chooser.method.reads_layer:
+                # also for a prompt without images, since other processes may have one with some
+                projections = projections.gathered()
             if prefill is not None:
+                prefill.projections = projections
                 packed = self._prefill(prefill, kwargs)
                 return None if packed is None else ((), packed)
         serve(cache, True)
@@ -449,7 +455,8 @@ class CallHooks:
         prompt = prefill.prompt
         if prefill.earlier is None:
             context = self._sources.context(prefill, kwargs)
-            choice = chooser.choose(kwargs["inputs_embeds"], prompt, self._anatomy.projections, context)
+            projections = prefill.projections or self._anatomy.projections
+            choice = chooser.choose(kwargs["inputs_embeds"], prompt, projections, context)
             self._note(prefill, chooser, choice, prompt, choice.kept, choice.scores)
             prefill.merge = choice.merge
         kept, counts = prefill.kept[0]
@@ -726,11 +733,11 @@ class _Prefill:
     """A prompt on its way from the multimodal model to the text model and back.
 
     `is_own` is false for a prompt that is not the one which `generate` was called with. `earlier` is the prompt of
-    which this one is a later step, where there is no cache. At the text model `encoded` is filled in; then `kept`, the
-    tokens that stay after each stage and their number in each row, `merge`, which makes those before the first layer
-    sums, and the `outcome` so far; and where some were dropped or merged before the first layer, how the rest are
-    packed and the position ids of what follows. `logits_to_keep` is how many logits at the end the caller wants, 0 for
-    all.
+    which this one is a later step, where there is no cache. At the text model `encoded` is filled in, and what ranks
+    the tokens, `projections`; then `kept`, the tokens that stay after each stage and their number in each row, `merge`,
+    which makes those before the first layer sums, and the `outcome` so far; and where some were dropped or merged
+    before the first layer, how the rest are packed and the position ids of what follows. `logits_to_keep` is how many
+    logits at the end the caller wants, 0 for all.
     """
 
     prompt: Prompt
@@ -740,6 +747,7 @@ class _Prefill:
     is_own: bool
     earlier: UncachedPrompt | None
     encoded: dict[str, Encoded] = field(default_factory=dict)
+    projections: LayerProjections | None = None
     kept: list[Kept] = field(default_factory=list)
     merge: Merge | None = None
     outcome: Outcome | None = None

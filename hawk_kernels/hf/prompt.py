@@ -189,8 +189,8 @@ def check_one_prefill(model: Any, arguments: dict[str, Any], length: int | None)
     if chunk is not None and length is not None and chunk < length:
         raise ValueError(
             f"prefill_chunk_size: expected the prompt in one call, got chunks of {chunk} of {length} tokens; the "
-            f"budget and the question are those of the whole prompt, so pass prefill_chunk_size={length} or None. If memory "
-            "does not allow that, let generate read the conversation turn by turn over one past_key_values"
+            f"budget and the question are those of the whole prompt, so pass prefill_chunk_size={length} or None. "
+            "If memory does not allow that, let generate read the conversation turn by turn over one past_key_values"
         )
 
 
