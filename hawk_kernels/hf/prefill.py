@@ -46,11 +46,13 @@ from hawk_kernels.hf.packing import Packing, pack_call, slot_limit
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, check_one_prefill, given_ids, read_prompt
 from hawk_kernels.hf.pruned_cache import (
+    STACK_RECORDS,
     CachedPrompt,
     CacheRecords,
     Kept,
     UncachedPrompt,
     bytes_saved,
+    check_served,
     check_slots,
     constant_mask,
     count_dropped,
@@ -137,7 +139,9 @@ class CallHooks:
         self._publish = publish
         self._inside = inside
         self._sources = _Sources(anatomy, chooser, per_image)
-        self._records = CacheRecords(CachedPrompt)
+        self._records = CacheRecords(CachedPrompt, anatomy.text)
+        served = None if inside is None else inside.served
+        self._unserved = tuple(name for name in STACK_RECORDS if name != served)
         self._thread = _ThreadState()
         self.lifetime = Lifetime(self._attach, self._watch_generate, ended)
         self.has_chosen = self.left_images_alone = False
@@ -409,6 +413,7 @@ class CallHooks:
                 prefill.projections = projections
                 packed = self._prefill(prefill, kwargs)
                 return None if packed is None else ((), packed)
+        check_served(cache, self._unserved)
         serve(cache, True)
         if self._inside is not None:
             self._inside.resume(cache, self._thread.mask, embeds.shape[1])

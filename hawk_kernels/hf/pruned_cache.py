@@ -18,11 +18,14 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.selection import Merge
 
 _ATTRIBUTE = "_hawk_kernels_prompt_"
+STACK_RECORDS = (f"{_ATTRIBUTE}CutPrompt", f"{_ATTRIBUTE}MaskedPrompt")
+"""Attributes where a cache keeps what was dropped or hidden inside the stack."""
 _ROW_METHODS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 
 
@@ -231,6 +234,8 @@ _CONTINUE = (
 
 
 _Record = TypeVar("_Record", bound=RowRecord)
+# for each text model, by kind of record, what its latest caches are recognised by
+_TRACES: weakref.WeakKeyDictionary[nn.Module, dict[str, deque[Any]]] = weakref.WeakKeyDictionary()
 
 
 class CacheRecords(Generic[_Record]):
@@ -242,12 +247,13 @@ class CacheRecords(Generic[_Record]):
 
     Args:
         kind: class of the records.
+        text: the text model that fills the caches; what it has filled in one block is recognised in the next.
     """
 
-    def __init__(self, kind: type[_Record]) -> None:
+    def __init__(self, kind: type[_Record], text: nn.Module) -> None:
         self._kind = kind
-        self._attribute = _ATTRIBUTE + kind.__name__
-        self._traces: deque[_Trace[_Record]] = deque(maxlen=8)
+        self.attribute = _ATTRIBUTE + kind.__name__
+        self._traces: deque[_Trace[_Record]] = _TRACES.setdefault(text, {}).setdefault(kind.__name__, deque(maxlen=8))
 
     def keep(self, cache: Any, record: _Record) -> None:
         """Keep `record` with `cache`, which a prompt has just filled."""
@@ -260,11 +266,11 @@ class CacheRecords(Generic[_Record]):
 
     def of(self, cache: Any) -> _Record | None:
         """Return the record of `cache`, if it has one."""
-        record = getattr(cache, self._attribute, None)
+        record = getattr(cache, self.attribute, None)
         if isinstance(record, self._kind):
             # a growing cache that was reset is empty; the length of a cache of fixed size lives on the device
             return None if record.grows and cache.get_seq_length() == 0 else record
-        if cache is None or not self._traces or hasattr(cache, self._attribute) or torch.compiler.is_compiling():
+        if cache is None or not self._traces or hasattr(cache, self.attribute) or torch.compiler.is_compiling():
             return None
         return self._recognised(cache)
 
@@ -278,13 +284,13 @@ class CacheRecords(Generic[_Record]):
         found = next((found for trace in list(self._traces) if (found := trace.record_of(cache)) is not None), None)
         if found is None:
             # so that no later call looks for it again
-            setattr(cache, self._attribute, None)
+            setattr(cache, self.attribute, None)
         else:
             self._attach(cache, found)
         return found
 
     def _attach(self, cache: Any, record: _Record) -> None:
-        setattr(cache, self._attribute, record)
+        setattr(cache, self.attribute, record)
         for name in _ROW_METHODS:
             if hasattr(type(cache), name) and name not in vars(cache):
                 setattr(cache, name, _FollowedRows(cache, name))
@@ -339,6 +345,25 @@ class _Guarded:
 
 _IS_SERVED = "_hawk_kernels_is_served"
 _NUM_DROPPED = "_hawk_kernels_num_dropped"
+
+
+def check_served(cache: Any, attributes: tuple[str, ...]) -> None:
+    """Refuse a cache with a record of a kind that this block does not serve.
+
+    Args:
+        cache: of the call.
+        attributes: where such records would be kept.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name in attributes:
+        if getattr(cache, name, None) is not None:
+            raise ValueError(
+                "cannot continue a cache of which another block dropped or hid tokens inside the stack; continue it in "
+                "that block, entered again, or in one with stages after a layer and the same mode, or prefill a new "
+                "cache"
+            )
 
 
 def guard(cache: Any) -> None:
@@ -440,8 +465,9 @@ class _Trace(Generic[_Record]):
         keys = _keys(cache, self.layer) if self.layer < len(cache.layers) else None
         if keys is None or keys.shape[-2] < self.length or keys.shape[1::2] != self.keys.shape[1:]:
             return None
-        came = keys[:, :, self.length - 1].to(self.keys)
-        same = (came.unsqueeze(1) == self.keys).flatten(2).all(dim=2)
+        came = keys[:, :, self.length - 1]
+        # in the dtype of the cache, which may have been converted
+        same = (came.unsqueeze(1) == self.keys.to(came)).flatten(2).all(dim=2)
         if not bool(same.any(dim=1).all()):
             return None
         record = copy.copy(self.record)
