@@ -114,6 +114,31 @@ def test_a_cache_of_text_from_outside_is_left_alone(model):
         assert (step(model, outside, tokens([5]), position_ids=following) - expected).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_cache_that_was_built_anew_goes_on_in_another_block_and_another_dtype(dtype):
+    model = qwen_vl(layers=2)
+    inputs = qwen_batch(*RAGGED)
+    with pruned(model):
+        cache = model(**inputs, use_cache=True).past_key_values
+    other = DynamicCache([(layer.keys.to(dtype), layer.values.to(dtype)) for layer in cache.layers])
+    copied = copy.deepcopy(cache)
+    for layer in copied.layers:
+        layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
+    model.to(dtype)
+    with pruned(model):
+        assert torch.equal(step(model, other, tokens(range(3))), step(model, copied, tokens(range(3))))
+
+
+def test_a_cache_that_was_cut_inside_the_stack_is_refused_in_a_block_without_such_stages(model):
+    with pruned(model, "fastv"):
+        cache = model(**qwen_batch(*RAGGED), use_cache=True).past_key_values
+    for other in (pruned(model), prune(model, 0.3, method="fastv", mode="hide")):
+        with other, pytest.raises(ValueError, match="of which another block dropped or hid tokens inside the stack"):
+            step(model, cache, tokens(range(3)))
+    with pruned(model, "fastv"):
+        step(model, cache, tokens(range(3)))
+
+
 def test_changes_in_a_row_and_copies_in_between(model):
     inputs = qwen_batch(*RAGGED)
     with pruned(model):

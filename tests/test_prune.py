@@ -8,6 +8,7 @@ from hawk_kernels import prune
 from tests.tiny_models import (
     BEGIN,
     END_OF_TURN,
+    FIRST_WORD,
     IMAGE,
     VISION_END,
     VISION_START,
@@ -195,6 +196,25 @@ def test_prompt_lookup_decoding():
 def test_assisted_decoding():
     model, assistant = qwen_vl(layers=2), qwen_vl(layers=1, seed=4)
     check_generation(model, qwen_batch(question(Picture(4, 3))), 0.25, assistant_model=assistant, max_new_tokens=8)
+
+
+@pytest.mark.parametrize("stages", [0.25, {1: ("key_norm", 0.25)}], ids=["before", "inside"])
+@pytest.mark.parametrize("seed", [0, 4])
+def test_an_assistant_may_be_pruned_as_well(seed, stages):
+    """One that guesses as the model does saves calls, so its guesses are those of a cache that is cropped rightly."""
+    model, assistant = qwen_vl(layers=2), qwen_vl(layers=2, seed=seed)
+    settings = {"num_assistant_tokens": 5, "assistant_confidence_threshold": 0}
+    assistant.generation_config.update(**settings, num_assistant_tokens_schedule="constant")
+    inputs = qwen_batch(question(Picture(4, 4)))
+    options = {"max_new_tokens": 12, "do_sample": False, "suppress_tokens": [*range(FIRST_WORD)]}
+    weights = {"head_weights": "uniform"} if stages == 0.25 else {}
+    calls = []
+    model.register_forward_pre_hook(lambda *arguments: calls.append(1))
+    with prune(model, stages, **weights), prune(assistant, stages, **weights):
+        expected = model.generate(**inputs, **options)
+        alone, calls[:] = len(calls), []
+        assert torch.equal(model.generate(**inputs, **options, assistant_model=assistant), expected)
+    assert seed or len(calls) < alone - 5
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

@@ -407,22 +407,6 @@ def test_a_second_turn_takes_the_new_tokens_with_a_mask_over_everything(model):
     assert torch.equal(second, expected)
 
 
-@pytest.mark.parametrize("with_padding", [False, True])
-def test_a_second_turn_with_the_full_history_is_refused(model, with_padding):
-    rows = [question(Picture(4, 4)), question(Picture(2, 3), seed=2)][: 2 if with_padding else 1]
-    inputs = qwen_batch(*rows)
-    with prune(model, 0.25, head_weights="uniform"):
-        sequence, cache = first_turn(model, inputs)
-        history = torch.cat([sequence, torch.tensor([words(4, 7)] * len(rows))], dim=1)
-        grown = history.shape[1] - inputs["input_ids"].shape[1]
-        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, grown), value=1)
-        types = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, grown))
-        with pytest.raises(ValueError, match="cannot take the full history again"):
-            model.generate(
-                input_ids=history, attention_mask=mask, mm_token_type_ids=types, past_key_values=cache, **GREEDY
-            )
-
-
 @pytest.mark.parametrize("chunk", [1, 4, 10, 25])
 def test_chunked_prefill_is_refused(model, chunk):
     inputs = qwen_batch(question(Picture(4, 4)))
@@ -475,6 +459,33 @@ def test_embeddings_without_ids_are_refused(model):
             model(inputs_embeds=embeds)
         with pytest.raises(ValueError, match="got inputs_embeds only"):
             model.generate(inputs_embeds=embeds, **GREEDY)
+
+
+# gemma3 scales the rows of its table
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "gemma3"])
+@torch.no_grad()
+def test_embeddings_of_text_need_no_ids(name):
+    model = tiny_model(name)
+    embeds = model.get_input_embeddings()(torch.tensor([words(7), words(7, 1)]))
+    logits = model(inputs_embeds=embeds).logits
+    spoilt = embeds.clone()
+    spoilt[1, 3, 5] += 1e-3
+    with prune(model, 0.25, head_weights="uniform") as pruning:
+        assert torch.equal(model(inputs_embeds=embeds).logits, logits)
+        assert pruning.stats.reason == "no visual tokens: the embeddings are those of text"
+        assert pruning.keep_mask.shape == embeds.shape[:2]
+        for other in (spoilt, embeds.double()):
+            with pytest.raises(
+                ValueError, match=r"got inputs_embeds only.*exactly those of model.get_input_embeddings"
+            ):
+                model(inputs_embeds=other)
+
+
+def test_generation_from_embeddings_of_text(model):
+    embeds = model.get_input_embeddings()(torch.tensor([words(7), words(7, 1)]))
+    expected = model.generate(inputs_embeds=embeds, **GREEDY)
+    with prune(model, 0.25, head_weights="uniform"):
+        assert torch.equal(model.generate(inputs_embeds=embeds, **GREEDY), expected)
 
 
 def test_a_mask_of_pairs_of_ones_own_is_refused(model):

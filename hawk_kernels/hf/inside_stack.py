@@ -122,14 +122,19 @@ class InsideStack:
             else anatomy.projections
             for stage in stages
         ]
-        self._cut_records = CacheRecords(CutPrompt)
-        self._masked_records = CacheRecords(MaskedPrompt)
+        self._cut_records = CacheRecords(CutPrompt, text)
+        self._masked_records = CacheRecords(MaskedPrompt, text)
         self._thread = _ThreadState()
 
     @property
     def chooser(self) -> Chooser:
         """What chooses at the first stage; all stages share one kind of budget."""
         return self._stages[0].chooser
+
+    @property
+    def served(self) -> str:
+        """The attribute where a cache keeps the record that this serves."""
+        return (self._cut_records if self._drops else self._masked_records).attribute
 
     @property
     def methods(self) -> str:
@@ -248,7 +253,10 @@ class InsideStack:
         context = _context(layer, states, kwargs, valid) if hasattr(layer, "self_attn") else Context()
         context = replace(context, entered=(passage.embeds, passage.prompt))
         present = prompt.prompt
-        choice = stage.chooser.choose(states, present, self._projections[number], context, passage.original)
+        projections = self._projections[number]
+        if stage.chooser.method.reads_layer:
+            projections = projections.gathered(inside=True)
+        choice = stage.chooser.choose(states, present, projections, context, passage.original)
         kept = prompt.of_whole(choice.kept, False)
         scores = prompt.of_whole(choice.scores, -torch.inf)
         passage.chosen(Chosen(stage.chooser, present, choice, kept, scores))

@@ -43,15 +43,19 @@ from hawk_kernels.hf.hooks import (
 )
 from hawk_kernels.hf.images import Encoded, EncodingWatch, frames_of_prompt
 from hawk_kernels.hf.packing import Packing, pack_call, slot_limit
+from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt, check_one_prefill, given_ids, read_prompt
 from hawk_kernels.hf.pruned_cache import (
+    STACK_RECORDS,
     CachedPrompt,
     CacheRecords,
     Kept,
     UncachedPrompt,
     bytes_saved,
+    check_served,
     check_slots,
     constant_mask,
+    count_dropped,
     fixed_size,
     forget,
     guard,
@@ -138,7 +142,9 @@ class CallHooks:
         self._inside = inside
         self._renumbers = renumbers
         self._sources = _Sources(anatomy, chooser, budget)
-        self._records = CacheRecords(CachedPrompt)
+        self._records = CacheRecords(CachedPrompt, anatomy.text)
+        served = None if inside is None else inside.served
+        self._unserved = tuple(name for name in STACK_RECORDS if name != served)
         self._thread = _ThreadState()
         self.lifetime = Lifetime(self._attach, self._watch_generate, ended)
         self.has_chosen = self.left_images_alone = False
@@ -220,9 +226,49 @@ class CallHooks:
             earlier = thread.generation, thread.uncached
             thread.generation, thread.uncached = _Generation(ids), _no_uncached_prompts()
             try:
-                yield lambda output: None
+                self._begin_history(thread.generation, arguments)
+                config = arguments.get("generation_config")
+                yield self._count_for_main if getattr(config, "is_assistant", False) else lambda output: None
             finally:
+                thread.generation.count_dropped(False)
                 thread.generation, thread.uncached = earlier
+
+    def _count_for_main(self, output: Any) -> None:
+        """Let the cache of an assistant tell its length before pruning, by which the main model crops it."""
+        generation, cache = self._thread.generation, getattr(output, "past_key_values", None)
+        record = self._records.of(cache)
+        if generation is not None and record is not None and record.grows:
+            generation.cache = None
+            count_dropped(cache, record.num_dropped)
+
+    def _begin_history(self, generation: _Generation, arguments: dict[str, Any]) -> None:
+        """Note a cache that holds the beginning of the ids, and let it tell `generate` its length before pruning.
+
+        Raises:
+            ValueError: the history has no token after those in the cache.
+        """
+        ids, cache, mask = generation.ids, arguments.get("past_key_values"), arguments.get("attention_mask")
+        # a mask that is longer tells that the ids are the new tokens alone
+        if ids is None or cache is None or (mask is not None and mask.shape[-1] != ids.shape[1]):
+            return
+        record = self._records.of(cache)
+        # the length of a cache of fixed size lives on the device
+        if getattr(cache, "is_compileable", False) or (record is not None and not record.grows):
+            return
+        # an assistant's may have been counting
+        count_dropped(cache, 0)
+        dropped = 0 if record is None else record.num_dropped
+        seen = int(cache.get_seq_length()) + dropped
+        if record is not None and ids.shape[1] <= seen:
+            raise ValueError(
+                f"input_ids: expected the whole conversation, of which {seen} tokens, counted before pruning, are in "
+                f"past_key_values, got {ids.shape[1]} tokens; append the new turn, or pass the new tokens alone with "
+                "an attention_mask over the whole conversation"
+            )
+        generation.cache, generation.num_dropped, generation.seen = cache, dropped, seen
+        if dropped:
+            guard(cache)
+            generation.count_dropped(True)
 
     def _before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.lifetime.acts():
@@ -248,15 +294,13 @@ class CallHooks:
         cache, input_ids, mask = (kwargs.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
         if is_paged(kwargs):
             return None
+        changed, kwargs = self._over_history(kwargs)
         length = call_length(kwargs)
         check_not_empty(input_ids, kwargs.get("inputs_embeds"))
         self._thread.mask = mask
         if length > 1:
             if input_ids is None and (cache is None or int(cache.get_seq_length()) == 0):
-                raise ValueError(
-                    "input_ids: expected the token ids of the prompt, got inputs_embeds only, which do not tell which "
-                    "tokens are visual; pass input_ids and pixel_values, or leave the prune block"
-                )
+                self._read_embeddings(kwargs)
             # taken here, so that a call which was interrupted leaves nothing to the next one
             wanted, self._thread.logits_to_keep = self._thread.logits_to_keep, 0
             self._thread.is_inside, self._thread.prefill = True, None
@@ -268,9 +312,10 @@ class CallHooks:
                 forget(cache)
                 unguard(cache)
                 return None
+        unchanged = ((), kwargs) if changed else None
         record = self._records.of(cache)
         if record is None:
-            return None
+            return unchanged
         positions = kwargs.get("position_ids")
         if positions is None:
             batch = None if input_ids is None else len(input_ids)
@@ -281,7 +326,46 @@ class CallHooks:
                 record.check_length(cache, mask, length)
             else:
                 record.check_continues(cache, positions)
-        return None if record.shift is None else ((), {**kwargs, "position_ids": record.in_cache(positions)})
+        if record.shift is None:
+            return unchanged
+        return (), {**kwargs, "position_ids": record.in_cache(positions)}
+
+    def _over_history(self, kwargs: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+        """Leave out the images that a cache holds already; tell also whether there were any."""
+        generation, features = self._thread.generation, self._anatomy.family.features
+        if generation is None or generation.cache is None or generation.cache is not kwargs.get("past_key_values"):
+            return False, kwargs
+        generation.count_dropped(False)
+        if generation.ids is None or generation.has_begun or not generation.seen:
+            return False, kwargs
+        if not visual_features(kwargs, features):
+            return False, kwargs
+        from hawk_kernels.hf.chat_history import without_old_images
+
+        return True, without_old_images(self._anatomy, generation.ids, generation.seen, kwargs)
+
+    def _read_embeddings(self, kwargs: dict[str, Any]) -> None:
+        """Let a prompt of text through that comes as embeddings alone.
+
+        Raises:
+            ValueError: it may hold visual tokens.
+        """
+        from hawk_kernels.hf.text_embeddings import are_text
+
+        embeds, cache, generation = kwargs["inputs_embeds"], kwargs.get("past_key_values"), self._thread.generation
+        if visual_features(kwargs, self._anatomy.family.features) or not are_text(self._anatomy, embeds):
+            raise ValueError(
+                "input_ids: expected the token ids of the prompt, got inputs_embeds only, which do not tell which "
+                "tokens are visual; pass input_ids and pixel_values, or leave the prune block. Only embeddings of text "
+                "that are exactly those of model.get_input_embeddings() need no ids"
+            )
+        forget(cache)
+        unguard(cache)
+        if generation is None or not generation.has_begun:
+            whole = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+            self._leave_alone(whole, None, "no visual tokens: the embeddings are those of text")
+        if generation is not None:
+            generation.has_begun = True
 
     @outside_graphs
     def _read(self, kwargs: dict[str, Any], input_ids: torch.Tensor) -> _Prefill | None:
@@ -327,9 +411,15 @@ class CallHooks:
                     "cannot call the text model by itself inside prune: inputs_embeds do not tell which tokens are "
                     "visual; call the model that was given to prune, not a compiled wrapper of it, or leave the block"
                 )
+            projections = self._anatomy.projections
+            if self._chooser is not None and self._chooser.method.reads_layer:
+                # also for a prompt without images, since other processes may have one with some
+                projections = projections.gathered()
             if prefill is not None:
+                prefill.projections = projections
                 packed = self._prefill(prefill, kwargs)
                 return None if packed is None else ((), packed)
+        check_served(cache, self._unserved)
         serve(cache, True)
         if self._inside is not None:
             self._inside.resume(cache, self._thread.mask, embeds.shape[1])
@@ -376,7 +466,8 @@ class CallHooks:
         prompt = prefill.prompt
         if prefill.earlier is None:
             context = self._sources.context(prefill, kwargs)
-            choice = chooser.choose(kwargs["inputs_embeds"], prompt, self._anatomy.projections, context)
+            projections = prefill.projections or self._anatomy.projections
+            choice = chooser.choose(kwargs["inputs_embeds"], prompt, projections, context)
             self._note(prefill, chooser, choice, prompt, choice.kept, choice.scores)
             prefill.merge = choice.merge
         kept, counts = prefill.kept[0]
@@ -564,6 +655,8 @@ class CallHooks:
         prefill = self._thread.prefill
         self._thread.is_inside, self._thread.prefill, self._thread.mask = False, None, None
         self._thread.logits_to_keep = 0
+        if self._thread.generation is not None:
+            self._thread.generation.count_dropped(True)
         self.lifetime.end_forward()
         if prefill is not None and output is not None:
             raise compiled_before()
@@ -665,11 +758,11 @@ class _Prefill:
     """A prompt on its way from the multimodal model to the text model and back.
 
     `is_own` is false for a prompt that is not the one which `generate` was called with. `earlier` is the prompt of
-    which this one is a later step, where there is no cache. At the text model `encoded` is filled in; then `kept`, the
-    tokens that stay after each stage and their number in each row, `merge`, which makes those before the first layer
-    sums, and the `outcome` so far; and where some were dropped or merged before the first layer, how the rest are
-    packed and the position ids of what follows. `logits_to_keep` is how many logits at the end the caller wants, 0 for
-    all.
+    which this one is a later step, where there is no cache. At the text model `encoded` is filled in, and what ranks
+    the tokens, `projections`; then `kept`, the tokens that stay after each stage and their number in each row, `merge`,
+    which makes those before the first layer sums, and the `outcome` so far; and where some were dropped or merged
+    before the first layer, how the rest are packed and the position ids of what follows. `logits_to_keep` is how many
+    logits at the end the caller wants, 0 for all.
     """
 
     prompt: Prompt
@@ -679,6 +772,7 @@ class _Prefill:
     is_own: bool
     earlier: UncachedPrompt | None
     encoded: dict[str, Encoded] = field(default_factory=dict)
+    projections: LayerProjections | None = None
     kept: list[Kept] = field(default_factory=list)
     merge: Merge | None = None
     outcome: Outcome | None = None
@@ -702,10 +796,21 @@ class _Generation:
     Attributes:
         ids: the prompt that it was called with, `[B, T]`, or None.
         has_begun: whether it has read a prompt.
+        cache: holds the beginning of `ids`; None where it is of fixed size, or `ids` are the new tokens alone.
+        num_dropped: tokens by which a row of this cache is shorter than what it stands for.
+        seen: tokens of a row that this cache stood for at the start.
     """
 
     ids: torch.Tensor | None
     has_begun: bool = False
+    cache: Any = None
+    num_dropped: int = 0
+    seen: int = 0
+
+    def count_dropped(self, counts: bool) -> None:
+        """Let the cache, outside the model, tell its length in the caller's counting."""
+        if self.cache is not None:
+            count_dropped(self.cache, self.num_dropped if counts else 0)
 
     def count_guesses(self, input_ids: torch.Tensor) -> int:
         """Count the tokens that assisted decoding reads together with the prompt, after it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -45,6 +46,16 @@ class LayerProjections(ABC):
         """Return the layer's weights where its modules only multiply by them and add biases; else None."""
         return None
 
+    def gathered(self, inside: bool = False) -> LayerProjections:
+        """Return the same projections with whole weights, where each process holds a part of them.
+
+        All processes have to call this together.
+
+        Args:
+            inside: whether the layer is about to run.
+        """
+        return self
+
 
 class SeparateProjections(LayerProjections):
     """Applies the layer's norm, then `self_attn.q_proj` and `k_proj`, then the norms of heads where there are some.
@@ -85,6 +96,21 @@ class SeparateProjections(LayerProjections):
             return None
         factor, epsilon = self._rms_norm.factor(self._norm), self._rms_norm.epsilon
         return Layer(factor, epsilon, query.weight, query.bias, key.weight, key.bias)
+
+    def gathered(self, inside: bool = False) -> LayerProjections:
+        if not self._is_sharded():
+            return self
+        from hawk_kernels.hf.sharded import whole_modules
+
+        own = [self._norm, self._query_projection, self._key_projection, self._query_norm, self._key_norm]
+        modules: Any = whole_modules(self._layer, own, inside)
+        if modules is None:
+            return self
+        whole = copy.copy(self)
+        whole._norm, whole._query_projection, whole._key_projection, whole._query_norm, whole._key_norm = modules
+        # the layer itself stays sharded
+        whole._layer = whole._norm
+        return whole
 
     def normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
         _check_whole(self._is_sharded())
@@ -153,9 +179,10 @@ def _is_sharded(layer: nn.Module, *modules: nn.Module) -> bool:
 def _check_whole(is_sharded: bool) -> None:
     if is_sharded:
         raise ValueError(
-            "cannot rank visual tokens by the sharded weights of tensor parallelism or FSDP, since each rank would "
-            "keep other tokens; load the model whole on each rank, as DistributedDataParallel does, or spread its "
-            "layers with device_map, or use a method that reads no layer, such as 'divprune'"
+            "cannot rank visual tokens by the sharded weights of this layer, since each rank would keep other tokens; "
+            "ranks gather the plain weights of the first layer, and of later ones under fully_shard and DTensor tensor "
+            "parallelism, so use these, or load the model whole on each rank, or spread its layers with device_map, or "
+            "use a method that reads no layer, such as 'divprune'"
         )
 
 

@@ -208,7 +208,8 @@ def check_one_prefill(model: Any, arguments: dict[str, Any], length: int | None)
     if chunk is not None and length is not None and chunk < length:
         raise ValueError(
             f"prefill_chunk_size: expected the prompt in one call, got chunks of {chunk} of {length} tokens; the "
-            "budget and the question are those of the whole prompt, so call generate without prefill_chunk_size"
+            f"budget and the question are those of the whole prompt, so pass prefill_chunk_size={length} or None. "
+            "If memory does not allow that, let generate read the conversation turn by turn over one past_key_values"
         )
 
 
@@ -223,7 +224,9 @@ def _valid_tokens(
         if not getattr(cache, "is_compileable", False):
             raise ValueError(
                 f"attention_mask: expected a [batch, length] mask, got shape {list(attention_mask.shape)}; prune "
-                "cannot shorten a mask over pairs of tokens, so pass the 2-D mask"
+                "cannot tell from a mask over pairs which tokens are padding, so pass the 2-D mask of the tokenizer, "
+                "from which the model makes the causal mask over pairs itself. Only outside the block can attention "
+                "be other than causal"
             )
         diagonal = attention_mask.diagonal(dim1=-2, dim2=-1)[:, 0]
         valid = diagonal if diagonal.dtype == torch.bool else diagonal == 0

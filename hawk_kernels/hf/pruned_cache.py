@@ -18,11 +18,14 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.selection import Merge
 
 _ATTRIBUTE = "_hawk_kernels_prompt_"
+STACK_RECORDS = (f"{_ATTRIBUTE}CutPrompt", f"{_ATTRIBUTE}MaskedPrompt")
+"""Attributes where a cache keeps what was dropped or hidden inside the stack."""
 _ROW_METHODS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 
 
@@ -76,6 +79,11 @@ class CachedPrompt:
     def grows(self) -> bool:
         return self.constant_mask is None
 
+    @property
+    def num_dropped(self) -> int:
+        """Count the tokens by which a row of the cache is shorter than the caller's counting."""
+        return self.full_length - self.mask.shape[1]
+
     def take_rows(self, rows: torch.Tensor) -> None:
         self.mask = self.mask.index_select(0, rows.to(self.mask.device))
         if self.next_position.shape[-2] > 1:
@@ -101,7 +109,7 @@ class CachedPrompt:
                 rows became longer than the model's attention allows.
         """
         if self.slot_limit is not None and self.constant_mask is None:
-            check_slots(self.slot_limit, self.full_length - self.mask.shape[1] + int(cache.get_seq_length()) + length)
+            check_slots(self.slot_limit, self.num_dropped + int(cache.get_seq_length()) + length)
         given = incoming if isinstance(incoming, torch.Tensor) and incoming.dim() == 2 else None
         if self.constant_mask is not None and given is None:
             return self._rows(self.constant_mask, batch)
@@ -121,7 +129,7 @@ class CachedPrompt:
             new = cached - prompt.shape[1] + length
             if given is not None:
                 self.check_length(cache, given, length)
-        seen = self.full_length - self.mask.shape[1] + prompt.shape[1]
+        seen = self.num_dropped + prompt.shape[1]
         prompt = self._rows(prompt, batch)
         tail = prompt.new_ones(batch, new) if given is None else given[:, seen:].to(prompt)
         return torch.cat([prompt, tail], dim=1)
@@ -155,7 +163,7 @@ class CachedPrompt:
         Raises:
             ValueError: the mask has another length.
         """
-        seen = int(cache.get_seq_length()) + self.full_length - self.mask.shape[1]
+        seen = int(cache.get_seq_length()) + self.num_dropped
         if attention_mask.shape[1] != seen + length:
             raise ValueError(
                 f"attention_mask: expected length {seen + length} ({seen} tokens so far, counted before pruning, and "
@@ -164,7 +172,7 @@ class CachedPrompt:
             )
 
     def check_continues(self, cache: Any, position_ids: torch.Tensor) -> None:
-        """Refuse tokens that are in the cache already, as when `generate` cuts a full history at the pruned length.
+        """Refuse tokens that are in the cache already, as when a full history is cut at the pruned length.
 
         Raises:
             ValueError: the positions do not go on where the cache ends.
@@ -236,12 +244,14 @@ class UncachedPrompt:
 
 
 _CONTINUE = (
-    "A pruned cache cannot take the full history again: pass only the new tokens as input_ids, with an attention_mask "
-    "over the whole conversation before pruning, or start with a new cache"
+    "Only generate over a cache that grows can take the full history again: pass only the new tokens as input_ids, "
+    "with an attention_mask over the whole conversation before pruning, or start with a new cache"
 )
 
 
 _Record = TypeVar("_Record", bound=RowRecord)
+# for each text model, by kind of record, what its latest caches are recognised by
+_TRACES: weakref.WeakKeyDictionary[nn.Module, dict[str, deque[Any]]] = weakref.WeakKeyDictionary()
 
 
 class CacheRecords(Generic[_Record]):
@@ -253,12 +263,13 @@ class CacheRecords(Generic[_Record]):
 
     Args:
         kind: class of the records.
+        text: the text model that fills the caches; what it has filled in one block is recognised in the next.
     """
 
-    def __init__(self, kind: type[_Record]) -> None:
+    def __init__(self, kind: type[_Record], text: nn.Module) -> None:
         self._kind = kind
-        self._attribute = _ATTRIBUTE + kind.__name__
-        self._traces: deque[_Trace[_Record]] = deque(maxlen=8)
+        self.attribute = _ATTRIBUTE + kind.__name__
+        self._traces: deque[_Trace[_Record]] = _TRACES.setdefault(text, {}).setdefault(kind.__name__, deque(maxlen=8))
 
     def keep(self, cache: Any, record: _Record) -> None:
         """Keep `record` with `cache`, which a prompt has just filled."""
@@ -271,11 +282,11 @@ class CacheRecords(Generic[_Record]):
 
     def of(self, cache: Any) -> _Record | None:
         """Return the record of `cache`, if it has one."""
-        record = getattr(cache, self._attribute, None)
+        record = getattr(cache, self.attribute, None)
         if isinstance(record, self._kind):
             # a growing cache that was reset is empty; the length of a cache of fixed size lives on the device
             return None if record.grows and cache.get_seq_length() == 0 else record
-        if cache is None or not self._traces or hasattr(cache, self._attribute) or torch.compiler.is_compiling():
+        if cache is None or not self._traces or hasattr(cache, self.attribute) or torch.compiler.is_compiling():
             return None
         return self._recognised(cache)
 
@@ -289,13 +300,13 @@ class CacheRecords(Generic[_Record]):
         found = next((found for trace in list(self._traces) if (found := trace.record_of(cache)) is not None), None)
         if found is None:
             # so that no later call looks for it again
-            setattr(cache, self._attribute, None)
+            setattr(cache, self.attribute, None)
         else:
             self._attach(cache, found)
         return found
 
     def _attach(self, cache: Any, record: _Record) -> None:
-        setattr(cache, self._attribute, record)
+        setattr(cache, self.attribute, record)
         for name in _ROW_METHODS:
             if hasattr(type(cache), name) and name not in vars(cache):
                 setattr(cache, name, _FollowedRows(cache, name))
@@ -340,11 +351,35 @@ class _Guarded:
             return cache.update(*args, **kwargs)
         return super().update(*args, **kwargs)  # type: ignore[misc]
 
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        held = super().get_seq_length(*args, **kwargs)  # type: ignore[misc]
+        return held + vars(self).get(_NUM_DROPPED, 0)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new_guarded, (type(self).__mro__[2],), vars(self)
 
 
 _IS_SERVED = "_hawk_kernels_is_served"
+_NUM_DROPPED = "_hawk_kernels_num_dropped"
+
+
+def check_served(cache: Any, attributes: tuple[str, ...]) -> None:
+    """Refuse a cache with a record of a kind that this block does not serve.
+
+    Args:
+        cache: of the call.
+        attributes: where such records would be kept.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name in attributes:
+        if getattr(cache, name, None) is not None:
+            raise ValueError(
+                "cannot continue a cache of which another block dropped or hid tokens inside the stack; continue it in "
+                "that block, entered again, or in one with stages after a layer and the same mode, or prefill a new "
+                "cache"
+            )
 
 
 def guard(cache: Any) -> None:
@@ -359,6 +394,7 @@ def unguard(cache: Any) -> None:
     """Undo `guard` for a cache that is about to be filled anew."""
     if isinstance(cache, _Guarded):
         vars(cache).pop(_IS_SERVED, None)
+        vars(cache).pop(_NUM_DROPPED, None)
         cache.__class__ = type(cache).__mro__[2]
 
 
@@ -366,6 +402,12 @@ def serve(cache: Any, is_served: bool) -> None:
     """Tell a guarded cache whether the call that is under way is one of `prune`."""
     if isinstance(cache, _Guarded):
         setattr(cache, _IS_SERVED, is_served)
+
+
+def count_dropped(cache: Any, num_dropped: int) -> None:
+    """Let the length that a guarded cache tells include tokens that were dropped, or, with 0, not any more."""
+    if isinstance(cache, _Guarded):
+        setattr(cache, _NUM_DROPPED, num_dropped)
 
 
 @functools.cache
@@ -439,8 +481,9 @@ class _Trace(Generic[_Record]):
         keys = _keys(cache, self.layer) if self.layer < len(cache.layers) else None
         if keys is None or keys.shape[-2] < self.length or keys.shape[1::2] != self.keys.shape[1:]:
             return None
-        came = keys[:, :, self.length - 1].to(self.keys)
-        same = (came.unsqueeze(1) == self.keys).flatten(2).all(dim=2)
+        came = keys[:, :, self.length - 1]
+        # in the dtype of the cache, which may have been converted
+        same = (came.unsqueeze(1) == self.keys.to(came)).flatten(2).all(dim=2)
         if not bool(same.any(dim=1).all()):
             return None
         record = copy.copy(self.record)

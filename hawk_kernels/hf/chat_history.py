@@ -1,0 +1,85 @@
+"""A chat history that `generate` reads over a cache which holds its beginning: the old images are not read again.
+
+transformers takes the tokens of the history that the cache lacks, by the length that the cache tells, and hands on all
+images that it was given.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+
+from hawk_kernels.hf.anatomy import Anatomy
+
+_ENCODED = "mm_encoder_outputs"
+
+
+def without_old_images(anatomy: Anatomy, history: torch.Tensor, seen: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the images whose tokens are in the cache already.
+
+    Args:
+        anatomy: the model's parts.
+        history: the ids that `generate` was called with, `[B, T]`.
+        seen: tokens of a row that the cache stands for.
+        kwargs: arguments of the multimodal model for the tokens after these; may hold the images of the whole history.
+
+    Returns:
+        The arguments with the images of the new tokens alone.
+
+    Raises:
+        ValueError: the images are neither those of the history nor those of its new part, or old and new ones came as
+            pixels, which only the vision encoder can tell apart.
+    """
+    ids = history.cpu().numpy()
+    is_visual = np.isin(ids, anatomy.visual_token_ids)
+    pixels = [name for name in anatomy.family.features if kwargs.get(name) is not None]
+    if not is_visual[:, seen:].any():
+        return {name: value for name, value in kwargs.items() if name not in (*pixels, _ENCODED)}
+    if pixels and is_visual[:, :seen].any():
+        raise ValueError(
+            f"{pixels[0]}: expected images that the model encodes before it reads the prompt, got pixels of a history "
+            f"whose first {seen} tokens are in the cache; a {anatomy.family.model_type} cannot add images to a pruned "
+            "cache, so start with a new cache"
+        )
+    encoded = {
+        kind: None if features is None else _new_features(anatomy, kind, features, ids, seen, len(kwargs["input_ids"]))
+        for kind, features in (kwargs.get(_ENCODED) or {}).items()
+    }
+    return {**kwargs, _ENCODED: encoded} if encoded else kwargs
+
+
+def _new_features(anatomy: Anatomy, kind: str, features: Any, ids: np.ndarray, seen: int, rows: int) -> Any:
+    """Take the features of the tokens after the first `seen` ones; None where there are none."""
+    of_kind = np.isin(ids, [token_id for token_id, other in anatomy.kinds.items() if other == kind])
+    # generate repeats a sample for its beams and return sequences
+    of_kind = of_kind.repeat(rows // len(ids), axis=0)
+    is_new = np.nonzero(of_kind)[1] >= seen
+    given = sum(entry.shape[:-1].numel() for entry in features.pooler_output)
+    if given == is_new.sum():
+        return features
+    if given != is_new.size:
+        raise ValueError(
+            f"input_ids: expected images for the {is_new.size} visual tokens of the history, or for the "
+            f"{is_new.sum()} new ones among them, got images of {given}; pass the images of the whole history"
+        )
+    if not is_new.any():
+        return None
+    taken = torch.from_numpy(np.flatnonzero(is_new))
+    new = copy.copy(features)
+    new.pooler_output = _rows(features.pooler_output, taken)
+    deepstack = getattr(features, "deepstack_features", None)
+    if deepstack is not None:
+        new.deepstack_features = [_rows(layer, taken) for layer in deepstack]
+    return new
+
+
+def _rows(features: Any, taken: torch.Tensor) -> Any:
+    """Take some rows of features, `[S, C]` or entries of `[..., C]`, in the container that they came in."""
+    if isinstance(features, torch.Tensor):
+        rows = features.flatten(0, -2).index_select(0, taken.to(features.device))
+        return rows if features.dim() == 2 else rows.unsqueeze(0)
+    whole = torch.cat([entry.flatten(0, -2) for entry in features])
+    return [whole.index_select(0, taken.to(whole.device))]

@@ -1,0 +1,49 @@
+"""Whether embeddings that come without token ids are those of text alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hawk_kernels.hf.anatomy import Anatomy
+from hawk_kernels.hf.hooks import outside_graphs
+
+_ROWS_AT_ONCE = 2048
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@outside_graphs
+@torch.no_grad()
+def are_text(anatomy: Anatomy, inputs_embeds: torch.Tensor) -> bool:
+    """Tell whether each embedding is exactly that of some token which is not visual; no feature of an image is.
+
+    This waits for the device. What is not known for certain is not text, such as soft prompts and embeddings in another
+    dtype than the model's own.
+
+    Args:
+        anatomy: the model's parts.
+        inputs_embeds: `[B, T, hidden]`.
+    """
+    head: Any = anatomy.head
+    table = head.get_input_embeddings()
+    count = getattr(table, "num_embeddings", None)
+    if count is None:
+        return False
+    weights = torch.randint(2**62, inputs_embeds.shape[-1:], generator=torch.Generator().manual_seed(0)) * 2 + 1
+    wanted = _prints(inputs_embeds.flatten(0, 1), weights)
+    is_known = torch.zeros_like(wanted, dtype=torch.bool)
+    visual = torch.tensor(anatomy.visual_token_ids, dtype=torch.int64)
+    device = next(table.parameters()).device
+    for ids in torch.arange(count).split(_ROWS_AT_ONCE):
+        rows = table(ids[~torch.isin(ids, visual)].to(device))
+        if rows.dtype != inputs_embeds.dtype:
+            return False
+        is_known |= torch.isin(wanted, _prints(rows, weights).to(wanted.device))
+    return bool(is_known.all())
+
+
+def _prints(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return a number for the bits of each row of `[N, C]`, int64 `[N]`; other bits give another, but for chance."""
+    bits = rows.contiguous().view(_INTEGERS[rows.element_size()]).to(torch.int64)
+    return (bits * weights.to(bits.device)).sum(dim=1)
