@@ -36,6 +36,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     ROOT / "hawk_kernels/assets/tinyvqa/README.md",
+    ROOT / "bench/tinyvqa/models/llava/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]

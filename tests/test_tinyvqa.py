@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -19,18 +20,23 @@ from torch.nn import functional  # noqa: E402
 
 from bench.tinyvqa import batches, evaluate, intervals, table, tasks, train  # noqa: E402
 from bench.tinyvqa.batches import draw_batch  # noqa: E402
-from bench.tinyvqa.checkpoint import (  # noqa: E402
+from bench.tinyvqa.contenders import CONTENDERS, HAWK, Contender, check_contenders  # noqa: E402
+from bench.tinyvqa.digits import load_digits  # noqa: E402
+from bench.tinyvqa.encoder import shared_prefix_pass  # noqa: E402
+from bench.tinyvqa.painting import CELL, render, to_image  # noqa: E402
+from bench.tinyvqa.questions import KINDS, NUMBER_NAMES, kinds_of  # noqa: E402
+from bench.tinyvqa.qwen import (  # noqa: E402
     CONTENT_HEADS,
+    QWEN,
+    RECIPE,
+    QwenEncoder,
+    batched_vision_attention,
     build_config,
     build_image_processor,
     build_model,
     build_tokenizer,
 )
-from bench.tinyvqa.contenders import CONTENDERS, HAWK, Contender, check_contenders  # noqa: E402
-from bench.tinyvqa.digits import load_digits  # noqa: E402
-from bench.tinyvqa.encoder import Encoder, batched_vision_attention, shared_prefix_pass  # noqa: E402
-from bench.tinyvqa.painting import CELL, render, to_image  # noqa: E402
-from bench.tinyvqa.questions import KINDS, NUMBER_NAMES, kinds_of  # noqa: E402
+from bench.tinyvqa.recipe import Recipe, Stage  # noqa: E402
 from bench.tinyvqa.scenes import COLOUR_NAMES, COLOURS, NUM_DIGITS, SHAPE_NAMES, Layout, draw_scene  # noqa: E402
 from hawk_kernels.checkpoint import TINY_MODEL, load_processor  # noqa: E402
 from hawk_kernels.head_weights import read_weights_file, resolve_head_weights, shipped_weights  # noqa: E402
@@ -58,15 +64,13 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def encoder(shipped):
-    return Encoder(shipped[0], shipped[1].tokenizer)
+    return QwenEncoder(shipped[0], shipped[1].tokenizer)
 
 
 @pytest.fixture
 def short_stages(monkeypatch):
-    monkeypatch.setattr(train, "ALIGN_STEPS", 2)
-    monkeypatch.setattr(train, "ALIGN_CELLS", 32)
-    stages = (train.Stage((3, 3), 18, 2, 2.0, ("exists",)), train.Stage((4, 5), 40, 2, 2.0, mixed=True))
-    monkeypatch.setattr(train, "CURRICULUM", stages)
+    stages = (Stage((3, 3), 18, 2, 2.0, ("exists",)), Stage((4, 5), 40, 2, 2.0, mixed=True))
+    monkeypatch.setattr(QWEN, "recipe", Recipe(RECIPE.peak_rate, 2, 32, stages))
 
 
 def chat(processor, question: str, images: int = 1) -> str:
@@ -302,7 +306,7 @@ def test_a_state_of_another_run_is_refused(tmp_path, short_stages, monkeypatch):
     train.train(4, show_progress=False).save(tmp_path / "state.pt")
     with pytest.raises(ValueError, match=r"seed 4 .* not 5 .*; delete it"):
         train.train(5, tmp_path / "state.pt", show_progress=False)
-    monkeypatch.setattr(train, "CURRICULUM", train.CURRICULUM[:1])
+    monkeypatch.setattr(QWEN, "recipe", dataclasses.replace(QWEN.recipe, curriculum=QWEN.recipe.curriculum[:1]))
     with pytest.raises(ValueError, match="delete it or choose another --out"):
         train.train(4, tmp_path / "state.pt", show_progress=False)
 
@@ -317,21 +321,21 @@ def test_kinds_that_lag_are_asked_more():
 
 def test_the_learning_rate_warms_up_twice_and_falls_in_the_last_stage():
     def rate(step, stage=0, stage_step=0):
-        return train.learning_rate(train.Progress(0, step=step, stage=stage, stage_step=stage_step)) / train.PEAK_RATE
+        return train.learning_rate(train.Progress(0, step=step, stage=stage, stage_step=stage_step)) / RECIPE.peak_rate
 
-    last = len(train.CURRICULUM) - 1
+    last = len(RECIPE.curriculum) - 1
     assert rate(0) < 0.05
-    assert rate(train.ALIGN_STEPS - 1) == 1.0
-    assert rate(train.ALIGN_STEPS) < 0.05
+    assert rate(RECIPE.align_steps - 1) == 1.0
+    assert rate(RECIPE.align_steps) < 0.05
     assert rate(9000, last - 1, 500) == rate(9000, last, 0) == 1.0
-    assert rate(9000, last, train.CURRICULUM[-1].most_steps - 1) == 0.01
+    assert rate(9000, last, RECIPE.curriculum[-1].most_steps - 1) == 0.01
 
 
 def test_the_steps_that_are_left_are_known_at_most():
-    most = train.ALIGN_STEPS + sum(stage.most_steps for stage in train.CURRICULUM)
+    most = RECIPE.align_steps + sum(stage.most_steps for stage in RECIPE.curriculum)
     assert train.Progress(0).most_steps == train.Progress(0, step=7).most_steps == most
-    early = train.Progress(0, step=train.ALIGN_STEPS + 60, stage=1, stage_step=10)
-    assert early.most_steps == most - train.CURRICULUM[0].most_steps + 50
+    early = train.Progress(0, step=RECIPE.align_steps + 60, stage=1, stage_step=10)
+    assert early.most_steps == most - RECIPE.curriculum[0].most_steps + 50
 
 
 def test_a_fresh_model_is_small_and_has_words_at_right_angles():
@@ -426,7 +430,7 @@ def test_the_table_asks_only_what_it_has_not_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "CONTENDERS", contenders)
     monkeypatch.setattr(table, "KEEP_RATIOS", (0.2,))
     monkeypatch.setattr(table, "calibrated_weights", _shipped_weights)
-    monkeypatch.setattr(evaluate, "LAYOUTS", {Layout(4, 4): 0.7, Layout(3, 4, 2, "video"): 0.3})
+    monkeypatch.setattr(QWEN, "layouts", {Layout(4, 4): 0.7, Layout(3, 4, 2, "video"): 0.3})
     first = table.build([TINY_MODEL], tmp_path, 4, 1, times=False, show_progress=False)
     assert first["methods"][HAWK]["0.2"]["mean"]["percent"] > 0
 

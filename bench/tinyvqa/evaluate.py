@@ -7,8 +7,8 @@ questions about it. `--generate` asks as a user would instead: pictures and chat
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +19,31 @@ from tqdm import tqdm
 
 from bench import cli
 from bench.tinyvqa.batches import Batch, draw_batch
-from bench.tinyvqa.encoder import Encoder, batched_vision_attention
+from bench.tinyvqa.encoder import Encoder
+from bench.tinyvqa.makes import make_of
 from bench.tinyvqa.painting import to_image
 from bench.tinyvqa.questions import KINDS
 from bench.tinyvqa.scenes import Layout
 from hawk_kernels.checkpoint import TINY_MODEL, load_processor
 
-# Share of the prompts of each layout: mostly single pictures of 36 to 256 cells, some prompts of several pages.
-LAYOUTS: dict[Layout, float] = {
-    Layout(6, 6): 0.2,
-    Layout(8, 8): 0.3,
-    Layout(6, 10): 0.15,
-    Layout(12, 12): 0.1,
-    Layout(16, 16): 0.05,
-    Layout(6, 6, 2, "images"): 0.1,
-    Layout(5, 5, 3, "video"): 0.1,
-}
 ROWS = 112
 
 
-def draw_evaluation(seed: int, prompts: int, split: str = "held_out", questions: int = 2) -> list[Batch]:
-    """Draw about `prompts` prompts of all `LAYOUTS`, `questions` of each kind on each, in batches of at most `ROWS`."""
+def draw_evaluation(
+    layouts: Mapping[Layout, float], seed: int, prompts: int, split: str = "held_out", questions: int = 2
+) -> list[Batch]:
+    """Draw about `prompts` prompts, `questions` of each kind on each, in batches of at most `ROWS`.
+
+    Args:
+        layouts: share of the prompts of each layout.
+        seed: of the prompts.
+        prompts: how many in all.
+        split: which digits to paint, "held_out" or "train".
+        questions: how many of each kind.
+    """
     batches = []
     most = max(1, ROWS // (questions * len(KINDS)))
-    for number, (layout, share) in enumerate(LAYOUTS.items()):
+    for number, (layout, share) in enumerate(layouts.items()):
         rng, left = np.random.default_rng([seed, number]), max(1, round(prompts * share))
         while left > 0:
             batches.append(draw_batch(rng, split, min(left, most), layout, questions))
@@ -65,36 +66,19 @@ def model_inputs(encoder: Encoder, batch: Batch) -> dict[str, Tensor]:
         start = ids.shape[1] - length - len(prefix)
         ids[row, start:] = torch.cat([prefix, segment[:length]])
         mask[row, start:] = 1
-    config = encoder.model.config
-    is_image, is_video = ids == config.image_token_id, ids == config.video_token_id
     per_prompt = batch.pages.unflatten(0, (-1, layout.pages))
-    patches, grid = encoder.pixels(per_prompt.repeat_interleave(questions, dim=0).flatten(0, 1), layout)
-    names = (
-        ("pixel_values_videos", "video_grid_thw") if layout.medium == "video" else ("pixel_values", "image_grid_thw")
-    )
+    pages = per_prompt.repeat_interleave(questions, dim=0).flatten(0, 1)
     return {
         "input_ids": ids,
         "attention_mask": mask,
-        "mm_token_type_ids": is_image.int() + 2 * is_video.int(),
-        **dict(zip(names, (patches, grid), strict=True)),
+        **encoder.id_arguments(ids),
+        **encoder.picture_arguments(pages, layout),
     }
 
 
-@contextmanager
-def pictures_read_once(model: Any, encoder: Encoder, batch: Batch) -> Iterator[None]:
+def pictures_read_once(model: Any, encoder: Encoder, batch: Batch) -> AbstractContextManager[None]:
     """Inside the block, the vision tower returns what it computed once for the pages of the batch."""
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    visual, questions = model.model.visual, len(batch.questions[0])
-    patches, grid = encoder.pixels(batch.pages, batch.layout)
-    with batched_vision_attention(visual):
-        seen = visual(patches, grid_thw=grid).pooler_output
-    seen = seen.view(len(batch.scenes), batch.layout.cells, -1).repeat_interleave(questions, dim=0).flatten(0, 1)
-    visual.forward = lambda *_, **__: BaseModelOutputWithPooling(pooler_output=seen)
-    try:
-        yield
-    finally:
-        del visual.forward
+    return encoder.pictures_read_once(batch)
 
 
 def first_words(model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -142,13 +126,13 @@ def evaluate(
         generate: ask through the processor and `generate`, which leaves out videos.
         show_progress: a progress bar on stderr.
     """
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    processor = load_processor(str(path))
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
-    encoder = Encoder(model, processor.tokenizer)
+    make, processor = make_of(path), load_processor(str(path))
+    model = make.load_model(path)
+    encoder = make.encoder(model, processor.tokenizer)
     right: list[tuple[str, str, bool]] = []
-    for batch in tqdm(draw_evaluation(seed, prompts, split), desc=f"{split} digits", disable=not show_progress):
+    for batch in tqdm(
+        draw_evaluation(make.layouts, seed, prompts, split), desc=f"{split} digits", disable=not show_progress
+    ):
         questions = [q for row in batch.questions for q in row]
         if not generate:
             with pictures_read_once(model, encoder, batch):

@@ -14,9 +14,9 @@ def markdown(report: dict[str, Any]) -> str:
     parts = [
         "# TinyVQA: relative accuracy with fewer visual tokens\n",
         f"{report['questions']} questions about {report['prompts']} prompts with unseen digits, "
-        f"{len(report['models'])} models that differ in their training seed. Relative accuracy: right answers with the "
+        f"{_models(report)}. Relative accuracy: right answers with the "
         "kept tokens divided by right answers with all, mean of kinds and models, in %; ± half of the 95 % interval "
-        "over prompts. Made by `python -m bench.tinyvqa.table`.\n",
+        f"over prompts. Made by `python -m bench.tinyvqa.table{_options(report)}`.\n",
         "## Mean of all kinds\n",
         _table(
             ["keep", *(_share(r) for r in ratios)],
@@ -71,6 +71,11 @@ def markdown(report: dict[str, Any]) -> str:
             ),
         ),
     ]
+    if report["refused"]:
+        parts += [
+            "## Methods that cannot serve this family\n",
+            _table(["method", "why"], ([label, why] for label, why in report["refused"].items())),
+        ]
     if report["prefill_ms"]:
         sizes = list(report["prefill_ms"])
         parts += [
@@ -86,6 +91,15 @@ def markdown(report: dict[str, Any]) -> str:
             ),
         ]
     return "\n".join(parts)
+
+
+def _models(report: dict[str, Any]) -> str:
+    count = len(report["models"])
+    return "one model" if count == 1 else f"{count} models that differ in their training seed"
+
+
+def _options(report: dict[str, Any]) -> str:
+    return "" if report["miniature"] == "qwen" else f" --miniature {report['miniature']}"
 
 
 def draw_plot(report: dict[str, Any], path: Path) -> None:
@@ -130,7 +144,8 @@ def draw_plot(report: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("visual tokens kept")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower center", ncols=7, frameon=False)
     figure.suptitle(
-        f"TinyVQA: {report['questions']} questions about unseen digits, {len(report['models'])} models, 95 % intervals"
+        f"TinyVQA, {report['miniature']}: {report['questions']} questions about unseen digits, {_models(report)}, "
+        "95 % intervals"
     )
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=90)

@@ -1,7 +1,8 @@
 """Compare the pruning methods on TinyVQA, as a paper does in its main table: `python -m bench.tinyvqa.table`.
 
 Every method of `contenders.py` answers the same questions about unseen digits with 40, 20, 10 and 5 % of the visual
-tokens, on three models that differ in their training seed. Head weights are calibrated on training digits.
+tokens, on models of one miniature (`--miniature`) that differ in their training seed. Head weights are calibrated on
+training digits. A method that cannot serve a miniature's family is listed with the reason, and not asked.
 
 Answers are kept as they come, in a journal: a run that was killed goes on, and a method that is added later is the only
 one that is asked. From them come `table.json`, `table.md` and `table.png`.
@@ -30,9 +31,11 @@ from bench.tinyvqa.contenders import CONTENDERS, HAWK, KEEP_RATIOS, Contender, c
 from bench.tinyvqa.encoder import Encoder
 from bench.tinyvqa.evaluate import answer_ids, draw_evaluation, first_words, model_inputs, pictures_read_once
 from bench.tinyvqa.intervals import Questions, resampling_weights, summarise
+from bench.tinyvqa.llava import LLAVA
+from bench.tinyvqa.make import Make
+from bench.tinyvqa.makes import MAKES, make_of
 from bench.tinyvqa.questions import KINDS
 from bench.tinyvqa.report import draw_plot, markdown
-from bench.tinyvqa.scenes import Layout
 from bench.tinyvqa.tasks import calibration_tasks
 from hawk_kernels import prune
 from hawk_kernels.checkpoint import TINY_MODEL, load_processor
@@ -40,11 +43,10 @@ from hawk_kernels.head_weights import read_weights_file, shipped_weights
 from hawk_kernels.methods import METHODS
 
 RESULTS = Path("bench/results/tinyvqa")
-MODELS = (RESULTS / "seed0", RESULTS / "seed1", TINY_MODEL)
+MODELS = {"qwen": (RESULTS / "seed0", RESULTS / "seed1", TINY_MODEL), "llava": (LLAVA.shipped,)}
 WHOLE = "all tokens"
 PROMPTS = 160
 SEED = 2026
-TIMED_LAYOUTS = (Layout(8, 8), Layout(16, 16))
 TIMED_RATIO = 0.2
 TIMED_ROUNDS = 21
 
@@ -54,6 +56,7 @@ class Subject:
     """A model that answers: `digest` tells its parameters apart from others'."""
 
     path: Path
+    make: Make
     model: Any
     processor: Any
     encoder: Encoder
@@ -62,16 +65,14 @@ class Subject:
     @classmethod
     def load(cls, path: Path) -> Subject:
         """Load a checkpoint's folder, in float32 whatever it is stored in."""
-        from transformers import Qwen2_5_VLForConditionalGeneration
-
         if not (path / "model.safetensors").is_file():
             raise SystemExit(
                 f"error: no model in {path}; train it with python -m bench.tinyvqa.train --out {path} --seed N"
             )
-        processor = load_processor(str(path))
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+        make, processor = make_of(path), load_processor(str(path))
+        model = make.load_model(path)
         digest = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()[:16]
-        return cls(path, model, processor, Encoder(model, processor.tokenizer), digest)
+        return cls(path, make, model, processor, make.encoder(model, processor.tokenizer), digest)
 
     @property
     def name(self) -> str:
@@ -86,7 +87,7 @@ def calibrated_weights(subject: Subject, folder: Path) -> dict[str, Any]:
     if subject.path.resolve() == TINY_MODEL.resolve():
         return read_weights_file(shipped_weights()["tinyvqa"])
     path = folder / f"head_weights_{subject.name.replace(' ', '')}.json"
-    calibrate(subject.model, calibration_tasks(), processor=subject.processor, out=path, layers="both")
+    calibrate(subject.model, calibration_tasks(subject.make), processor=subject.processor, out=path, layers="both")
     return read_weights_file(path)
 
 
@@ -172,21 +173,46 @@ def answer(
     return results
 
 
-def lines() -> Iterator[tuple[Contender | None, float]]:
+def lines(contenders: Sequence[Contender]) -> Iterator[tuple[Contender | None, float]]:
     """List the lines of the table: all tokens, then every contender at every keep ratio."""
     yield None, 1.0
-    for contender in CONTENDERS:
+    for contender in contenders:
         for ratio in KEEP_RATIOS:
             yield contender, ratio
 
 
-def prefill_times(subject: Subject, heads: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+@torch.no_grad()
+def refusals(
+    subject: Subject, contenders: Sequence[Contender], heads: dict[str, torch.Tensor], batch: Batch
+) -> dict[str, str]:
+    """Try each contender on one question, and return why those cannot serve the subject's family that cannot.
+
+    A method says so with an error about its name, the argument `method`. Every other error is raised.
+    """
+    one = Batch(batch.layout, batch.pages_of(0), batch.scenes[:1], [batch.questions[0][:1]])
+    inputs = model_inputs(subject.encoder, one)
+    found = {}
+    for contender in contenders:
+        weights, options = contender.head_weights(heads), dict(contender.options)
+        try:
+            with prune(subject.model, TIMED_RATIO, method=contender.method, head_weights=weights, **options):
+                first_words(subject.model, inputs)
+        except (TypeError, ValueError) as error:
+            if not str(error).startswith("method: "):
+                raise
+            found[contender.label] = str(error)
+    return found
+
+
+def prefill_times(
+    subject: Subject, contenders: Sequence[Contender], heads: dict[str, torch.Tensor]
+) -> dict[str, dict[str, float]]:
     """Measure the median milliseconds of a prefill of one question, with vision tower, interleaved over all methods."""
     found: dict[str, dict[str, float]] = {}
-    for layout in TIMED_LAYOUTS:
+    for layout in subject.make.timed_layouts:
         batch = draw_batch(np.random.default_rng(SEED), "held_out", 1, layout, {"colour->digit": 1})
         inputs = model_inputs(subject.encoder, batch)
-        times: dict[str, list[float]] = {WHOLE: [], **{c.label: [] for c in CONTENDERS}}
+        times: dict[str, list[float]] = {WHOLE: [], **{c.label: [] for c in contenders}}
 
         def timed(label: str, run: Callable[[], Any], times: dict[str, list[float]] = times) -> None:
             started = time.perf_counter()
@@ -196,7 +222,7 @@ def prefill_times(subject: Subject, heads: dict[str, torch.Tensor]) -> dict[str,
         for _ in range(TIMED_ROUNDS + 1):
             with torch.no_grad():
                 timed(WHOLE, partial(first_words, subject.model, inputs))
-                for contender in CONTENDERS:
+                for contender in contenders:
                     weights, options = contender.head_weights(heads), dict(contender.options)
                     with prune(subject.model, TIMED_RATIO, method=contender.method, head_weights=weights, **options):
                         timed(contender.label, partial(first_words, subject.model, inputs))
@@ -218,16 +244,41 @@ def describe_questions(batches: Sequence[Batch]) -> Questions:
 
 
 def build(
-    models: Sequence[Path], out: Path, prompts: int, seed: int, times: bool, show_progress: bool
+    models: Sequence[Path],
+    out: Path,
+    prompts: int,
+    seed: int,
+    times: bool,
+    show_progress: bool,
+    methods: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Calibrate, ask what has not been asked yet, and collect everything in one dict for JSON."""
-    check_contenders(CONTENDERS)
+    """Calibrate, ask what has not been asked yet, and collect everything in one dict for JSON.
+
+    Args:
+        models: folders of checkpoints of one make.
+        out: where the journal and calibrated head weights are kept.
+        prompts: about how many.
+        seed: of the questions.
+        times: whether prefills are timed.
+        show_progress: a progress bar on stderr.
+        methods: names in `METHODS` of those to compare; all where left out. HAWK, the reference, is always there.
+
+    Raises:
+        SystemExit: a contender that is none, models of two makes, or no model.
+    """
+    contenders = [c for c in CONTENDERS if methods is None or c.label == HAWK or c.method in methods]
+    check_contenders(contenders)
     out.mkdir(parents=True, exist_ok=True)
     subjects = [Subject.load(path) for path in models]
+    make = subjects[0].make
+    if any(subject.make is not make for subject in subjects):
+        raise SystemExit("error: --models: expected models of one make, which are asked the same questions")
     weights = [calibrated_weights(subject, out) for subject in subjects]
-    batches = draw_evaluation(seed, prompts)
+    batches = draw_evaluation(make.layouts, seed, prompts)
     answers = Answers(out / f"answers-{prompts}-{seed}.jsonl")
-    everything = list(lines())
+    refused = refusals(subjects[0], contenders, weights_of_heads(weights[0]), batches[0])
+    contenders = [c for c in contenders if c.label not in refused]
+    everything = list(lines(contenders))
     plan = [
         (subject, number, [(answer_key(subject, number, c, r, weights_of_heads(w)), c, r) for c, r in everything], w)
         for subject, w in zip(subjects, weights, strict=True)
@@ -255,13 +306,14 @@ def build(
         )
 
     whole = rights(None, 1.0)
-    right = {c.label: {r: rights(c, r) for r in KEEP_RATIOS} for c in CONTENDERS}
+    right = {c.label: {r: rights(c, r) for r in KEEP_RATIOS} for c in contenders}
     accuracy = [
         {"mean": 0.0, **{kind: round(float(row[questions.kinds == kind].mean()), 4) for kind in KINDS}} for row in whole
     ]
     for entry in accuracy:
         entry["mean"] = round(float(np.mean([entry[kind] for kind in KINDS])), 4)
     return {
+        "miniature": make.name,
         "questions": len(questions.kinds),
         "questions_by_kind": {kind: int((questions.kinds == kind).sum()) for kind in KINDS},
         "prompts": len(questions.layouts),
@@ -281,7 +333,8 @@ def build(
         ],
         "methods": summarise(questions, right, whole, HAWK, KEEP_RATIOS, resampling_weights(questions.layouts)),
         "reference": HAWK,
-        "prefill_ms": prefill_times(subjects[0], weights_of_heads(weights[0])) if times else None,
+        "refused": refused,
+        "prefill_ms": prefill_times(subjects[0], contenders, weights_of_heads(weights[0])) if times else None,
         "prefill_keep_ratio": TIMED_RATIO,
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -291,11 +344,17 @@ def build(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = cli.parser("bench.tinyvqa.table", __doc__, seed=(SEED, "the questions"), threads=2)
+    parser.add_argument("--miniature", choices=tuple(MAKES), default="qwen", help="whose models (default: qwen)")
     parser.add_argument(
-        "--models", type=cli.checkpoint_folder, nargs="+", default=list(MODELS), help="folders of checkpoints"
+        "--models", type=cli.checkpoint_folder, nargs="+", help="folders of other checkpoints, all of one make"
     )
     parser.add_argument(
-        "--out", type=cli.output_folder, default=RESULTS, help=f"where everything goes (default: {RESULTS})"
+        "--methods", choices=sorted(METHODS), nargs="+", help="those to compare, besides HAWK (default: all)"
+    )
+    parser.add_argument(
+        "--out",
+        type=cli.output_folder,
+        help=f"where everything goes (default: {RESULTS}, and {RESULTS}/llava for that miniature)",
     )
     parser.add_argument(
         "--prompts", type=cli.whole_number(1), default=PROMPTS, help="about 14 questions each (default: 160)"
@@ -304,10 +363,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-progress", action="store_true")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    report = build(args.models, args.out, args.prompts, args.seed, not args.no_times, not args.no_progress)
-    (args.out / "table.json").write_text(json.dumps(report, indent=1) + "\n")
-    (args.out / "table.md").write_text(markdown(report))
-    draw_plot(report, args.out / "table.png")
+    out = args.out or (RESULTS if args.miniature == "qwen" else RESULTS / args.miniature)
+    models = args.models or MODELS[args.miniature]
+    report = build(models, out, args.prompts, args.seed, not args.no_times, not args.no_progress, args.methods)
+    (out / "table.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "table.md").write_text(markdown(report))
+    draw_plot(report, out / "table.png")
     print(markdown(report))
     return 0
 

@@ -1,5 +1,7 @@
 """The questions as tasks that a model is calibrated on: `hawk-kernels calibrate --data tinyvqa`.
 
+The second miniature takes `--data bench.tinyvqa.tasks:llava_tasks`, which has pictures of the one size it knows.
+
 Each kind of question is a benchmark of its own, painted with training digits, so that head weights measured on it may
 be evaluated on the held-out ones.
 """
@@ -13,13 +15,13 @@ from functools import partial
 import numpy as np
 
 from bench.tinyvqa.batches import Batch, draw_batch
+from bench.tinyvqa.llava import LLAVA
+from bench.tinyvqa.make import Make
 from bench.tinyvqa.painting import to_image
 from bench.tinyvqa.questions import KINDS, kinds_of
-from bench.tinyvqa.scenes import Layout
+from bench.tinyvqa.qwen import QWEN
 from hawk_kernels.calibration import Sample
 
-# Pictures only: transformers reads videos with torchvision, which a machine that calibrates need not have.
-LAYOUTS = (Layout(6, 6), Layout(8, 8), Layout(6, 9), Layout(5, 5, 2, "images"))
 QUESTIONS_A_KIND = 160
 SEED = 5
 
@@ -41,18 +43,20 @@ class TinyVQATask:
         return float(answer.strip().lower() in sample.answers)
 
 
-def draw_tasks(split: str, seed: int, questions: int) -> list[TinyVQATask]:
+def draw_tasks(split: str, seed: int, questions: int, make: Make = QWEN) -> list[TinyVQATask]:
     """A task for each kind of question.
 
     Args:
         split: "train" or "held_out" digits.
         seed: the same seed gives the same tasks.
         questions: how many of each kind, one a prompt.
+        make: whose `calibration_layouts` take turns.
     """
     samples: dict[str, list[list[Sample]]] = {kind: [] for kind in KINDS}
-    # One layout has several pages, where one kind cannot be asked.
-    prompts = math.ceil(questions / (len(LAYOUTS) - 1))
-    for number, layout in enumerate(LAYOUTS):
+    layouts = make.calibration_layouts
+    # Some kinds can be asked about single pages alone.
+    prompts = math.ceil(questions / min(sum(kind in kinds_of(layout.pages) for layout in layouts) for kind in KINDS))
+    for number, layout in enumerate(layouts):
         batch = draw_batch(np.random.default_rng([seed, number]), split, prompts, layout, 1)
         for kind in kinds_of(layout.pages):
             samples[kind].append([_sample(batch, prompt, kind) for prompt in range(prompts)])
@@ -67,6 +71,11 @@ def _sample(batch: Batch, prompt: int, kind: str) -> Sample:
     return Sample(f"{batch.layout}/{prompt}", question.text, (question.answer,), images)
 
 
-def calibration_tasks() -> list[TinyVQATask]:
-    """Draw the tasks that the shipped head weights were calibrated on."""
-    return draw_tasks("train", SEED, QUESTIONS_A_KIND)
+def calibration_tasks(make: Make = QWEN) -> list[TinyVQATask]:
+    """Draw the tasks that the head weights of a miniature are calibrated on; those of the first one are shipped."""
+    return draw_tasks("train", SEED, QUESTIONS_A_KIND, make)
+
+
+def llava_tasks() -> list[TinyVQATask]:
+    """Draw the tasks of the second miniature."""
+    return calibration_tasks(LLAVA)

@@ -1,9 +1,9 @@
-"""Train the tiny model: `python -m bench.tinyvqa.train --out FOLDER [--seed N]`.
+"""Train a miniature: `python -m bench.tinyvqa.train --out FOLDER [--make qwen|llava] [--seed N]`.
 
-Three things make it learn in minutes on one core. First the vision tower learns to name what it sees by word embedding,
-as a pre-trained encoder would (`ALIGN_STEPS`). Then come questions, from small pages to large ones, a stage ending once
-its slowest kind is good; the tower is trained on with the last. All questions about a prompt share one pass over its
-pictures, and kinds that lag are asked more.
+Three things make it learn in minutes on one core. First the vision tower learns to name what it sees, as a pre-trained
+encoder would; how is a matter of the make (`Lessons`). Then come questions, from small pages to large ones, a stage
+ending once its slowest kind is good; some makes train the tower on with the last. All questions about a prompt share
+one pass over its pictures, and kinds that lag are asked more.
 
 A step depends on the seed, its number and what was learned before, on nothing else. The state is saved every minute
 beside the checkpoint, so a run that was killed goes on where it was and ends with the same bytes as one that was not.
@@ -30,51 +30,17 @@ from tqdm import tqdm
 
 from bench import cli
 from bench.tinyvqa.batches import Batch, draw_batch
-from bench.tinyvqa.checkpoint import build_config, build_model, build_tokenizer, save_checkpoint
 from bench.tinyvqa.digits import load_digits
-from bench.tinyvqa.encoder import Encoder, batched_vision_attention, description_loss, shared_prefix_pass
+from bench.tinyvqa.encoder import shared_prefix_pass
 from bench.tinyvqa.evaluate import evaluate
-from bench.tinyvqa.painting import render
+from bench.tinyvqa.makes import MAKES
 from bench.tinyvqa.questions import KINDS, kinds_of
-from bench.tinyvqa.scenes import Layout, draw_patchwork
+from bench.tinyvqa.recipe import Recipe, Stage
+from bench.tinyvqa.scenes import Layout
 
-PEAK_RATE = 1.5e-3
-ALIGN_STEPS = 400
-ALIGN_CELLS = 512
 QUESTIONS = 10
 SAVE_SECONDS = 60.0
 STATE_FILE = "training-state.pt"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A step of the curriculum: sides of single pages are drawn from `sides`; it ends once every kind reaches `good`.
-
-    Attributes:
-        sides: least and most cells of a side.
-        cells: about how many cells a step has in all.
-        most_steps: when it ends at the latest.
-        good: accuracy of the slowest kind that ends it.
-        kinds: what is asked.
-        train_vision: whether the vision tower is trained on.
-        mixed: whether several pictures and videos occur.
-    """
-
-    sides: tuple[int, int]
-    cells: int
-    most_steps: int
-    good: float
-    kinds: tuple[str, ...] = tuple(KINDS)
-    train_vision: bool = False
-    mixed: bool = False
-
-
-CURRICULUM = (
-    Stage((3, 3), 216, 500, 0.85, ("colour->digit", "digit->colour", "shape->colour")),
-    Stage((4, 4), 320, 900, 0.85),
-    Stage((5, 6), 512, 250, 0.88),
-    Stage((6, 9), 640, 1400, 2.0, train_vision=True, mixed=True),
-)
 
 
 @dataclass
@@ -82,7 +48,7 @@ class Progress:
     """Where a run stands; everything a resumed one needs beside the parameters and the optimiser."""
 
     seed: int
-    recipe: str = field(default_factory=lambda: f"{ALIGN_STEPS} steps, {CURRICULUM}")
+    make: str = "qwen"
     step: int = 0
     stage: int = 0
     stage_step: int = 0
@@ -90,6 +56,11 @@ class Progress:
     stage_steps: list[int] = field(default_factory=list)
     accuracy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
     weight: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the make."""
+        return MAKES[self.make].recipe
 
     def see(self, accuracy: dict[str, float]) -> None:
         """Take the accuracies of a step into the running ones."""
@@ -104,13 +75,14 @@ class Progress:
     @property
     def is_done(self) -> bool:
         """Whether the last stage has ended."""
-        return self.stage == len(CURRICULUM)
+        return self.stage == len(self.recipe.curriculum)
 
     @property
     def most_steps(self) -> int:
         """How many steps the run takes in all, if no further stage ends early."""
-        ahead = CURRICULUM[self.stage :]
-        return self.step + max(0, ALIGN_STEPS - self.step) + sum(s.most_steps for s in ahead) - self.stage_step
+        align = max(0, self.recipe.align_steps - self.step)
+        ahead = sum(stage.most_steps for stage in self.recipe.curriculum[self.stage :])
+        return self.step + align + ahead - self.stage_step
 
     def next_stage(self) -> None:
         """Begin the next stage of the curriculum."""
@@ -120,12 +92,17 @@ class Progress:
 
 
 def learning_rate(progress: Progress) -> float:
-    """Warm up, again when the language model joins, and fall to 1 % by a cosine in the last stage."""
-    step = progress.step
-    warm = min(1.0, (step + 1) / 50, (step + 1 - ALIGN_STEPS) / 150 if step >= ALIGN_STEPS else 1.0)
-    is_last = progress.stage == len(CURRICULUM) - 1
-    late = progress.stage_step / CURRICULUM[-1].most_steps if is_last else 0.0
-    return PEAK_RATE * warm * max(0.01, 0.5 * (1 + math.cos(math.pi * late)))
+    """Warm up, again when the language model joins, and fall to 1 % by a cosine in the last stage.
+
+    Before the language model joins, the rate falls once more where the recipe lets the vision tower settle.
+    """
+    step, recipe = progress.step, progress.recipe
+    warm = min(1.0, (step + 1) / 50, (step + 1 - recipe.align_steps) / 150 if step >= recipe.align_steps else 1.0)
+    if recipe.settle and step < recipe.align_steps:
+        warm *= min(1.0, max(0.05, (recipe.align_steps - step) / (recipe.settle * recipe.align_steps)))
+    is_last = progress.stage == len(recipe.curriculum) - 1
+    late = progress.stage_step / recipe.curriculum[-1].most_steps if is_last else 0.0
+    return recipe.peak_rate * warm * max(0.01, 0.5 * (1 + math.cos(math.pi * late)))
 
 
 def draw_layout(rng: np.random.Generator, stage: Stage) -> Layout:
@@ -160,18 +137,18 @@ def accuracy_by_kind(logits: Tensor, labels: Tensor, batch: Batch, end_of_turn: 
 class Training:
     """A run: the model, its optimiser and how far it got."""
 
-    def __init__(self, seed: int) -> None:
-        self.tokenizer = build_tokenizer()
-        self.model = build_model(build_config(self.tokenizer), seed)
-        self.encoder = Encoder(self.model, self.tokenizer)
-        # Words stay as they were drawn: what the vision tower learned to name keeps its meaning.
-        self.model.get_input_embeddings().requires_grad_(False)
-        learned = [p for p in self.model.parameters() if p.requires_grad]
+    def __init__(self, seed: int, make: str = "qwen") -> None:
+        self.make = MAKES[make]
+        self.tokenizer = self.make.build_tokenizer()
+        self.model = self.make.build_model(self.make.build_config(self.tokenizer), seed)
+        self.encoder = self.make.encoder(self.model, self.tokenizer)
+        self.lessons = self.make.lessons(self.encoder, self.make.recipe.align_cells)
+        learned = [p for p in (*self.model.parameters(), *self.lessons.parameters()) if p.requires_grad]
         decayed = [p for p in learned if p.dim() > 1]
         plain = [p for p in learned if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": 0.03}, {"params": plain, "weight_decay": 0.0}]
-        self.optimiser = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98))
-        self.progress = Progress(seed)
+        self.optimiser = torch.optim.AdamW(groups, lr=self.make.recipe.peak_rate, betas=(0.9, 0.98))
+        self.progress = Progress(seed, make)
 
     def step(self) -> dict[str, float]:
         """Take one optimiser step, and return what the progress bar shows."""
@@ -179,7 +156,8 @@ class Training:
         rng = np.random.default_rng([now.seed, now.step])
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(now)
-        loss, shown = self._align(rng) if now.step < ALIGN_STEPS else self._answer(rng)
+        is_first = now.step < self.make.recipe.align_steps
+        loss, shown = self.lessons.first(rng, load_digits("train")) if is_first else self._answer(rng)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for group in self.optimiser.param_groups for p in group["params"]], 1.0)
@@ -187,17 +165,8 @@ class Training:
         now.step += 1
         return shown
 
-    def _align(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        height, width = (int(side) for side in rng.integers(3, 8, 2))
-        layout, pool = Layout(height, width), load_digits("train")
-        scenes = [draw_patchwork(rng, pool, layout) for _ in range(round(ALIGN_CELLS / layout.cells))]
-        patches, grid = self.encoder.pixels(render(scenes, pool, rng), layout)
-        visual = self.model.model.visual(patches, grid_thw=grid).pooler_output.view(len(scenes), layout.cells, -1)
-        loss, right = description_loss(self.encoder, scenes, visual)
-        return loss, {"loss": loss.item(), **{name: share.item() for name, share in right.items()}}
-
     def _answer(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        now, stage = self.progress, CURRICULUM[self.progress.stage]
+        now, stage = self.progress, self.make.recipe.curriculum[self.progress.stage]
         layout = draw_layout(rng, stage)
         prompts = max(2, round(stage.cells / layout.cells))
         kinds = [kind for kind in kinds_of(layout.pages) if kind in stage.kinds]
@@ -206,21 +175,22 @@ class Training:
         logits, labels, visual = shared_prefix_pass(
             self.model, self.encoder, batch, random.Random(now.seed * 1_000_003 + now.step), stage.train_vision
         )
-        described, _ = description_loss(self.encoder, batch.scenes, visual)
-        loss = functional.cross_entropy(logits, labels) + 0.3 * described
-        now.see(accuracy_by_kind(logits, labels, batch, self.model.config.eos_token_id))
+        loss = functional.cross_entropy(logits, labels) + self.lessons.beside(batch.scenes, visual)
+        now.see(accuracy_by_kind(logits, labels, batch, self.tokenizer.eos_token_id))
         now.stage_step += 1
         running = now.running()
         if now.stage_step >= stage.most_steps or (
             now.stage_step >= 40 and min(running[kind] for kind in stage.kinds) >= stage.good
         ):
             now.next_stage()
-        return loss, {"loss": loss.item(), "named": described.item(), **running}
+        return loss, {"loss": loss.item(), **running}
 
     def save(self, path: Path) -> None:
         """Write the state; a kill in the middle leaves the previous one."""
         state = {
+            "recipe": str(self.make.recipe),
             "model": self.model.state_dict(),
+            "lessons": self.lessons.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "progress": asdict(self.progress),
         }
@@ -232,30 +202,31 @@ class Training:
         """Go on from a saved state.
 
         Raises:
-            ValueError: it is of a run with another seed or curriculum.
+            ValueError: it is of a run with another seed, make or recipe.
         """
         state = torch.load(path, weights_only=True)
-        found = Progress(**state["progress"])
-        if (found.seed, found.recipe) != (self.progress.seed, self.progress.recipe):
+        found, recipe = Progress(**state["progress"]), str(self.make.recipe)
+        if (found.seed, found.make, state["recipe"]) != (self.progress.seed, self.make.name, recipe):
             raise ValueError(
-                f"{path} is of a run with seed {found.seed} ({found.recipe}), not {self.progress.seed} "
-                f"({self.progress.recipe}); delete it or choose another --out."
+                f"{path} is of a run with seed {found.seed} ({found.make}, {state['recipe']}), not "
+                f"{self.progress.seed} ({self.make.name}, {recipe}); delete it or choose another --out."
             )
         self.model.load_state_dict(state["model"])
+        self.lessons.load_state_dict(state["lessons"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.progress = found
 
 
-def train(seed: int, state: Path | None = None, show_progress: bool = True) -> Training:
+def train(seed: int, state: Path | None = None, show_progress: bool = True, make: str = "qwen") -> Training:
     """Train to the end, from nothing or from the file `state`, which is kept up to date."""
-    run = Training(seed)
+    run = Training(seed, make)
     if state is not None and state.is_file():
         run.load(state)
     run.model.train()
     before = run.progress.seconds
     started = saved = time.perf_counter()
     with (
-        batched_vision_attention(run.model.model.visual),
+        run.encoder.batched_vision(),
         tqdm(total=run.progress.most_steps, initial=run.progress.step, disable=not show_progress, mininterval=5) as bar,
     ):
         while not run.progress.is_done:
@@ -264,7 +235,8 @@ def train(seed: int, state: Path | None = None, show_progress: bool = True) -> T
             bar.total = run.progress.most_steps
             bar.update()
             if run.progress.step % 20 == 0:
-                where = "align" if run.progress.step <= ALIGN_STEPS else f"stage {run.progress.stage + 1}"
+                is_first = run.progress.step <= run.make.recipe.align_steps
+                where = "align" if is_first else f"stage {run.progress.stage + 1}"
                 bar.set_description(where, refresh=False)
                 bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()}, refresh=False)
             if state is not None and time.perf_counter() - saved > SAVE_SECONDS:
@@ -292,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, save, evaluate on held-out digits, and write `training.json` next to the weights."""
     parser = cli.parser("bench.tinyvqa.train", __doc__, seed=(0, "weights and batches"), threads=1)
     parser.add_argument("--out", type=cli.output_folder, required=True, help="folder of the checkpoint")
+    parser.add_argument("--make", choices=tuple(MAKES), default="qwen", help="which miniature (default: qwen)")
     parser.add_argument("--half", action="store_true", help="store the parameters in float16, in half the space")
     parser.add_argument("--no-progress", action="store_true")
     args = parser.parse_args(argv)
@@ -299,9 +272,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     state = args.out / STATE_FILE
-    run = train(args.seed, state, not args.no_progress)
-    save_checkpoint(run.model, run.tokenizer, args.out, torch.float16 if args.half else torch.float32)
+    run = train(args.seed, state, not args.no_progress, args.make)
+    run.make.save(run.model, run.tokenizer, args.out, torch.float16 if args.half else torch.float32)
     facts: dict[str, Any] = {
+        "make": run.make.name,
         "seed": args.seed,
         "steps": run.progress.step,
         "stage_steps": run.progress.stage_steps,
