@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,6 +93,7 @@ class CallHooks:
         query: the caller's choice of text queries, or None.
         publish: is called with the outcome of each prefill.
         ended: is called when the hooks are off.
+        spent: is called with the seconds that choosing and packing took on the host.
 
     Attributes:
         lifetime: puts the hooks on and takes them off.
@@ -112,11 +114,13 @@ class CallHooks:
         query: Query | None,
         publish: Callable[[Outcome], None],
         ended: Callable[[], None],
+        spent: Callable[[float], None],
     ) -> None:
         self._anatomy = anatomy
         self._chooser = chooser
         self._query = query
         self._publish = publish
+        self._spent = spent
         self._sources = _Sources(anatomy, chooser)
         layer = chooser.method.hidden_from_layer
         self._masks = None if layer is None else LayerMasks(anatomy, layer, chooser.method.name)
@@ -310,7 +314,9 @@ class CallHooks:
                     "visual; call the model that was given to prune, not a compiled wrapper of it, or leave the block"
                 )
             if prefill is not None:
+                started = time.perf_counter()
                 packed = self._prefill(prefill, kwargs)
+                self._spent(time.perf_counter() - started)
                 return None if packed is None else ((), packed)
         serve(cache, True)
         if self._masks is not None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,7 +19,7 @@ from hawk_kernels.hf.choose_tokens import Chooser
 from hawk_kernels.hf.hooks import forget_compiled_call
 from hawk_kernels.hf.prefill import CallHooks, Outcome
 from hawk_kernels.hf.question import ChatQuestion, Query
-from hawk_kernels.hf.stats import PruningStats, sample_stats
+from hawk_kernels.hf.stats import PruningStats, PruningTotals, sample_stats
 from hawk_kernels.methods import Method, resolve_method
 from hawk_kernels.validation import checked_keep_ratio
 
@@ -71,7 +72,7 @@ def prune(
         **options: the method's own, such as `normalize="l2"` and `rounding="floor"` of "hawk".
 
     Returns:
-        A context manager that shows what happened: `keep_mask`, `scores`, `query_mask`, `stats`.
+        A context manager that shows what happened: `keep_mask`, `scores`, `query_mask`, `stats`, `totals`.
 
     Raises:
         TypeError: a model that is not supported, an unknown option, or an argument of another type.
@@ -133,6 +134,8 @@ class Pruning:
         self._was_compiled = False
         self._thread = _ThreadState()
         self._latest: Outcome | None = None
+        self._totals = PruningTotals()
+        self._adding = threading.Lock()
 
     @property
     def keep_mask(self) -> torch.Tensor | None:
@@ -158,6 +161,11 @@ class Pruning:
         reason, prompt = outcome.reason, outcome.prompt
         samples = () if prompt is None else sample_stats(prompt, outcome.budgets, self._per_image, reason)
         return replace(self._no_stats, samples=samples, reason=reason)
+
+    @property
+    def totals(self) -> PruningTotals:
+        """Tell sums over all prompts so far, of all threads and blocks of this object."""
+        return self._totals
 
     def overlay(self, image: Any, *, row: int = 0, processor: Any = None, title: str | None = None) -> Any:
         """Draw the last prompt: its pictures with the dropped tokens dimmed, and with the scores as heat.
@@ -275,7 +283,7 @@ class Pruning:
             )
 
     def _made_hooks(self) -> CallHooks:
-        return CallHooks(self._anatomy, self._chooser, self._query, self._publish, self._ended)
+        return CallHooks(self._anatomy, self._chooser, self._query, self._publish, self._ended, self._add_seconds)
 
     def _ended(self) -> None:
         if not self._was_compiled:
@@ -289,11 +297,37 @@ class Pruning:
         return self._thread.outcome or self._latest
 
     def _publish(self, outcome: Outcome) -> None:
+        earlier = self._thread.outcome
         self._thread.outcome = self._latest = outcome
+        if outcome.prompt is None:
+            return
+        counts = _counts(outcome)
+        if earlier is not None and earlier.prompt is outcome.prompt:
+            # a later word on the same prompt takes the place of the earlier one
+            counts -= _counts(earlier)
+        self._add(*counts.tolist(), 0.0)
+
+    def _add_seconds(self, seconds: float) -> None:
+        self._add(0, 0, 0, 0, 0, 0, seconds)
+
+    def _add(self, *counts: float) -> None:
+        with self._adding:
+            so_far = self._totals
+            sums = (getattr(so_far, name) + more for name, more in zip(vars(so_far), counts, strict=True))
+            self._totals = PruningTotals(*sums)
 
 
 class _ThreadState(threading.local):
     outcome: Outcome | None = None
+
+
+def _counts(outcome: Outcome) -> np.ndarray:
+    """Count what a prompt adds to the totals, int64 `[6]`, in the order of the fields of `PruningTotals`."""
+    prompt, budgets = outcome.prompt, outcome.budgets
+    assert prompt is not None
+    rows, visual, tokens = len(prompt.ids), int(prompt.visual.sum()), int(prompt.valid[:, : prompt.length].sum())
+    kept = visual if budgets is None else sum(map(sum, budgets))
+    return np.array([1, rows, visual, kept, tokens, tokens - visual + kept])
 
 
 def _checked_query(query: Any) -> Query | None:
