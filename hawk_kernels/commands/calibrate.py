@@ -10,18 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hawk_kernels.calibration.processes import is_first_process, launched_alone, local_rank
 from hawk_kernels.calibration.result import Calibration, check_target
-from hawk_kernels.calibration.sources import FORMS, load_tasks
 from hawk_kernels.checkpoint import CheckpointError, find_device, load_checkpoint
 from hawk_kernels.commands.guard import CommandError, need_packages, run_guarded, stopping_note
 from hawk_kernels.commands.options import whole_number
 from hawk_kernels.commands.weights import weights_table
+from hawk_kernels.tasks.processes import is_first_process, launched_alone, local_rank
+from hawk_kernels.tasks.sources import FORMS, load_tasks
 
 if TYPE_CHECKING:
     import torch
 
-    from hawk_kernels.calibration.plan import Chosen
+    from hawk_kernels.tasks.samples import Chosen
 
 
 _EPILOG = f"""\
@@ -112,7 +112,7 @@ def _modules_of_this_folder() -> Iterator[None]:
 
 
 def _check(args: argparse.Namespace) -> dict[str, Any]:
-    from hawk_kernels.calibration.plan import check_pictures, choose_samples
+    from hawk_kernels.tasks.samples import check_pictures, choose_samples
 
     chosen = choose_samples(load_tasks(args.data), args.limit, args.seed)
     check_pictures(chosen, progress=not args.json)
@@ -122,8 +122,8 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
-    from hawk_kernels.calibration.plan import check_pictures, choose_samples
     from hawk_kernels.calibration.run import calibrate_chosen
+    from hawk_kernels.tasks.samples import check_pictures, choose_samples
 
     if launched_alone():
         print(
@@ -159,7 +159,7 @@ def _refuse(missing_tensors: str) -> None:
 
 def _say_prompts(chosen: Sequence[Chosen]) -> None:
     """Show the first prompt of each benchmark, since an answer depends on every word of it."""
-    from hawk_kernels.calibration.jsonl import LETTER, SHORT
+    from hawk_kernels.tasks.jsonl import LETTER, SHORT
 
     for part in chosen:
         prompt = part.task.prompt(part.questions[0].sample)

@@ -1,4 +1,4 @@
-"""Chooses the samples that a calibration asks, and checks them before the model does anything."""
+"""Chooses the samples that a run asks, and checks them before the model does anything."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from hawk_kernels.calibration.encoding import open_image
-from hawk_kernels.calibration.journal import Key
-from hawk_kernels.calibration.task import ImageSource, Sample, Task
+from hawk_kernels.tasks.encoding import open_image
+from hawk_kernels.tasks.journal import Key
+from hawk_kernels.tasks.task import ImageSource, Sample, Task
 
 _SHOWN = 20
 _READERS = 8
@@ -92,7 +92,7 @@ def choose_samples(tasks: Sequence[Task], limit: int | None, seed: int) -> list[
     for task in tasks:
         if not isinstance(task, Task):
             raise TypeError(
-                f"tasks: expected tasks, got {task!r}; hawk_kernels.calibration.load_tasks(['chartqa.jsonl']) makes "
+                f"tasks: expected tasks, got {task!r}; hawk_kernels.tasks.load_tasks(['chartqa.jsonl']) makes "
                 "them of names"
             )
     if limit is not None and limit < 1:
