@@ -40,11 +40,13 @@ class Question:
         task: the benchmark.
         sample: of the benchmark.
         digest: of what is asked and what is right, to tell whether the data changed between two runs.
+        pictures: digest of what it is about; empty where its pictures are made by functions.
     """
 
     task: Task
     sample: Sample
     digest: str
+    pictures: str = ""
 
     @property
     def key(self) -> Key:
@@ -137,7 +139,8 @@ def _question(task: Task, number: int, sample: Sample) -> Question:
         raise BadSamplesError([f"{place}: its prompt failed: {type(error).__name__}: {error}"]) from error
     pictures = [*map(_picture_identity, sample.images), *map(_identity, sample.videos)]
     scorer = [task.max_new_tokens, getattr(task, "metric", None)]
-    return Question(task, sample, _digest([sample.key, prompt, sample.answers, pictures, scorer]))
+    digest = _digest([sample.key, prompt, sample.answers, pictures, scorer])
+    return Question(task, sample, digest, _digest(pictures) if pictures and all(pictures) else "")
 
 
 def _digest(content: Any) -> str:
