@@ -3,27 +3,36 @@
 The second miniature takes `--data bench.tinyvqa.tasks:llava_tasks`, which has pictures of the one size it knows.
 
 Each kind of question is a benchmark of its own, painted with training digits, so that head weights measured on it may
-be evaluated on the held-out ones.
+be evaluated on the held-out ones: `hawk-kernels evaluate --data tinyvqa`. The very questions of the table are
+`--data bench.tinyvqa.tasks:table_tasks`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from bench.tinyvqa.batches import Batch, draw_batch
+from bench.tinyvqa.encoder import Encoder
+from bench.tinyvqa.evaluate import draw_evaluation, model_inputs
 from bench.tinyvqa.llava import LLAVA
 from bench.tinyvqa.make import Make
 from bench.tinyvqa.painting import to_image
 from bench.tinyvqa.questions import KINDS, kinds_of
 from bench.tinyvqa.qwen import QWEN
-from hawk_kernels.calibration import Sample
+from hawk_kernels.checkpoint import load_processor
+from hawk_kernels.tasks import Sample
 
 QUESTIONS_A_KIND = 160
 SEED = 5
+EVALUATION_SEED = 6
+TABLE_PROMPTS = 160
+TABLE_SEED = 2026
 
 
 @dataclass
@@ -74,6 +83,44 @@ def _sample(batch: Batch, prompt: int, kind: str) -> Sample:
 def calibration_tasks(make: Make = QWEN) -> list[TinyVQATask]:
     """Draw the tasks that the head weights of a miniature are calibrated on; those of the first one are shipped."""
     return draw_tasks("train", SEED, QUESTIONS_A_KIND, make)
+
+
+def evaluation_tasks(make: Make = QWEN) -> list[TinyVQATask]:
+    """Draw tasks about held-out digits, on which methods are compared."""
+    return draw_tasks("held_out", EVALUATION_SEED, QUESTIONS_A_KIND, make)
+
+
+class TableTask(TinyVQATask):
+    """The table's questions of one kind, about all layouts, videos among them."""
+
+    def encode(self, sample: Sample, processor: Any) -> dict[str, Tensor]:
+        """Make the model's inputs as the table does, which needs no video processor."""
+        return model_inputs(_table_encoder(), sample.details["batch"])
+
+
+def table_tasks(prompts: int = TABLE_PROMPTS, seed: int = TABLE_SEED) -> list[TableTask]:
+    """Draw the questions of the first miniature's table, a task for each kind.
+
+    Args:
+        prompts: about how many.
+        seed: of the questions.
+    """
+    samples: dict[str, list[Sample]] = {kind: [] for kind in KINDS}
+    for number, batch in enumerate(draw_evaluation(QWEN.layouts, seed, prompts)):
+        for prompt, row in enumerate(batch.questions):
+            group = f"{batch.layout}/{number}/{prompt}"
+            for place, question in enumerate(row):
+                alone = Batch(batch.layout, batch.pages_of(prompt), batch.scenes[prompt : prompt + 1], [[question]])
+                key, answers, details = f"{group}/{place}", (question.answer,), {"batch": alone}
+                sample = Sample(key, question.text, answers, details=details, group=group)
+                samples[question.kind].append(sample)
+    return [TableTask(kind, found, max_new_tokens=1) for kind, found in samples.items()]
+
+
+@cache
+def _table_encoder() -> Encoder:
+    """Load what encodes for every model of the first make; it reads no parameter of this one."""
+    return QWEN.encoder(QWEN.load_model(QWEN.shipped), load_processor(str(QWEN.shipped)).tokenizer)
 
 
 def llava_tasks() -> list[TinyVQATask]:

@@ -40,7 +40,7 @@ class Question:
         task: the benchmark.
         sample: of the benchmark.
         digest: of what is asked and what is right, to tell whether the data changed between two runs.
-        pictures: digest of what it is about; empty where its pictures are made by functions.
+        pictures: what tells its pictures from others; empty where that is not known.
     """
 
     task: Task
@@ -140,7 +140,7 @@ def _question(task: Task, number: int, sample: Sample) -> Question:
     pictures = [*map(_picture_identity, sample.images), *map(_identity, sample.videos)]
     scorer = [task.max_new_tokens, getattr(task, "metric", None)]
     digest = _digest([sample.key, prompt, sample.answers, pictures, scorer])
-    return Question(task, sample, digest, _digest(pictures) if pictures and all(pictures) else "")
+    return Question(task, sample, digest, _digest(pictures) if pictures and all(pictures) else sample.group)
 
 
 def _digest(content: Any) -> str:

@@ -46,6 +46,8 @@ class Sample:
         videos: likewise, after the images.
         origin: where it stands ("chartqa.jsonl:17"), for messages.
         details: what else the task's prompt and scorer need, say the choices of a multiple-choice question.
+        group: names the pictures where they are made by functions: intervals draw questions about the same ones
+            together. Files need no name.
     """
 
     key: str
@@ -55,6 +57,7 @@ class Sample:
     videos: tuple[VideoSource, ...] = ()
     origin: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
+    group: str = ""
 
 
 @runtime_checkable
