@@ -11,6 +11,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 
+from safetensors import safe_open  # noqa: E402
+
 from bench.tinyvqa import alignment, evaluate, table, tasks, train  # noqa: E402
 from bench.tinyvqa.batches import draw_batch  # noqa: E402
 from bench.tinyvqa.contenders import CONTENDERS, HAWK, Contender  # noqa: E402
@@ -23,10 +25,10 @@ from bench.tinyvqa.llava import (  # noqa: E402
     build_model,
     build_tokenizer,
     caption,
+    published_name,
 )
 from bench.tinyvqa.makes import MAKES, make_of  # noqa: E402
 from bench.tinyvqa.painting import to_image  # noqa: E402
-from bench.tinyvqa.questions import KINDS  # noqa: E402
 from bench.tinyvqa.qwen import QWEN  # noqa: E402
 from bench.tinyvqa.recipe import Recipe, Stage  # noqa: E402
 from bench.tinyvqa.scenes import Layout, Scene  # noqa: E402
@@ -81,7 +83,7 @@ def test_the_config_is_that_of_llava_with_a_cls_token_that_is_dropped():
     assert config.vision_feature_select_strategy == "default"
     assert config.text_config.num_hidden_layers >= 6
     assert model.lm_head.weight is not model.get_input_embeddings().weight
-    assert model.model.vision_tower.embeddings.class_embedding.shape == (96,)
+    assert [p.shape for name, p in model.named_parameters() if name.endswith("class_embedding")] == [(96,)]
     assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<unk>", "<s>", "</s>"]
     again = build_model(config, 3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
@@ -197,6 +199,14 @@ def test_the_committed_checkpoint_is_small_and_a_real_llava(committed):
     assert loaded.generation_config.eos_token_id == processor.tokenizer.eos_token_id
 
 
+def test_its_tensors_have_the_names_of_published_checkpoints():
+    with safe_open(LLAVA.shipped / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert "vision_tower.vision_model.embeddings.class_embedding" in names
+    assert {"language_model.lm_head.weight", "multi_modal_projector.linear_1.weight"} <= names
+    assert {published_name(name) for name in names} == names
+
+
 def test_its_training_record_states_a_model_that_passed():
     record = json.loads((LLAVA.shipped / "training.json").read_text())
     assert record["make"] == "llava"
@@ -207,7 +217,7 @@ def test_its_training_record_states_a_model_that_passed():
 
 def test_it_answers_about_digits_it_never_saw_as_a_user_would_ask(committed):
     model, processor = committed
-    batch = draw_batch(rng(77), "held_out", 6, PAGE, 1)
+    batch = draw_batch(rng(77), "held_out", 8, PAGE, dict.fromkeys(LLAVA.kinds, 1))
     said = evaluate.generated_answers(model, processor, batch)
     right = [a == q.answer for a, q in zip(said, (q for row in batch.questions for q in row), strict=True)]
     assert np.mean(right) >= 0.9
@@ -243,7 +253,7 @@ def test_its_visual_tokens_are_not_aligned_with_words_and_those_of_the_first_are
 def test_calibration_asks_about_pages_of_the_size_it_knows(monkeypatch):
     monkeypatch.setattr(tasks, "QUESTIONS_A_KIND", 3)
     found = tasks.llava_tasks()
-    assert [task.name for task in found] == list(KINDS)
+    assert [task.name for task in found] == list(LLAVA.kinds)
     for task in found:
         assert len(task.samples) == 3
         assert all(sample.images[0]().size == (224, 224) for sample in task.samples)

@@ -7,7 +7,7 @@ questions about it. `--generate` asks as a user would instead: pictures and chat
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -20,33 +20,30 @@ from tqdm import tqdm
 from bench import cli
 from bench.tinyvqa.batches import Batch, draw_batch
 from bench.tinyvqa.encoder import Encoder
+from bench.tinyvqa.make import Make
 from bench.tinyvqa.makes import make_of
 from bench.tinyvqa.painting import to_image
-from bench.tinyvqa.questions import KINDS
-from bench.tinyvqa.scenes import Layout
 from hawk_kernels.checkpoint import TINY_MODEL, load_processor
 
 ROWS = 112
 
 
-def draw_evaluation(
-    layouts: Mapping[Layout, float], seed: int, prompts: int, split: str = "held_out", questions: int = 2
-) -> list[Batch]:
+def draw_evaluation(make: Make, seed: int, prompts: int, split: str = "held_out", questions: int = 2) -> list[Batch]:
     """Draw about `prompts` prompts, `questions` of each kind on each, in batches of at most `ROWS`.
 
     Args:
-        layouts: share of the prompts of each layout.
+        make: its layouts and kinds are asked.
         seed: of the prompts.
         prompts: how many in all.
         split: which digits to paint, "held_out" or "train".
         questions: how many of each kind.
     """
     batches = []
-    most = max(1, ROWS // (questions * len(KINDS)))
-    for number, (layout, share) in enumerate(layouts.items()):
+    most = max(1, ROWS // (questions * len(make.kinds)))
+    for number, (layout, share) in enumerate(make.layouts.items()):
         rng, left = np.random.default_rng([seed, number]), max(1, round(prompts * share))
         while left > 0:
-            batches.append(draw_batch(rng, split, min(left, most), layout, questions))
+            batches.append(draw_batch(rng, split, min(left, most), layout, dict.fromkeys(make.kinds, questions)))
             left -= most
     return batches
 
@@ -130,9 +127,7 @@ def evaluate(
     model = make.load_model(path)
     encoder = make.encoder(model, processor.tokenizer)
     right: list[tuple[str, str, bool]] = []
-    for batch in tqdm(
-        draw_evaluation(make.layouts, seed, prompts, split), desc=f"{split} digits", disable=not show_progress
-    ):
+    for batch in tqdm(draw_evaluation(make, seed, prompts, split), desc=f"{split} digits", disable=not show_progress):
         questions = [q for row in batch.questions for q in row]
         if not generate:
             with pictures_read_once(model, encoder, batch):
@@ -144,7 +139,7 @@ def evaluate(
             answers = generated_answers(model, processor, batch)
             results = [a == q.answer for a, q in zip(answers, questions, strict=True)]
         right += [(q.kind, str(batch.layout), ok) for q, ok in zip(questions, results, strict=True)]
-    by_kind = {kind: _share([ok for k, _, ok in right if k == kind]) for kind in KINDS}
+    by_kind = {kind: _share([ok for k, _, ok in right if k == kind]) for kind in make.kinds}
     return {
         "questions": len(right),
         "accuracy": round(float(np.mean(list(by_kind.values()))), 4),
@@ -184,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--prompts",
         type=cli.whole_number(1),
         default=160,
-        help="about how many, 14 questions each (default: 160)",
+        help="about how many, two questions of each kind on each (default: 160)",
     )
     parser.add_argument("--split", choices=("held_out", "train"), default="held_out")
     parser.add_argument("--generate", action="store_true", help="ask through the processor and generate(); no videos")

@@ -7,6 +7,7 @@ first and then frozen, as CLIP is in LLaVA; projector and decoder learn from ans
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from bench.tinyvqa.digits import DigitPool
 from bench.tinyvqa.encoder import Encoder, replaced_forward
 from bench.tinyvqa.make import Lessons, Make
 from bench.tinyvqa.painting import CELL, render
+from bench.tinyvqa.questions import KINDS, ONE_PAGE_KINDS
 from bench.tinyvqa.recipe import Recipe, Stage
 from bench.tinyvqa.scenes import COLOURS, NUM_DIGITS, SHAPE_NAMES, Layout, Scene, draw_patchwork, draw_scene
 from bench.tinyvqa.words import build_word_tokenizer
@@ -138,6 +140,14 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
     )
 
 
+def published_name(name: str) -> str:
+    """Name a tensor as the checkpoints of LLaVA-1.5 do, which every version of transformers reads.
+
+    The newest versions store the encoder's tensors under a name that older ones do not know.
+    """
+    return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
+
+
 class LlavaEncoder(Encoder):
     """Tensors for LLaVA: whole pictures, each of its own, and positions that count tokens.
 
@@ -219,7 +229,7 @@ class CaptionLessons(Lessons):
 
     Both do so through linear classifiers that are thrown away, so nothing ties the features to the decoder's words.
     Patches are read where LLaVA reads them, after the last layer but one. The CLS token learns the `caption` of the
-    page, which makes it look at some digits among many shapes, as the CLS token of CLIP looks at what captions mention.
+    page, which draws its attention to digits among many shapes, as captions draw that of CLIP to what they mention.
     """
 
     encoder: LlavaEncoder
@@ -288,6 +298,8 @@ LLAVA = Make(
     model_type="llava",
     shipped=Path(__file__).parent / "models" / "llava",
     recipe=RECIPE,
+    # The frozen tower does not say where a patch is, so the two kinds that ask for places cannot be learned whole.
+    kinds=tuple(kind for kind in KINDS if kind not in ONE_PAGE_KINDS),
     layouts={Layout(SIDE, SIDE): 1.0},
     calibration_layouts=(Layout(SIDE, SIDE),),
     timed_layouts=(Layout(SIDE, SIDE),),
@@ -297,4 +309,5 @@ LLAVA = Make(
     build_processor=build_processor,
     encoder=LlavaEncoder,
     lessons=CaptionLessons,
+    tensor_name=published_name,
 )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bench.tinyvqa.digits import DigitPool
@@ -52,6 +53,7 @@ class Make:
         model_type: `config.model_type` of its checkpoints.
         shipped: folder of the model that is shipped.
         recipe: how it is trained.
+        kinds: the kinds of question that the shipped model answers, which evaluations, calibration and table ask.
         layouts: what is asked about in an evaluation, and the share of prompts of each layout.
         calibration_layouts: what head weights are calibrated on.
         timed_layouts: what the table times.
@@ -61,12 +63,15 @@ class Make:
         build_processor: makes what turns pictures, and perhaps text, into inputs; it is saved beside the model.
         encoder: turns batches into tensors for a model and a tokenizer.
         lessons: what the tower learns first.
+        tensor_name: names a stored tensor as published checkpoints of the family do, from the name that transformers
+            gives it; None where these are the same.
     """
 
     name: str
     model_type: str
     shipped: Path
     recipe: Recipe
+    kinds: tuple[str, ...]
     layouts: dict[Layout, float]
     calibration_layouts: tuple[Layout, ...]
     timed_layouts: tuple[Layout, ...]
@@ -76,6 +81,7 @@ class Make:
     build_processor: Callable[[PreTrainedTokenizerFast], Any]
     encoder: Callable[[Any, PreTrainedTokenizerFast], Encoder]
     lessons: Callable[[Any, int], Lessons]
+    tensor_name: Callable[[str], str] | None = None
 
     @staticmethod
     def load_model(path: str | Path) -> Any:
@@ -91,5 +97,9 @@ class Make:
         """Write everything `from_pretrained` wants into `out`, the parameters rounded to `dtype`."""
         out.mkdir(parents=True, exist_ok=True)
         copy.deepcopy(model).to(dtype).save_pretrained(out)
+        if self.tensor_name is not None:
+            path = out / "model.safetensors"
+            weights = load_file(path)
+            save_file({self.tensor_name(name): tensor for name, tensor in weights.items()}, path, {"format": "pt"})
         tokenizer.save_pretrained(out)
         self.build_processor(tokenizer).save_pretrained(out)

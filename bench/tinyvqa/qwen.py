@@ -17,6 +17,7 @@ from bench.tinyvqa.digits import DigitPool
 from bench.tinyvqa.encoder import Encoder, replaced_forward
 from bench.tinyvqa.make import Lessons, Make
 from bench.tinyvqa.painting import CELL, render
+from bench.tinyvqa.questions import KINDS
 from bench.tinyvqa.recipe import Recipe, Stage
 from bench.tinyvqa.scenes import Layout, Scene, draw_patchwork
 from bench.tinyvqa.words import build_word_tokenizer
@@ -334,6 +335,7 @@ QWEN = Make(
     model_type="qwen2_5_vl",
     shipped=TINY_MODEL,
     recipe=RECIPE,
+    kinds=tuple(KINDS),
     # Mostly single pictures of 36 to 256 cells, some prompts of several pages.
     layouts={
         Layout(6, 6): 0.2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,10 @@ def draw_plot(report: dict[str, Any], path: Path) -> None:
     shown = [label for label in methods if not label.startswith("permuted")]
     ratios = list(methods[shown[0]])
     places = range(len(ratios))
-    figure, axes = pyplot.subplots(2, 4, figsize=(17, 8.2), sharey=True)
+    columns = math.ceil((1 + len(kinds)) / 2)
+    figure, axes = pyplot.subplots(2, columns, figsize=(1 + 4 * columns, 8.2), sharey=True)
     colours = pyplot.get_cmap("tab20")
-    for axis, kind in zip(axes.flat, ["mean", *kinds], strict=True):
+    for axis, kind in zip(axes.flat, ["mean", *kinds], strict=False):
         for number, label in enumerate(shown):
             found = [e["mean"] if kind == "mean" else e["by_kind"][kind] for e in methods[label].values()]
             values = [entry["percent"] for entry in found]

@@ -34,7 +34,6 @@ from bench.tinyvqa.intervals import summarise
 from bench.tinyvqa.llava import LLAVA
 from bench.tinyvqa.make import Make
 from bench.tinyvqa.makes import MAKES, make_of
-from bench.tinyvqa.questions import KINDS
 from bench.tinyvqa.report import draw_plot, markdown
 from bench.tinyvqa.tasks import TABLE_PROMPTS as PROMPTS
 from bench.tinyvqa.tasks import TABLE_SEED as SEED
@@ -214,8 +213,8 @@ def prefill_times(
     return found
 
 
-def describe_questions(batches: Sequence[Batch]) -> Questions:
-    """List kind, prompt and layout of every question, in the order of the answers."""
+def describe_questions(batches: Sequence[Batch], names: tuple[str, ...]) -> Questions:
+    """List kind (one of `names`), prompt and layout of every question, in the order of the answers."""
     kinds: list[str] = []
     prompts: list[int] = []
     layouts: list[str] = []
@@ -224,7 +223,7 @@ def describe_questions(batches: Sequence[Batch]) -> Questions:
             kinds += [question.kind for question in row]
             prompts += [len(layouts)] * len(row)
             layouts.append(str(batch.layout))
-    return Questions(np.array(kinds), np.array(prompts), np.array(layouts), tuple(KINDS))
+    return Questions(np.array(kinds), np.array(prompts), np.array(layouts), names)
 
 
 def build(
@@ -258,7 +257,7 @@ def build(
     if any(subject.make is not make for subject in subjects):
         raise SystemExit("error: --models: expected models of one make, which are asked the same questions")
     weights = [calibrated_weights(subject, out) for subject in subjects]
-    batches = draw_evaluation(make.layouts, seed, prompts)
+    batches = draw_evaluation(make, seed, prompts)
     answers = Answers(out / f"answers-{prompts}-{seed}.jsonl")
     refused = refusals(subjects[0], contenders, weights_of_heads(weights[0]), batches[0])
     contenders = [c for c in contenders if c.label not in refused]
@@ -273,7 +272,7 @@ def build(
         if wanted:
             answers.add(answer(subject, batches[number], wanted, weights_of_heads(w)))
 
-    questions = describe_questions(batches)
+    questions = describe_questions(batches, make.kinds)
     sizes = [sum(len(row) for row in batch.questions) for batch in batches]
 
     def rights(contender: Contender | None, ratio: float) -> np.ndarray:
@@ -292,14 +291,15 @@ def build(
     whole = rights(None, 1.0)
     right = {c.label: {r: rights(c, r) for r in KEEP_RATIOS} for c in contenders}
     accuracy = [
-        {"mean": 0.0, **{kind: round(float(row[questions.kinds == kind].mean()), 4) for kind in KINDS}} for row in whole
+        {"mean": 0.0, **{kind: round(float(row[questions.kinds == kind].mean()), 4) for kind in make.kinds}}
+        for row in whole
     ]
     for entry in accuracy:
-        entry["mean"] = round(float(np.mean([entry[kind] for kind in KINDS])), 4)
+        entry["mean"] = round(float(np.mean([entry[kind] for kind in make.kinds])), 4)
     return {
         "miniature": make.name,
         "questions": len(questions.kinds),
-        "questions_by_kind": {kind: int((questions.kinds == kind).sum()) for kind in KINDS},
+        "questions_by_kind": {kind: int((questions.kinds == kind).sum()) for kind in make.kinds},
         "prompts": len(questions.strata),
         "seed": seed,
         "split": "held_out",
@@ -341,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"where everything goes (default: {RESULTS}, and {RESULTS}/llava for that miniature)",
     )
     parser.add_argument(
-        "--prompts", type=cli.whole_number(1), default=PROMPTS, help="about 14 questions each (default: 160)"
+        "--prompts", type=cli.whole_number(1), default=PROMPTS, help="two questions of each kind on each (default: 160)"
     )
     parser.add_argument("--no-times", action="store_true", help="leave out the time per prefill")
     parser.add_argument("--no-progress", action="store_true")

@@ -22,8 +22,9 @@ from bench.tinyvqa.encoder import Encoder
 from bench.tinyvqa.evaluate import draw_evaluation, model_inputs
 from bench.tinyvqa.llava import LLAVA
 from bench.tinyvqa.make import Make
+from bench.tinyvqa.makes import MAKES
 from bench.tinyvqa.painting import to_image
-from bench.tinyvqa.questions import KINDS, kinds_of
+from bench.tinyvqa.questions import kinds_of
 from bench.tinyvqa.qwen import QWEN
 from hawk_kernels.checkpoint import load_processor
 from hawk_kernels.tasks import Sample
@@ -61,13 +62,15 @@ def draw_tasks(split: str, seed: int, questions: int, make: Make = QWEN) -> list
         questions: how many of each kind, one a prompt.
         make: whose `calibration_layouts` take turns.
     """
-    samples: dict[str, list[list[Sample]]] = {kind: [] for kind in KINDS}
+    samples: dict[str, list[list[Sample]]] = {kind: [] for kind in make.kinds}
     layouts = make.calibration_layouts
     # Some kinds can be asked about single pages alone.
-    prompts = math.ceil(questions / min(sum(kind in kinds_of(layout.pages) for layout in layouts) for kind in KINDS))
+    prompts = math.ceil(
+        questions / min(sum(kind in kinds_of(layout.pages) for layout in layouts) for kind in make.kinds)
+    )
     for number, layout in enumerate(layouts):
         batch = draw_batch(np.random.default_rng([seed, number]), split, prompts, layout, 1)
-        for kind in kinds_of(layout.pages):
+        for kind in (kind for kind in kinds_of(layout.pages) if kind in make.kinds):
             samples[kind].append([_sample(batch, prompt, kind) for prompt in range(prompts)])
     # Layouts take turns, so that any beginning of the list has all of them.
     turns = {kind: [sample for row in zip(*lists, strict=True) for sample in row] for kind, lists in samples.items()}
@@ -90,23 +93,27 @@ def evaluation_tasks(make: Make = QWEN) -> list[TinyVQATask]:
     return draw_tasks("held_out", EVALUATION_SEED, QUESTIONS_A_KIND, make)
 
 
+@dataclass
 class TableTask(TinyVQATask):
-    """The table's questions of one kind, about all layouts, videos among them."""
+    """The table's questions of one kind, about all layouts of a make, videos among them."""
+
+    make: Make = QWEN
 
     def encode(self, sample: Sample, processor: Any) -> dict[str, Tensor]:
         """Make the model's inputs as the table does, which needs no video processor."""
-        return model_inputs(_table_encoder(), sample.details["batch"])
+        return model_inputs(_encoder(self.make.name), sample.details["batch"])
 
 
-def table_tasks(prompts: int = TABLE_PROMPTS, seed: int = TABLE_SEED) -> list[TableTask]:
-    """Draw the questions of the first miniature's table, a task for each kind.
+def table_tasks(make: Make = QWEN, prompts: int = TABLE_PROMPTS, seed: int = TABLE_SEED) -> list[TableTask]:
+    """Draw the questions of a miniature's table, a task for each kind.
 
     Args:
+        make: of the miniature.
         prompts: about how many.
         seed: of the questions.
     """
-    samples: dict[str, list[Sample]] = {kind: [] for kind in KINDS}
-    for number, batch in enumerate(draw_evaluation(QWEN.layouts, seed, prompts)):
+    samples: dict[str, list[Sample]] = {kind: [] for kind in make.kinds}
+    for number, batch in enumerate(draw_evaluation(make, seed, prompts)):
         for prompt, row in enumerate(batch.questions):
             group = f"{batch.layout}/{number}/{prompt}"
             for place, question in enumerate(row):
@@ -114,15 +121,21 @@ def table_tasks(prompts: int = TABLE_PROMPTS, seed: int = TABLE_SEED) -> list[Ta
                 key, answers, details = f"{group}/{place}", (question.answer,), {"batch": alone}
                 sample = Sample(key, question.text, answers, details=details, group=group)
                 samples[question.kind].append(sample)
-    return [TableTask(kind, found, max_new_tokens=1) for kind, found in samples.items()]
+    return [TableTask(kind, found, 1, make) for kind, found in samples.items()]
 
 
 @cache
-def _table_encoder() -> Encoder:
-    """Load what encodes for every model of the first make; it reads no parameter of this one."""
-    return QWEN.encoder(QWEN.load_model(QWEN.shipped), load_processor(str(QWEN.shipped)).tokenizer)
+def _encoder(name: str) -> Encoder:
+    """Load what encodes for every model of a make; it reads no parameter of the shipped one."""
+    make = MAKES[name]
+    return make.encoder(make.load_model(make.shipped), load_processor(str(make.shipped)).tokenizer)
 
 
 def llava_tasks() -> list[TinyVQATask]:
-    """Draw the tasks of the second miniature."""
+    """Draw the tasks that the second miniature is calibrated on."""
     return calibration_tasks(LLAVA)
+
+
+def llava_evaluation_tasks() -> list[TinyVQATask]:
+    """Draw the tasks on which methods are compared on the second miniature."""
+    return evaluation_tasks(LLAVA)
