@@ -97,11 +97,11 @@ def evaluation_tasks(make: Make = QWEN) -> list[TinyVQATask]:
 class TableTask(TinyVQATask):
     """The table's questions of one kind, about all layouts of a make, videos among them."""
 
-    make: Make = QWEN
+    make: str = QWEN.name
 
     def encode(self, sample: Sample, processor: Any) -> dict[str, Tensor]:
         """Make the model's inputs as the table does, which needs no video processor."""
-        return model_inputs(_encoder(self.make.name), sample.details["batch"])
+        return model_inputs(_encoder(self.make), sample.details["batch"])
 
 
 def table_tasks(make: Make = QWEN, prompts: int = TABLE_PROMPTS, seed: int = TABLE_SEED) -> list[TableTask]:
@@ -121,7 +121,7 @@ def table_tasks(make: Make = QWEN, prompts: int = TABLE_PROMPTS, seed: int = TAB
                 key, answers, details = f"{group}/{place}", (question.answer,), {"batch": alone}
                 sample = Sample(key, question.text, answers, details=details, group=group)
                 samples[question.kind].append(sample)
-    return [TableTask(kind, found, 1, make) for kind, found in samples.items()]
+    return [TableTask(kind, found, 1, make.name) for kind, found in samples.items()]
 
 
 @cache
