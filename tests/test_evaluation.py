@@ -214,8 +214,9 @@ def test_a_killed_run_goes_on_where_it_ended_and_finds_the_same(tmp_path):
 
 
 def test_two_processes_share_the_questions(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command = [*launcher, "-m", "tests.evaluation_job", str(tmp_path / "out"), "0"]
+    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    settings = "--mixed_precision no --dynamo_backend no -m tests.evaluation_job"
+    command = [sys.executable, "-m", *launch.split(), *settings.split(), str(tmp_path / "out"), "0"]
     subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=240, capture_output=True)
     parts = sorted((tmp_path / "out" / "journal").glob("process-*.jsonl"))
     assert [len(part.read_text().splitlines()) > 1 for part in parts] == [True, True]
