@@ -47,6 +47,12 @@ def found(model, tasks):
     return evaluated(model, tasks)
 
 
+@pytest.fixture(scope="module")
+def direct(model):
+    """What `tests.evaluation_job` finds, without a journal and in one go."""
+    return evaluated(model, Riddles("one", 5), methods=["divprune", "random"], keep=[0.5])
+
+
 def untimed(evaluation):
     """What an evaluation found, without what differs from run to run."""
     content = evaluation.to_dict()
@@ -189,7 +195,7 @@ def _noted(generate, asked):
     return noted
 
 
-def test_a_killed_run_goes_on_where_it_ended_and_finds_the_same(tmp_path):
+def test_a_killed_run_goes_on_where_it_ended_and_finds_the_same(direct, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "tests.evaluation_job", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -207,13 +213,12 @@ def test_a_killed_run_goes_on_where_it_ended_and_finds_the_same(tmp_path):
     subprocess.run([*command, "0"], env=environment, check=True, timeout=120)
     assert journal.read_bytes().startswith(kept)
     content = json.loads((out / "results.json").read_text())
-    direct = evaluated(tiny_model(), [Riddles("one", 5)], methods=["divprune", "random"], keep=[0.5])
     for result, expected in zip(content["methods"], direct.methods, strict=True):
         assert result["scores"] == expected.scores
         assert result["relative"] == expected.relative
 
 
-def test_two_processes_share_the_questions(tmp_path):
+def test_two_processes_share_the_questions(direct, tmp_path):
     launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
     settings = "--mixed_precision no --dynamo_backend no -m tests.evaluation_job"
     command = [sys.executable, "-m", *launch.split(), *settings.split(), str(tmp_path / "out"), "0"]
@@ -221,7 +226,6 @@ def test_two_processes_share_the_questions(tmp_path):
     parts = sorted((tmp_path / "out" / "journal").glob("process-*.jsonl"))
     assert [len(part.read_text().splitlines()) > 1 for part in parts] == [True, True]
     content = json.loads((tmp_path / "out" / "results.json").read_text())
-    direct = evaluated(tiny_model(), [Riddles("one", 5)], methods=["divprune", "random"], keep=[0.5])
     assert [result["scores"] for result in content["methods"]] == [result.scores for result in direct.methods]
 
 
