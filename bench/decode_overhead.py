@@ -84,7 +84,7 @@ def measure(model: Any, case: str, side: int, rounds: int, device: torch.device)
     pruning = prune(model, 0.2, head_weights="uniform")
     with pruning:
         cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
-    cached = CacheRecords(CachedPrompt).of(cache)
+    cached = CacheRecords(CachedPrompt, pruning._anatomy.text).of(cache)
     assert cached is not None
     packed, following = cached.mask, cached.next_position
     outside = copy.deepcopy(cache)

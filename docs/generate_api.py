@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import hawk_kernels
-from hawk_kernels import calibration, methods
+from hawk_kernels import calibration, evaluation, methods
 
 PAGE = Path(__file__).resolve().parent / "api.md"
 NOT_RUN = "<!-- not run: the docstring's sketch, whose names stand for the caller's own -->"
@@ -31,7 +31,7 @@ GROUPS = {
 }
 """Headings of the page and the names below each; a public name that stands nowhere here comes under "Also public"."""
 
-MADE_BY_OTHERS = ("Pruning", "Calibration", "PrefillView")
+MADE_BY_OTHERS = ("Pruning", "Calibration", "Evaluation", "MethodResult", "TaskResult", "Unpruned", "PrefillView")
 """Classes whose objects a caller is given and never makes, so that their arguments are left out."""
 
 FOR_AUTHORS = ("Method", "PrefillView", "Segments", "EncoderAttention", "LastQuery")
@@ -63,6 +63,8 @@ def page() -> str:
             parts += [entry(name, getattr(hawk_kernels, name)) for name in present]
     parts.append("## Calibrate\n\nFrom `hawk_kernels.calibration`; `calibrate` is in `hawk_kernels` too.")
     parts += [entry(name, getattr(calibration, name)) for name in calibration.__all__]
+    parts.append("## Evaluate\n\nFrom `hawk_kernels.evaluation`; tasks are those of `calibrate`.")
+    parts += [entry(name, getattr(evaluation, name)) for name in evaluation.__all__]
     parts.append("## Methods and their options\n\nThe keyword arguments of each are `prune`'s `**options`.")
     for name, method in methods.METHODS.items():
         parts.append(entry(f'method="{name}"', method, called=method.__name__, members=False))

@@ -17,6 +17,10 @@ COMMANDS = {
         "answer a question about a picture from a fifth of its tokens, and time a larger model",
     ),
     "calibrate": ("hawk_kernels.commands.calibrate", "measure the head importance of a model and write a weights file"),
+    "evaluate": (
+        "hawk_kernels.commands.evaluate",
+        "compare pruning methods and keep ratios on a model and its data: score, tokens, memory, time",
+    ),
     "weights": ("hawk_kernels.commands.weights", "list, show or check files of head weights"),
     "warm-up": ("hawk_kernels.commands.warm_up", "compile ahead every kernel that a pruned model can need"),
     "tune": ("hawk_kernels.tune", "measure launch configurations on this machine's GPU and write them as a table"),

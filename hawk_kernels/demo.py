@@ -367,7 +367,7 @@ def _picture_path(text: str) -> Path:
 def _open_image(path: Path) -> Image.Image:
     from PIL import Image
 
-    from hawk_kernels.calibration.encoding import open_image
+    from hawk_kernels.tasks.encoding import open_image
 
     try:
         image: Image.Image = open_image(path)

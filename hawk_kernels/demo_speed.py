@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hawk_kernels.timed_generation import timed_generation
+
 if TYPE_CHECKING:
     import torch
 
@@ -213,44 +215,12 @@ def _megabytes(count: float) -> str:
 
 def _run(model: Any, inputs: Mapping[str, Any], block: Callable[[], AbstractContextManager[Any]]) -> Run:
     """Time one generation of exactly `_NEW_TOKENS` tokens."""
-    import torch
-
-    device = inputs["input_ids"].device
-    stamps: list[float] = []
-
-    def stamp(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Note when a token was chosen; as a stopping criterion, never stop."""
-        _finish(device)
-        stamps.append(time.perf_counter())
-        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-
     with block():
-        _finish(device)
-        memory = _PeakMemory(device)
-        started = time.perf_counter()
-        out = model.generate(
-            **inputs,
-            min_new_tokens=_NEW_TOKENS,
-            max_new_tokens=_NEW_TOKENS,
-            do_sample=False,
-            return_dict_in_generate=True,
-            stopping_criteria=[stamp],
-        )
+        memory = _PeakMemory(inputs["input_ids"].device)
+        timed = timed_generation(model, inputs, min_new_tokens=_NEW_TOKENS, max_new_tokens=_NEW_TOKENS)
         peak = memory.above_start()
-        cache = out.past_key_values
-    count = len(stamps)
-    return Run(
-        first_token=stamps[0] - started,
-        next_token=(stamps[-1] - stamps[0]) / max(1, count - 1),
-        cache_bytes=_bytes_of(cache),
-        peak_bytes=peak,
-    )
-
-
-def _bytes_of(cache: Any) -> int:
-    """Count the bytes of the keys and values of all layers; layers of another kind of state do not count."""
-    tensors = (getattr(layer, part, None) for layer in getattr(cache, "layers", ()) for part in ("keys", "values"))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+    assert timed.next_token is not None
+    return Run(timed.first_token, timed.next_token, timed.cache_bytes, peak)
 
 
 def _median(runs: list[Run]) -> Run:
@@ -304,10 +274,3 @@ def _resident(field: str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
-
-
-def _finish(device: torch.device) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -14,9 +14,9 @@ import torch
 import csrc_ref
 from hawk_kernels import calibrate, prune
 from hawk_kernels.calibration import BadSamplesError, Calibration, Sample
-from hawk_kernels.calibration.journal import Journal
 from hawk_kernels.calibration.masking import attention_modules, hide_visual_tokens
 from hawk_kernels.hf.anatomy import dissect
+from hawk_kernels.tasks.journal import Journal
 from tests.calibration_job import NUM_HEADS, Reader, Riddles, tasks, tiny_model
 from tests.tiny_models import Picture, question, qwen_batch
 
@@ -433,7 +433,7 @@ def test_broken_and_busy_journals_are_refused(tmp_path):
             pass
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes() + b"not json\n")
-    with pytest.raises(ValueError, match=r"process-00000.jsonl:3: expected a line of a calibration's journal"):
+    with pytest.raises(ValueError, match=r"process-00000.jsonl:3: expected a line of the calibration's journal"):
         journal.read()
     with pytest.raises(ValueError, match="differs in seed"):
         Journal(tmp_path, {**PLAN, "seed": 2}, 0).read()

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hawk_kernels.calibration import BadSamplesError, JsonlTask, Sample, Task, load_tasks
-from hawk_kernels.calibration.encoding import encode, open_image, open_video
-from hawk_kernels.calibration.plan import check_pictures, choose_samples
-from hawk_kernels.calibration.scoring import anls, choice_index, exact_match, multiple_choice, relaxed_match
 from hawk_kernels.checkpoint import TINY_MODEL, load_processor
+from hawk_kernels.tasks.encoding import encode, open_image, open_video
+from hawk_kernels.tasks.samples import check_pictures, choose_samples
+from hawk_kernels.tasks.scoring import anls, choice_index, exact_match, multiple_choice, relaxed_match
 
 
 @pytest.mark.parametrize(

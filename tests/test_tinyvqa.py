@@ -370,7 +370,7 @@ def test_intervals_cover_what_they_should():
     covered = 0
     for _ in range(60):
         right = {"x": {0.5: chance.random((1, 320)) < 0.7}, "y": {0.5: whole}}
-        weights = intervals.resampling_weights(questions.layouts, 400)
+        weights = intervals.resampling_weights(questions.strata, 400)
         found = intervals.summarise(questions, right, whole, "y", [0.5], weights)["x"]["0.5"]["mean"]
         covered += found["low"] <= 70 <= found["high"]
     assert 51 <= covered <= 60

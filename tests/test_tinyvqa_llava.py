@@ -34,6 +34,7 @@ from bench.tinyvqa.recipe import Recipe, Stage  # noqa: E402
 from bench.tinyvqa.scenes import Layout, Scene  # noqa: E402
 from hawk_kernels import prune  # noqa: E402
 from hawk_kernels.checkpoint import load_checkpoint, load_processor  # noqa: E402
+from hawk_kernels.evaluation import contenders  # noqa: E402
 
 PAGE = Layout(8, 8)
 
@@ -269,7 +270,7 @@ def test_the_table_takes_it_and_lists_methods_that_cannot_serve_it(tmp_path, mon
             raise TypeError("method: expected one that needs no dice, got random; use method='hawk'")
         return prune(model, *args, method=method, **kwargs)
 
-    monkeypatch.setattr(table, "prune", refuse)
+    monkeypatch.setattr(contenders, "prune", refuse)
     monkeypatch.setattr(table, "calibrated_weights", uniform_weights)
     monkeypatch.setattr(table, "KEEP_RATIOS", (0.2,))
     names = ["hiprune", "random"]

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from hawk_kernels.evaluation import Contender as Compared
+
 HAWK = "HAWK, L2"
 KEEP_RATIOS = (0.4, 0.2, 0.1, 0.05)
 
@@ -39,6 +41,10 @@ class Contender:
             weights = calibrated["first"]
             return weights[torch.randperm(len(weights), generator=generator)]
         return calibrated.get(self.heads, self.heads) if self.heads else None
+
+    def with_heads(self, calibrated: Mapping[str, torch.Tensor]) -> Compared:
+        """Return the method with its head weights, as `hawk_kernels.evaluation` compares it."""
+        return Compared(self.label, self.method, {**self.options, "head_weights": self.head_weights(calibrated)})
 
 
 CONTENDERS = (

@@ -30,22 +30,23 @@ from bench.tinyvqa.batches import Batch, draw_batch
 from bench.tinyvqa.contenders import CONTENDERS, HAWK, KEEP_RATIOS, Contender, check_contenders
 from bench.tinyvqa.encoder import Encoder
 from bench.tinyvqa.evaluate import answer_ids, draw_evaluation, first_words, model_inputs, pictures_read_once
-from bench.tinyvqa.intervals import Questions, resampling_weights, summarise
+from bench.tinyvqa.intervals import summarise
 from bench.tinyvqa.llava import LLAVA
 from bench.tinyvqa.make import Make
 from bench.tinyvqa.makes import MAKES, make_of
 from bench.tinyvqa.report import draw_plot, markdown
+from bench.tinyvqa.tasks import TABLE_PROMPTS as PROMPTS
+from bench.tinyvqa.tasks import TABLE_SEED as SEED
 from bench.tinyvqa.tasks import calibration_tasks
-from hawk_kernels import prune
 from hawk_kernels.checkpoint import TINY_MODEL, load_processor
+from hawk_kernels.evaluation.contenders import UNPRUNED, Way, refusal
+from hawk_kernels.evaluation.intervals import Questions, resampling_weights
 from hawk_kernels.head_weights import read_weights_file, shipped_weights
 from hawk_kernels.methods import METHODS
 
 RESULTS = Path("bench/results/tinyvqa")
 MODELS = {"qwen": (RESULTS / "seed0", RESULTS / "seed1", TINY_MODEL), "llava": (LLAVA.shipped,)}
 WHOLE = "all tokens"
-PROMPTS = 160
-SEED = 2026
 TIMED_RATIO = 0.2
 TIMED_ROUNDS = 21
 
@@ -149,14 +150,9 @@ def answer(
     results: dict[str, np.ndarray] = {}
 
     def ask(key: str, contender: Contender | None, ratio: float) -> None:
-        if contender is None:
+        way = UNPRUNED if contender is None else Way(contender.with_heads(heads), ratio)
+        with way.block(subject.model):
             said = first_words(subject.model, inputs)
-        else:
-            options = dict(contender.options)
-            with prune(
-                subject.model, ratio, method=contender.method, head_weights=contender.head_weights(heads), **options
-            ):
-                said = first_words(subject.model, inputs)
         results[key] = (said == right_words).numpy()
 
     def watches_encoder(contender: Contender | None) -> bool:
@@ -184,23 +180,12 @@ def lines(contenders: Sequence[Contender]) -> Iterator[tuple[Contender | None, f
 def refusals(
     subject: Subject, contenders: Sequence[Contender], heads: dict[str, torch.Tensor], batch: Batch
 ) -> dict[str, str]:
-    """Try each contender on one question, and return why those cannot serve the subject's family that cannot.
-
-    A method says so with an error about its name, the argument `method`. Every other error is raised.
-    """
+    """Try each contender on one question, and return why those cannot serve the subject's family that cannot."""
     one = Batch(batch.layout, batch.pages_of(0), batch.scenes[:1], [batch.questions[0][:1]])
     inputs = model_inputs(subject.encoder, one)
-    found = {}
-    for contender in contenders:
-        weights, options = contender.head_weights(heads), dict(contender.options)
-        try:
-            with prune(subject.model, TIMED_RATIO, method=contender.method, head_weights=weights, **options):
-                first_words(subject.model, inputs)
-        except (TypeError, ValueError) as error:
-            if not str(error).startswith("method: "):
-                raise
-            found[contender.label] = str(error)
-    return found
+    ask = partial(first_words, subject.model, inputs)
+    reasons = {c.label: refusal(c.with_heads(heads), subject.model, TIMED_RATIO, ask) for c in contenders}
+    return {label: reason for label, reason in reasons.items() if reason is not None}
 
 
 def prefill_times(
@@ -222,8 +207,7 @@ def prefill_times(
             with torch.no_grad():
                 timed(WHOLE, partial(first_words, subject.model, inputs))
                 for contender in contenders:
-                    weights, options = contender.head_weights(heads), dict(contender.options)
-                    with prune(subject.model, TIMED_RATIO, method=contender.method, head_weights=weights, **options):
+                    with contender.with_heads(heads).block(subject.model, TIMED_RATIO):
                         timed(contender.label, partial(first_words, subject.model, inputs))
         found[str(layout)] = {label: round(1e3 * statistics.median(of[1:]), 3) for label, of in times.items()}
     return found
@@ -316,7 +300,7 @@ def build(
         "miniature": make.name,
         "questions": len(questions.kinds),
         "questions_by_kind": {kind: int((questions.kinds == kind).sum()) for kind in make.kinds},
-        "prompts": len(questions.layouts),
+        "prompts": len(questions.strata),
         "seed": seed,
         "split": "held_out",
         "models": [
@@ -331,7 +315,7 @@ def build(
             }
             for subject, scores, w in zip(subjects, accuracy, weights, strict=True)
         ],
-        "methods": summarise(questions, right, whole, HAWK, KEEP_RATIOS, resampling_weights(questions.layouts)),
+        "methods": summarise(questions, right, whole, HAWK, KEEP_RATIOS, resampling_weights(questions.strata)),
         "reference": HAWK,
         "refused": refused,
         "prefill_ms": prefill_times(subjects[0], contenders, weights_of_heads(weights[0])) if times else None,

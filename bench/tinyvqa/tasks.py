@@ -3,27 +3,37 @@
 The second miniature takes `--data bench.tinyvqa.tasks:llava_tasks`, which has pictures of the one size it knows.
 
 Each kind of question is a benchmark of its own, painted with training digits, so that head weights measured on it may
-be evaluated on the held-out ones.
+be evaluated on the held-out ones: `hawk-kernels evaluate --data tinyvqa`. The very questions of the table are
+`--data bench.tinyvqa.tasks:table_tasks`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from bench.tinyvqa.batches import Batch, draw_batch
+from bench.tinyvqa.encoder import Encoder
+from bench.tinyvqa.evaluate import draw_evaluation, model_inputs
 from bench.tinyvqa.llava import LLAVA
 from bench.tinyvqa.make import Make
+from bench.tinyvqa.makes import MAKES
 from bench.tinyvqa.painting import to_image
 from bench.tinyvqa.questions import kinds_of
 from bench.tinyvqa.qwen import QWEN
-from hawk_kernels.calibration import Sample
+from hawk_kernels.checkpoint import load_processor
+from hawk_kernels.tasks import Sample
 
 QUESTIONS_A_KIND = 160
 SEED = 5
+EVALUATION_SEED = 6
+TABLE_PROMPTS = 160
+TABLE_SEED = 2026
 
 
 @dataclass
@@ -78,6 +88,54 @@ def calibration_tasks(make: Make = QWEN) -> list[TinyVQATask]:
     return draw_tasks("train", SEED, QUESTIONS_A_KIND, make)
 
 
+def evaluation_tasks(make: Make = QWEN) -> list[TinyVQATask]:
+    """Draw tasks about held-out digits, on which methods are compared."""
+    return draw_tasks("held_out", EVALUATION_SEED, QUESTIONS_A_KIND, make)
+
+
+@dataclass
+class TableTask(TinyVQATask):
+    """The table's questions of one kind, about all layouts of a make, videos among them."""
+
+    make: str = QWEN.name
+
+    def encode(self, sample: Sample, processor: Any) -> dict[str, Tensor]:
+        """Make the model's inputs as the table does, which needs no video processor."""
+        return model_inputs(_encoder(self.make), sample.details["batch"])
+
+
+def table_tasks(make: Make = QWEN, prompts: int = TABLE_PROMPTS, seed: int = TABLE_SEED) -> list[TableTask]:
+    """Draw the questions of a miniature's table, a task for each kind.
+
+    Args:
+        make: of the miniature.
+        prompts: about how many.
+        seed: of the questions.
+    """
+    samples: dict[str, list[Sample]] = {kind: [] for kind in make.kinds}
+    for number, batch in enumerate(draw_evaluation(make, seed, prompts)):
+        for prompt, row in enumerate(batch.questions):
+            group = f"{batch.layout}/{number}/{prompt}"
+            for place, question in enumerate(row):
+                alone = Batch(batch.layout, batch.pages_of(prompt), batch.scenes[prompt : prompt + 1], [[question]])
+                key, answers, details = f"{group}/{place}", (question.answer,), {"batch": alone}
+                sample = Sample(key, question.text, answers, details=details, group=group)
+                samples[question.kind].append(sample)
+    return [TableTask(kind, found, 1, make.name) for kind, found in samples.items()]
+
+
+@cache
+def _encoder(name: str) -> Encoder:
+    """Load what encodes for every model of a make; it reads no parameter of the shipped one."""
+    make = MAKES[name]
+    return make.encoder(make.load_model(make.shipped), load_processor(str(make.shipped)).tokenizer)
+
+
 def llava_tasks() -> list[TinyVQATask]:
-    """Draw the tasks of the second miniature."""
+    """Draw the tasks that the second miniature is calibrated on."""
     return calibration_tasks(LLAVA)
+
+
+def llava_evaluation_tasks() -> list[TinyVQATask]:
+    """Draw the tasks on which methods are compared on the second miniature."""
+    return evaluation_tasks(LLAVA)

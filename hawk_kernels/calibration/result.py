@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -403,11 +402,6 @@ def layer_result(
 
 def _on_one_line(numbers: re.Match[str]) -> str:
     return " ".join(numbers.group().split()).replace("[ ", "[").replace(" ]", "]")
-
-
-def now() -> str:
-    """Return the present second, ISO 8601."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _mean(scores: np.ndarray) -> float:

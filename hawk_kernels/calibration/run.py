@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +12,18 @@ import torch
 from torch import nn
 
 from hawk_kernels.calibration.decoding import answers_with_masked_heads
-from hawk_kernels.calibration.encoding import decode, encode
-from hawk_kernels.calibration.journal import Journal, Key
 from hawk_kernels.calibration.masking import LAYERS, attention_modules, hide_visual_tokens
-from hawk_kernels.calibration.plan import Chosen, Question, check_pictures, choose_samples
-from hawk_kernels.calibration.processes import Processes, is_first_process
-from hawk_kernels.calibration.result import Calibration, check_same_model, check_target, layer_result, now, task_score
-from hawk_kernels.calibration.task import Task
-from hawk_kernels.head_weights import fingerprint
+from hawk_kernels.calibration.result import Calibration, check_same_model, check_target, layer_result, task_score
 from hawk_kernels.hf.anatomy import Anatomy, dissect
+from hawk_kernels.tasks.encoding import decode, encode, processor_of
+from hawk_kernels.tasks.identity import identify, name_of, now
+from hawk_kernels.tasks.journal import Key
+from hawk_kernels.tasks.processes import Processes, is_first_process
+from hawk_kernels.tasks.samples import Chosen, Question, check_pictures, choose_samples
+from hawk_kernels.tasks.survey import Add, Survey, checked_score, evaluating, naming
+from hawk_kernels.tasks.task import Task
 
 BOTH = "both"
-_DIGESTED = 64
 
 
 def calibrate(
@@ -122,72 +118,26 @@ def calibrate_chosen(
     with Processes() as processes:
         if processes.count > 1 and out is None:
             raise ValueError("out: expected a weights file, by whose journal the processes share their work, got None")
-        plan = _plan(model, modes)
+        plan = {**identify(model), "layers": list(modes)}
+        folder = None if out is None else Path(f"{out}.journal")
         shows = progress and processes.rank == 0
+        survey = Survey("calibration", "calibrate", plan, folder, processes, shows)
+
+        def measure(question: Question, keys: Sequence[Key], add: Add) -> None:
+            add(question.key, _scores(anatomy, processor, question, modes, batch_size))
+
+        def check() -> None:
+            if out is not None:
+                check_same_model(out, plan["fingerprint"], plan["parameters"])
+
+        questions = [question for part in chosen for question in part.questions]
         with evaluating(model):
-            measured = _measure(anatomy, processor, chosen, modes, batch_size, out, plan, processes, shows)
+            measured = survey.collect(questions, lambda question: [question.key], measure, check)
         calibration = _calibration(model, anatomy, chosen, modes, measured, plan, settings)
         if out is not None and processes.rank == 0:
             calibration.save(out)
         processes.wait()
     return calibration
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode, and leave its modules as they were."""
-    were_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in were_training:
-            module.training = True
-
-
-def _measure(
-    anatomy: Anatomy,
-    processor: Any,
-    chosen: Sequence[Chosen],
-    modes: Sequence[str],
-    batch_size: int,
-    out: str | Path | None,
-    plan: Mapping[str, Any],
-    processes: Processes,
-    shows: bool,
-) -> dict[Key, dict[str, Any]]:
-    """Return the scores of every sample, from the journal or from the model."""
-    from tqdm import tqdm
-
-    questions = [question for part in chosen for question in part.questions]
-
-    def measure_all(questions: Sequence[Question], add: Callable[[Key, dict[str, Any]], None], done: int) -> None:
-        total = done + len(questions)
-        for question in tqdm(questions, desc="calibrate", unit="sample", initial=done, total=total, disable=not shows):
-            add(question.key, _scores(anatomy, processor, question, modes, batch_size))
-
-    if out is None:
-        found: dict[Key, dict[str, Any]] = {}
-        measure_all(questions, found.__setitem__, 0)
-        return found
-    journal = Journal(Path(f"{out}.journal"), plan, processes.rank)
-    finished = journal.read()
-    check_same_model(out, plan["fingerprint"], plan["parameters"])
-    left = [question for question in questions if question.key not in finished]
-    # what all processes read is the same only as long as none of them adds to it
-    processes.wait()
-    with journal:
-        done = (len(questions) - len(left)) // processes.count
-        measure_all(left[processes.rank :: processes.count], journal.add, done)
-    processes.wait()
-    found = journal.read()
-    missing = [question.place for question in questions if question.key not in found]
-    if missing:
-        raise ValueError(
-            f"out: expected the journals of all processes in {out}.journal, but {len(missing)} samples are missing "
-            f"({missing[0]}, ...); write to a folder that all machines share"
-        )
-    return found
 
 
 def _scores(
@@ -219,30 +169,6 @@ def _scores(
     return record
 
 
-@contextmanager
-def naming(place: str, trouble: str) -> Iterator[None]:
-    """Name the sample in an error that it causes, perhaps after hours."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        kind = ValueError if isinstance(error, ValueError) else RuntimeError
-        reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise kind(f"{place}: {trouble}: {reason}") from error
-
-
-def checked_score(score: Any) -> float:
-    """Return the score of an answer as a float, or raise ValueError if a task's scorer gave something else."""
-    try:
-        value = float(score)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise ValueError(f"expected a score from 0 to 1, got {score!r}; look at the task's scorer")
-    return value
-
-
 def _calibration(
     model: Any,
     anatomy: Anatomy,
@@ -262,7 +188,7 @@ def _calibration(
     text: Any = anatomy.text
     first = attention_modules(anatomy, "first")[0]
     return Calibration(
-        model=_name(model),
+        model=name_of(model),
         fingerprint=plan["fingerprint"],
         layer=next(i for i, layer in enumerate(text.layers) if getattr(layer, "self_attn", None) is first),
         tasks=tuple(
@@ -289,54 +215,3 @@ def _check_base(part: Chosen, scores: np.ndarray, measured: Mapping[Key, Mapping
         f"says nothing about heads; look at the prompt, the answers and the metric: {question.place} was asked "
         f"{part.task.prompt(question.sample)!r} and answered {measured[question.key]['answer']!r} instead of {answers}"
     )
-
-
-def _plan(model: Any, modes: Sequence[str]) -> dict[str, Any]:
-    """Return what must be equal for scores of one run to be those of another."""
-    import transformers
-
-    import hawk_kernels
-
-    text: Any = dissect(model).text
-    return {
-        "fingerprint": fingerprint(model.config),
-        "parameters": _digest(model),
-        "layers": list(modes),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": text.config._attn_implementation,
-        "device": model.device.type,
-        "versions": {
-            "hawk_kernels": hawk_kernels.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": ".".join(map(str, sys.version_info[:3])),
-        },
-    }
-
-
-def _digest(model: nn.Module) -> str:
-    """Hash some numbers of each parameter: a model that was trained further is another, whatever its config says."""
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        found.update(name.encode())
-        if parameter.device.type != "meta" and parameter.numel():
-            flat = parameter.detach().flatten()
-            part = flat[:: max(1, flat.numel() // _DIGESTED)][:_DIGESTED].to("cpu").contiguous()
-            found.update(part.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def _name(model: Any) -> str:
-    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-
-
-def processor_of(model: Any) -> Any:
-    """Load the processor of the checkpoint that a model came from."""
-    from hawk_kernels.checkpoint import load_processor
-
-    name = getattr(model.config, "_name_or_path", "")
-    if not name:
-        raise ValueError(
-            "processor: expected the model's processor, got None for a model without a checkpoint; pass it"
-        )
-    return load_processor(name)

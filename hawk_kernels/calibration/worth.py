@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from hawk_kernels.calibration.encoding import decode, encode
-from hawk_kernels.calibration.plan import Chosen, Question, check_pictures, choose_samples
-from hawk_kernels.calibration.run import checked_score, evaluating, naming, processor_of
-from hawk_kernels.calibration.task import Task
 from hawk_kernels.hf.prune import Pruning, prune
+from hawk_kernels.tasks.encoding import decode, encode, processor_of
+from hawk_kernels.tasks.samples import Chosen, Question, check_pictures, choose_samples
+from hawk_kernels.tasks.survey import checked_score, evaluating, naming
+from hawk_kernels.tasks.task import Task
 
 
 @dataclass(frozen=True)

@@ -5,24 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hawk_kernels.calibration.processes import is_first_process, launched_alone, local_rank
 from hawk_kernels.calibration.result import Calibration, check_target
-from hawk_kernels.calibration.sources import FORMS, load_tasks
-from hawk_kernels.checkpoint import CheckpointError, find_device, load_checkpoint
+from hawk_kernels.checkpoint import CheckpointError, load_checkpoint
 from hawk_kernels.commands.guard import CommandError, need_packages, run_guarded, stopping_note
 from hawk_kernels.commands.options import whole_number
+from hawk_kernels.commands.task_options import (
+    add_model_and_data,
+    checked_samples,
+    describe_dry_run,
+    device_of_process,
+    dry_run,
+    modules_of_this_folder,
+    refuse,
+)
 from hawk_kernels.commands.weights import weights_table
-
-if TYPE_CHECKING:
-    import torch
-
-    from hawk_kernels.calibration.plan import Chosen
-
+from hawk_kernels.tasks.processes import is_first_process
+from hawk_kernels.tasks.sources import FORMS, load_tasks
 
 _EPILOG = f"""\
 data:
@@ -46,8 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="model id on the Hugging Face Hub, or a folder")
-    parser.add_argument("--data", required=True, nargs="+", action="extend", metavar="D", help="benchmarks, see below")
+    add_model_and_data(parser, "that draw and of the standard errors")
     parser.add_argument("--out", default="weights.json", help="weights file to write (default: weights.json)")
     parser.add_argument(
         "--layers",
@@ -57,22 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
         "both: measure both and take the weights of the first (default: first)",
     )
     parser.add_argument(
-        "--limit", type=whole_number(1), default=None, help="samples of each benchmark at most, drawn at random"
-    )
-    parser.add_argument(
-        "--seed", type=whole_number(0), default=0, help="seed of that draw and of the standard errors (default: 0)"
-    )
-    parser.add_argument(
         "--batch-size",
         type=whole_number(1),
         default=8,
         help="answers to one sample that are generated together (default: 8)",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: this process's GPU if any)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
-    parser.add_argument("--dry-run", action="store_true", help="check the data and stop; the model is not loaded")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
 
 
@@ -82,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         need_packages("calibrate", "torch", "transformers", "PIL")
         _check_out(args)
-        with _modules_of_this_folder(), stopping_note(lambda: _how_to_go_on(args)):
-            report = _check(args) if args.dry_run else _calibrate(args)
+        with modules_of_this_folder(), stopping_note(lambda: _how_to_go_on(args)):
+            report = dry_run(args, load_tasks(args.data)) if args.dry_run else _calibrate(args)
     except (CheckpointError, CommandError, RuntimeError, TypeError, ValueError) as error:
         if args.traceback:
             raise
@@ -100,43 +90,13 @@ def _how_to_go_on(args: argparse.Namespace) -> str:
     return f"the same command goes on from {journal}" if not args.dry_run and journal.is_dir() else ""
 
 
-@contextmanager
-def _modules_of_this_folder() -> Iterator[None]:
-    """Let tasks be imported from the current folder, in which a console script does not look as `python -m` does."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
-
-
-def _check(args: argparse.Namespace) -> dict[str, Any]:
-    from hawk_kernels.calibration.plan import check_pictures, choose_samples
-
-    chosen = choose_samples(load_tasks(args.data), args.limit, args.seed)
-    check_pictures(chosen, progress=not args.json)
-    _say_prompts(chosen)
-    tasks = [{"name": part.task.name, "samples": len(part.questions), "total": part.total} for part in chosen]
-    return {"dry_run": True, "tasks": tasks}
-
-
 def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
-    from hawk_kernels.calibration.plan import check_pictures, choose_samples
     from hawk_kernels.calibration.run import calibrate_chosen
 
-    if launched_alone():
-        print(
-            "note: accelerate started one process; on CPUs it takes --multi_gpu to start more",
-            file=sys.stderr,
-        )
-    device = _device(args.device)
-    chosen = choose_samples(load_tasks(args.data), args.limit, args.seed)
+    device = device_of_process(args.device)
     # a broken picture is reported before gigabytes are loaded
-    check_pictures(chosen, progress=is_first_process())
-    if is_first_process():
-        _say_prompts(chosen)
-    model, processor = load_checkpoint(args.model, args.dtype, device, report=_refuse)
+    chosen = checked_samples(args, load_tasks(args.data))
+    model, processor = load_checkpoint(args.model, args.dtype, device, report=refuse)
     calibration = calibrate_chosen(
         model,
         chosen,
@@ -153,21 +113,6 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     return {"out": args.out, **calibration.to_dict()}
 
 
-def _refuse(missing_tensors: str) -> None:
-    raise CheckpointError(missing_tensors)
-
-
-def _say_prompts(chosen: Sequence[Chosen]) -> None:
-    """Show the first prompt of each benchmark, since an answer depends on every word of it."""
-    from hawk_kernels.calibration.jsonl import LETTER, SHORT
-
-    for part in chosen:
-        prompt = part.task.prompt(part.questions[0].sample)
-        appended = next((sentence for sentence in (SHORT, LETTER) if prompt.endswith(f"\n{sentence}")), None)
-        note = f'; "{appended}" is appended to every question without a "prompt" of its own' if appended else ""
-        print(f"{part.task.name}: asks with prompts such as {prompt!r}{note}", file=sys.stderr)
-
-
 def _check_out(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if not out.absolute().parent.is_dir():
@@ -178,18 +123,9 @@ def _check_out(args: argparse.Namespace) -> None:
         raise ValueError(f"--out: expected a folder for the journal, got the file {journal}; choose another name")
 
 
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto" and torch.cuda.is_available():
-        return torch.device("cuda", local_rank() % torch.cuda.device_count())
-    return find_device(name)
-
-
 def _described(report: dict[str, Any]) -> str:
     if report.get("dry_run"):
-        lines = [f"{task['name']}: {task['samples']} of {task['total']} samples" for task in report["tasks"]]
-        return "\n".join([*lines, "the data is in order"])
+        return describe_dry_run(report)
     table = weights_table(Calibration.from_dict(report, report["out"]))
     return "\n".join([*table, "", f"wrote {report['out']}", _next_steps(report["out"])])
 

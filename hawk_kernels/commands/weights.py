@@ -133,10 +133,10 @@ def _show(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _worth(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from hawk_kernels.calibration.plan import check_pictures, choose_samples
-    from hawk_kernels.calibration.sources import load_tasks
     from hawk_kernels.calibration.worth import worth_of_chosen
     from hawk_kernels.checkpoint import find_device, load_checkpoint
+    from hawk_kernels.tasks.samples import check_pictures, choose_samples
+    from hawk_kernels.tasks.sources import load_tasks
 
     path = _existing(args.file)
     chosen = choose_samples(load_tasks(args.data), args.limit, args.seed)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,6 +112,7 @@ class CallHooks:
         query: the caller's choice of text queries, or None.
         publish: is called with the outcome of each prefill.
         ended: is called when the hooks are off.
+        spent: is called with the seconds that choosing and packing took on the host.
 
     Attributes:
         lifetime: puts the hooks on and takes them off.
@@ -134,12 +136,14 @@ class CallHooks:
         query: Query | None,
         publish: Callable[[Outcome], None],
         ended: Callable[[], None],
+        spent: Callable[[float], None],
     ) -> None:
         self._anatomy = anatomy
         self._chooser = chooser
         self._query = query
         self._publish = publish
         self._inside = inside
+        self._spent = spent
         self._renumbers = renumbers
         self._sources = _Sources(anatomy, chooser, budget)
         self._records = CacheRecords(CachedPrompt, anatomy.text)
@@ -417,7 +421,9 @@ class CallHooks:
                 projections = projections.gathered()
             if prefill is not None:
                 prefill.projections = projections
+                started = time.perf_counter()
                 packed = self._prefill(prefill, kwargs)
+                self._spent(time.perf_counter() - started)
                 return None if packed is None else ((), packed)
         check_served(cache, self._unserved)
         serve(cache, True)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,7 +20,7 @@ from hawk_kernels.hf.hooks import forget_compiled_call
 from hawk_kernels.hf.packing import check_renumbers
 from hawk_kernels.hf.prefill import CallHooks, Outcome
 from hawk_kernels.hf.question import NAMED_QUERIES, ChatQuestion, Query
-from hawk_kernels.hf.stats import PruningStats, Stage, sample_stats
+from hawk_kernels.hf.stats import PruningStats, PruningTotals, Stage, sample_stats
 from hawk_kernels.methods import Method, resolve_method
 from hawk_kernels.validation import checked_keep_ratio
 
@@ -92,7 +93,7 @@ def prune(
         **options: the method's own, such as `normalize="l2"` and `rounding="floor"` of "hawk".
 
     Returns:
-        A context manager that shows what happened: `keep_mask`, `scores`, `query_mask`, `stats`.
+        A context manager that shows what happened: `keep_mask`, `scores`, `query_mask`, `stats`, `totals`.
 
     Raises:
         TypeError: a model that is not supported, an unknown option, or an argument of another type.
@@ -178,6 +179,8 @@ class Pruning:
         self._was_compiled = False
         self._thread = _ThreadState()
         self._latest: Outcome | None = None
+        self._totals = PruningTotals()
+        self._adding = threading.Lock()
 
     @property
     def keep_mask(self) -> torch.Tensor | None:
@@ -210,6 +213,11 @@ class Pruning:
         )
         saved = outcome.cache_bytes_saved
         return replace(self._no_stats, samples=samples, reason=reason, stages=stages, cache_bytes_saved=saved)
+
+    @property
+    def totals(self) -> PruningTotals:
+        """Tell sums over all prompts so far, of all threads and blocks of this object."""
+        return self._totals
 
     def overlay(self, image: Any, *, row: int = 0, processor: Any = None, title: str | None = None) -> Any:
         """Draw the last prompt: its pictures with the dropped tokens dimmed, and with the scores as heat.
@@ -336,7 +344,15 @@ class Pruning:
         before = self._choosers.get(0)
         renumbers = self._positions == "packed"
         return CallHooks(
-            self._anatomy, before, inside, self._budget, renumbers, self._query, self._publish, self._ended
+            self._anatomy,
+            before,
+            inside,
+            self._budget,
+            renumbers,
+            self._query,
+            self._publish,
+            self._ended,
+            self._add_seconds,
         )
 
     def _head_weights(self, stages: tuple[Stage, ...], given: Any) -> tuple[torch.Tensor | None, str | None]:
@@ -367,7 +383,24 @@ class Pruning:
         return self._thread.outcome or self._latest
 
     def _publish(self, outcome: Outcome) -> None:
+        earlier = self._thread.outcome
         self._thread.outcome = self._latest = outcome
+        if outcome.prompt is None:
+            return
+        counts = _counts(outcome)
+        if earlier is not None and earlier.prompt is outcome.prompt:
+            # a later word on the same prompt takes the place of the earlier one
+            counts -= _counts(earlier)
+        self._add(*counts.tolist(), 0.0)
+
+    def _add_seconds(self, seconds: float) -> None:
+        self._add(0, 0, 0, 0, 0, 0, seconds)
+
+    def _add(self, *counts: float) -> None:
+        with self._adding:
+            so_far = self._totals
+            sums = (getattr(so_far, name) + more for name, more in zip(vars(so_far), counts, strict=True))
+            self._totals = PruningTotals(*sums)
 
 
 class _ThreadState(threading.local):
@@ -409,6 +442,15 @@ def _check_positions(positions: str, anatomy: Anatomy, stages: tuple[Stage, ...]
             f"positions: expected 'original' with tokens that leave after layer {last}, got 'packed'; the layers up to "
             "there have cached the keys of these tokens at their positions, so leave the argument out"
         )
+
+
+def _counts(outcome: Outcome) -> np.ndarray:
+    """Count what a prompt adds to the totals, int64 `[6]`, in the order of the fields of `PruningTotals`."""
+    prompt, budgets = outcome.prompt, outcome.budgets
+    assert prompt is not None
+    rows, visual, tokens = len(prompt.ids), int(prompt.visual.sum()), int(prompt.valid[:, : prompt.length].sum())
+    kept = visual if budgets is None else sum(map(sum, budgets))
+    return np.array([1, rows, visual, kept, tokens, tokens - visual + kept])
 
 
 def _checked_query(query: Any) -> Query | None:

@@ -145,6 +145,37 @@ def _short(keep: float | int | str) -> str:
     return f"{keep:.4g}" if isinstance(keep, float) else str(keep)
 
 
+@dataclass(frozen=True)
+class PruningTotals:
+    """Running sums over the prompts that a `Pruning` has read, in all threads, since it was made.
+
+    Each prompt counts once, when its tokens are chosen: steps after the prompt, and further prompts inside one
+    `generate`, do not count. Images over a cache that is not empty are left alone and do not count either.
+
+    Attributes:
+        prompts: calls of the model, or of `generate`, that brought a prompt.
+        rows: rows of these batches.
+        visual_tokens_before: visual tokens of the prompts.
+        visual_tokens_after: visual tokens that stayed.
+        prompt_tokens_before: tokens of the prompts without padding.
+        prompt_tokens_after: tokens of the prompts that stayed, without padding.
+        choosing_seconds: seconds that choosing and packing before the first layer took on the host, of all calls. On a
+            GPU that is the time until its work is queued: measuring it there would make every prompt wait.
+    """
+
+    prompts: int = 0
+    rows: int = 0
+    visual_tokens_before: int = 0
+    visual_tokens_after: int = 0
+    prompt_tokens_before: int = 0
+    prompt_tokens_after: int = 0
+    choosing_seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the same as plain numbers, ready for JSON."""
+        return asdict(self)
+
+
 def sample_stats(
     prompt: Prompt,
     budgets: list[list[int]] | None,

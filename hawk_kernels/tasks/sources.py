@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hawk_kernels.calibration.jsonl import LETTER, SHORT, JsonlTask
-from hawk_kernels.calibration.task import Task
+from hawk_kernels.tasks.jsonl import LETTER, SHORT, JsonlTask
+from hawk_kernels.tasks.task import Task
 
-_TINYVQA = "bench.tinyvqa.tasks:calibration_tasks"
+_TRAINING_DIGITS = "bench.tinyvqa.tasks:calibration_tasks"
+_HELD_OUT_DIGITS = "bench.tinyvqa.tasks:evaluation_tasks"
 _WHERE = "with --traceback the command shows where"
 
 FORMS = f"""\
@@ -19,7 +20,8 @@ FILE.jsonl           questions, one JSON object per line, scored by exact match,
                      have choices
 FILE.jsonl:METRIC    the same, scored by exact, relaxed (numbers off by 5 %), anls or choice
 lmms:TASK            a task or group of lmms-eval, say lmms:chartqa
-tinyvqa              coloured digits from the training set, in a checkout of this repository
+tinyvqa              coloured digits, in a checkout of this repository: calibrate asks about those of the training set,
+                     evaluate about others
 MODULE:FUNCTION      a function that returns a task or a list of tasks
 
 A line of FILE.jsonl, with paths as seen from the file's folder:
@@ -37,28 +39,32 @@ A line of FILE.jsonl, with paths as seen from the file's folder:
                                  the journal finds its score again"""
 
 
-def load_tasks(names: Sequence[str]) -> list[Task]:
+def load_tasks(names: Sequence[str], *, held_out: bool = False) -> list[Task]:
     """Load the tasks that `names` stand for; see `FORMS`.
+
+    Args:
+        names: of the tasks.
+        held_out: whether "tinyvqa" stands for digits that no model was trained on, or calibrated on.
 
     Raises:
         ValueError: a name of no known form, no such file or function, or something that is no task.
         ImportError: lmms-eval is asked for and not installed.
     """
-    return [task for name in names for task in _tasks(name)]
+    return [task for name in names for task in _tasks(name, _HELD_OUT_DIGITS if held_out else _TRAINING_DIGITS)]
 
 
-def _tasks(name: str) -> list[Task]:
+def _tasks(name: str, digits: str) -> list[Task]:
     path, _, metric = name.rpartition(":") if not Path(name).is_file() else (name, "", "")
     if name.endswith(".jsonl") or Path(name).is_file():
         return [JsonlTask(name)]
     if path.endswith(".jsonl") or (path and Path(path).is_file()):
         return [JsonlTask(path, metric)]
     if name.startswith("lmms:"):
-        from hawk_kernels.calibration.lmms import lmms_tasks
+        from hawk_kernels.tasks.lmms import lmms_tasks
 
         return list(lmms_tasks(name.removeprefix("lmms:")))
     if name == "tinyvqa":
-        return _called(_TINYVQA, "run it in a checkout of the repository, with scikit-learn: pip install scikit-learn")
+        return _called(digits, "run it in a checkout of the repository, with scikit-learn: pip install scikit-learn")
     module, _, function = name.partition(":")
     if module and function and all(part.isidentifier() for part in (*module.split("."), function)):
         return _called(name, "the module must be in this folder or installed")

@@ -1,4 +1,4 @@
-"""Chooses the samples that a calibration asks, and checks them before the model does anything."""
+"""Chooses the samples that a run asks, and checks them before the model does anything."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from hawk_kernels.calibration.encoding import open_image
-from hawk_kernels.calibration.journal import Key
-from hawk_kernels.calibration.task import ImageSource, Sample, Task
+from hawk_kernels.tasks.encoding import open_image
+from hawk_kernels.tasks.journal import Key
+from hawk_kernels.tasks.task import ImageSource, Sample, Task
 
 _SHOWN = 20
 _READERS = 8
@@ -40,11 +40,13 @@ class Question:
         task: the benchmark.
         sample: of the benchmark.
         digest: of what is asked and what is right, to tell whether the data changed between two runs.
+        pictures: what tells its pictures from others; empty where that is not known.
     """
 
     task: Task
     sample: Sample
     digest: str
+    pictures: str = ""
 
     @property
     def key(self) -> Key:
@@ -92,7 +94,7 @@ def choose_samples(tasks: Sequence[Task], limit: int | None, seed: int) -> list[
     for task in tasks:
         if not isinstance(task, Task):
             raise TypeError(
-                f"tasks: expected tasks, got {task!r}; hawk_kernels.calibration.load_tasks(['chartqa.jsonl']) makes "
+                f"tasks: expected tasks, got {task!r}; hawk_kernels.tasks.load_tasks(['chartqa.jsonl']) makes "
                 "them of names"
             )
     if limit is not None and limit < 1:
@@ -137,7 +139,8 @@ def _question(task: Task, number: int, sample: Sample) -> Question:
         raise BadSamplesError([f"{place}: its prompt failed: {type(error).__name__}: {error}"]) from error
     pictures = [*map(_picture_identity, sample.images), *map(_identity, sample.videos)]
     scorer = [task.max_new_tokens, getattr(task, "metric", None)]
-    return Question(task, sample, _digest([sample.key, prompt, sample.answers, pictures, scorer]))
+    digest = _digest([sample.key, prompt, sample.answers, pictures, scorer])
+    return Question(task, sample, digest, _digest(pictures) if pictures and all(pictures) else sample.group)
 
 
 def _digest(content: Any) -> str:

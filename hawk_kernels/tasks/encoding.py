@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hawk_kernels.calibration.task import ImageSource, Sample, Task, VideoSource
+from hawk_kernels.tasks.task import ImageSource, Sample, Task, VideoSource
 
 
 def open_image(source: ImageSource) -> Any:
@@ -69,3 +69,19 @@ def decode(processor: Any, tokens: list[int]) -> str:
     """Decode the text of an answer, without special tokens and surrounding spaces."""
     tokenizer = getattr(processor, "tokenizer", processor)
     return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def processor_of(model: Any) -> Any:
+    """Load the processor of the checkpoint that a model was loaded from.
+
+    Raises:
+        ValueError: the model does not know one.
+    """
+    from hawk_kernels.checkpoint import load_processor
+
+    name = getattr(model.config, "_name_or_path", "")
+    if not name:
+        raise ValueError(
+            "processor: expected the model's processor, got None for a model without a checkpoint; pass it"
+        )
+    return load_processor(name)

@@ -1,4 +1,4 @@
-"""The processes of one calibration: alone, or those of `accelerate launch` and `torchrun`."""
+"""The processes of one run: alone, or those of `accelerate launch` and `torchrun`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What a calibration asks a model: a task is samples, a prompt for each, and a scorer of answers.
+"""What a run asks a model: a task is samples, a prompt for each, and a scorer of answers.
 
 A benchmark of one's own is a class with four names, and needs no base class:
 
     class Digits:
-        name = "digits"                   # names the benchmark in the weights file; unique in a run
+        name = "digits"                   # names the benchmark in results; unique in a run
         max_new_tokens = 4                # the longest answer that is generated
         samples = [Sample("0", "Which digit is red?", ("7",), images=("red.png",)), ...]
 
@@ -11,10 +11,10 @@ A benchmark of one's own is a class with four names, and needs no base class:
         def score(self, sample, answer): return float(answer.strip() in sample.answers)
 
     hawk_kernels.calibrate(model, [Digits()], processor=processor, out="weights.json")
+    hawk_kernels.evaluation.evaluate(model, [Digits()], methods=["hawk", "divprune"], processor=processor)
 
 From a command line it is named `module:function`, where the function (or class) returns a task or a list of tasks:
-`hawk-kernels calibrate --data my_tasks:Digits --data chartqa.jsonl`. In a checkout `--data tinyvqa` is short for
-`bench.tinyvqa.tasks:calibration_tasks`.
+`hawk-kernels calibrate --data my_tasks:Digits --data chartqa.jsonl`.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Sample:
         videos: likewise, after the images.
         origin: where it stands ("chartqa.jsonl:17"), for messages.
         details: what else the task's prompt and scorer need, say the choices of a multiple-choice question.
+        group: names the pictures where they are made by functions: intervals draw questions about the same ones
+            together. Files need no name.
     """
 
     key: str
@@ -55,6 +57,7 @@ class Sample:
     videos: tuple[VideoSource, ...] = ()
     origin: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
+    group: str = ""
 
 
 @runtime_checkable
@@ -70,7 +73,7 @@ class Task(Protocol):
       the model does anything.
 
     Attributes:
-        name: of the benchmark; unique in a run, and part of the weights file.
+        name: of the benchmark; unique in a run, and part of the results.
         max_new_tokens: the longest answer that is generated, greedily.
     """
 

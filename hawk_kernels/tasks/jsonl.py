@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hawk_kernels.calibration.scoring import METRICS, choice_index, multiple_choice
-from hawk_kernels.calibration.task import Sample
+from hawk_kernels.tasks.scoring import METRICS, choice_index, multiple_choice
+from hawk_kernels.tasks.task import Sample
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."

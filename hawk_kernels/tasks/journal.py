@@ -1,4 +1,4 @@
-"""What a calibration has measured so far, on disk: nothing that was finished is lost, whenever it is killed.
+"""What a run over tasks has measured so far, on disk: nothing that was finished is lost, whenever it is killed.
 
 A journal is a folder with one file for each process. A file is a line that says what is measured, then a line for each
 sample, appended and forced to disk before the next one begins. A last line without its end is what a kill leaves; it is
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 Key = tuple[str, str, str]
-"""Name of the task, key of the sample, digest of what was asked."""
+"""Name of the task, key of the sample, and what was asked: a digest, and perhaps in which way."""
 
 
 class Journal:
@@ -24,15 +24,17 @@ class Journal:
         folder: made where it does not exist.
         plan: what is measured, as JSON; a journal of anything else is refused.
         rank: number of this process.
+        work: what is done, as messages call it: "calibration" or "evaluation".
 
     Raises:
-        ValueError: the folder holds a journal of another calibration, or a broken one.
+        ValueError: the folder holds a journal of another run, or a broken one.
     """
 
-    def __init__(self, folder: Path, plan: Mapping[str, Any], rank: int) -> None:
+    def __init__(self, folder: Path, plan: Mapping[str, Any], rank: int, work: str = "calibration") -> None:
         self._folder = folder
         self._plan = json.loads(json.dumps(plan))
         self._path = folder / f"process-{rank:05d}.jsonl"
+        self._work = work
         self._file: IO[bytes] | None = None
 
     def read(self) -> dict[Key, dict[str, Any]]:
@@ -49,15 +51,15 @@ class Journal:
                         found.setdefault((record["task"], record["key"], record["asked"]), record)
                 except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
                     raise ValueError(
-                        f"{path}:{number}: expected a line of a calibration's journal, got {line[:60]!r}; delete the "
-                        "file to measure its samples again"
+                        f"{path}:{number}: expected a line of the {self._work}'s journal, got {line[:60]!r}; delete "
+                        "the file to measure its samples again"
                     ) from error
         return found
 
     def __enter__(self) -> Journal:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a+b")
-        _lock(self._file, self._path)
+        _lock(self._file, self._path, self._work)
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
@@ -90,12 +92,12 @@ class Journal:
             return
         fields = sorted(name for name in {*plan, *self._plan} if plan.get(name) != self._plan.get(name))
         raise ValueError(
-            f"{path}: expected the journal of this calibration, got one that differs in {', '.join(fields)}; delete "
+            f"{path}: expected the journal of this {self._work}, got one that differs in {', '.join(fields)}; delete "
             f"{self._folder} to begin anew, or write to another file"
         )
 
 
-def _lock(file: IO[bytes], path: Path) -> None:
+def _lock(file: IO[bytes], path: Path, work: str) -> None:
     try:
         import fcntl
     except ImportError:  # Windows
@@ -104,9 +106,7 @@ def _lock(file: IO[bytes], path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise ValueError(
-            f"{path}: another calibration is writing to it; wait for it or write to another file"
-        ) from error
+        raise ValueError(f"{path}: another {work} is writing to it; wait for it or write to another file") from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from hawk_kernels.calibration.task import Sample
+from hawk_kernels.tasks.task import Sample
 
 _INSTALL = "pip install git+https://github.com/EvolvingLMMs-Lab/lmms-eval"
 _LONGEST = 128

@@ -1,0 +1,167 @@
+"""`hawk-kernels evaluate`: compares pruning methods and keep ratios on a user's model and data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hawk_kernels.checkpoint import CheckpointError, load_checkpoint
+from hawk_kernels.commands.guard import CommandError, need_packages, run_guarded, stopping_note
+from hawk_kernels.commands.options import keep_ratio
+from hawk_kernels.commands.task_options import (
+    add_model_and_data,
+    checked_samples,
+    describe_dry_run,
+    device_of_process,
+    dry_run,
+    modules_of_this_folder,
+    refuse,
+)
+from hawk_kernels.tasks.processes import is_first_process
+from hawk_kernels.tasks.sources import FORMS, load_tasks
+
+if TYPE_CHECKING:
+    from hawk_kernels.evaluation.contenders import Contender
+
+_METHODS = """\
+NAME                              a method with its defaults, such as divprune
+NAME:OPTION=VALUE[,OPTION=VALUE]  the same with options, such as fastv:layer=2 or hawk:normalize=none
+NAME:{JSON}                       the same with options as a JSON object, such as 'hawk:{"normalize": null}'
+
+  Options are those of the method and of prune itself, such as head_weights=FILE and budget=per_image."""
+
+_EPILOG = f"""\
+data:
+{FORMS}
+
+methods, separated by spaces or commas:
+{_METHODS}
+
+Every question is answered with nothing pruned and by each method at each keep ratio, one after the other. DIR gets
+results.json, results.md, results.png (where matplotlib is installed) and report.html. A killed run goes on where it
+ended when the same command is given again: what is finished lies in DIR/journal. Several GPUs share the questions:
+
+  accelerate launch --multi_gpu --num_processes 8 -m hawk_kernels evaluate ...
+
+(or torchrun; --multi_gpu also where there is none, since without it accelerate starts one process on CPUs)."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        prog="hawk-kernels evaluate",
+        description="Compare pruning methods on a model and its data: how much of the score each keeps at each keep "
+        "ratio, with paired intervals, and how many tokens, how much memory and time it saves.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_and_data(parser, "that draw")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        action="extend",
+        metavar="M",
+        help="what is compared, see below; the first is what the others are compared with (default: hawk)",
+    )
+    parser.add_argument(
+        "--keep",
+        nargs="+",
+        action="extend",
+        type=_keep,
+        metavar="K",
+        help="shares of the visual tokens that are kept, or numbers of tokens from 2 on; 1 stands for all of them, "
+        "which is always asked (default: 0.4 0.2 0.1)",
+    )
+    parser.add_argument(
+        "--head-weights",
+        default=None,
+        metavar="FILE",
+        help="for methods that use them: a weights file, or uniform (default: those shipped for the model)",
+    )
+    parser.add_argument("--out", default="evaluation", metavar="DIR", help="folder to write to (default: evaluation)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate; 0 on success, 1 with a message on stderr when something has to be put right first."""
+    args = build_parser().parse_args(argv)
+    try:
+        need_packages("evaluate", "torch", "transformers", "PIL")
+        contenders, keeps = _compared(args)
+        with modules_of_this_folder(), stopping_note(lambda: _how_to_go_on(args)):
+            tasks = load_tasks(args.data, held_out=True)
+            report = dry_run(args, tasks) if args.dry_run else _evaluate(args, tasks, contenders, keeps)
+    except (CheckpointError, CommandError, RuntimeError, TypeError, ValueError) as error:
+        if args.traceback:
+            raise
+        # bad samples are listed one a line
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if is_first_process():
+        if args.json:
+            print(json.dumps({name: value for name, value in report.items() if name != "text"}, indent=2))
+        else:
+            print(describe_dry_run(report) if args.dry_run else report["text"])
+    return 0
+
+
+def _compared(args: argparse.Namespace) -> tuple[list[Contender], list[float | int]]:
+    """Read methods and keep ratios, and check what can be checked without the model."""
+    from hawk_kernels.evaluation.contenders import Contender, check_contenders, split_words
+    from hawk_kernels.evaluation.run import KEEP, checked_keeps
+
+    contenders = [Contender.from_text(text) for text in split_words(args.methods or ["hawk"])]
+    check_contenders(contenders)
+    return contenders, checked_keeps(args.keep or KEEP)
+
+
+def _evaluate(
+    args: argparse.Namespace, tasks: Sequence[Any], contenders: Sequence[Contender], keeps: Sequence[float | int]
+) -> dict[str, Any]:
+    from hawk_kernels.evaluation.output import PAGE, check_folder
+    from hawk_kernels.evaluation.run import evaluate_chosen
+    from hawk_kernels.evaluation.text import markdown
+
+    check_folder(args.out)
+    device = device_of_process(args.device)
+    # a broken picture is reported before gigabytes are loaded
+    chosen = checked_samples(args, tasks)
+    model, processor = load_checkpoint(args.model, args.dtype, device, report=refuse)
+    evaluation = evaluate_chosen(
+        model,
+        chosen,
+        contenders=contenders,
+        keep=keeps,
+        processor=processor,
+        head_weights=args.head_weights,
+        out=args.out,
+        settings={"seed": args.seed, "limit": args.limit},
+        progress=True,
+    )
+    if is_first_process():
+        for doubt in evaluation.doubts():
+            print(f"warning: {doubt}", file=sys.stderr)
+        if find_spec("matplotlib") is None:
+            print("note: no picture was drawn, which needs matplotlib: pip install matplotlib", file=sys.stderr)
+    text = f"{markdown(evaluation)}\nwrote {args.out}; open {Path(args.out) / PAGE} in a browser"
+    return {"out": args.out, **evaluation.to_dict(), "text": text}
+
+
+def _how_to_go_on(args: argparse.Namespace) -> str:
+    journal = Path(args.out) / "journal"
+    return f"the same command goes on from {journal}" if not args.dry_run and journal.is_dir() else ""
+
+
+def _keep(text: str) -> float | int:
+    """Parse a keep ratio or a number of tokens; 1 stands for all tokens here."""
+    value = keep_ratio(text)
+    return 1.0 if value == 1 else value
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_guarded(main, is_process=True, show_traceback="--traceback" in sys.argv))

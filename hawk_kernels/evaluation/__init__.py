@@ -1,0 +1,7 @@
+"""Pruning methods beside each other on a user's model and data: what each keeps of the score, and what it saves."""
+
+from hawk_kernels.evaluation.contenders import Contender
+from hawk_kernels.evaluation.result import Evaluation, MethodResult, TaskResult, Unpruned
+from hawk_kernels.evaluation.run import evaluate
+
+__all__ = ["Contender", "Evaluation", "MethodResult", "TaskResult", "Unpruned", "evaluate"]

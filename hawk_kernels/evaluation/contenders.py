@@ -1,0 +1,175 @@
+"""Methods that are compared: how a command line spells one with its options, and the `prune` block of each."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hawk_kernels.head_weights import find_weights_file
+from hawk_kernels.hf.prune import prune
+from hawk_kernels.methods import Method, resolve_method
+
+_WORDS: dict[str, Any] = {"none": None, "null": None, "true": True, "false": False}
+_NOT_OPTIONS = ("model", "keep_ratio", "method", "options")
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """A method that takes part in a comparison; equal to itself alone.
+
+    Attributes:
+        label: what tables call it.
+        method: its name in `METHODS`, or a method object.
+        options: further keyword arguments of `prune`: the method's own, `head_weights`, `budget`, ...
+    """
+
+    label: str
+    method: str | Method
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_text(cls, text: str) -> Contender:
+        """Read `name[:option=value,...]` or `name:{JSON}`.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        name, colon, rest = (part.strip() for part in text.strip().partition(":"))
+        spelled = f"methods: expected NAME or NAME:OPTION=VALUE,..., got {text!r}"
+        if not name or (colon and not rest):
+            raise ValueError(f"{spelled}; leave out the colon, or name an option as in fastv:layer=2")
+        if rest.startswith("{"):
+            try:
+                options = json.loads(rest)
+            except ValueError as error:
+                raise ValueError(f"{spelled}, whose options are no JSON object: {error}") from error
+            return cls(text.strip(), name, options)
+        options = {}
+        for part in filter(None, rest.split(",")):
+            option, equals, value = (word.strip() for word in part.partition("="))
+            if not option or not equals:
+                raise ValueError(f"{spelled}; write {part.strip()!r} as OPTION=VALUE, as in fastv:layer=2")
+            options[option] = _value(value)
+        return cls(text.strip(), name, options)
+
+    def block(self, model: Any, keep: float | int) -> AbstractContextManager[Any]:
+        """Return the `prune` block of this method.
+
+        Raises:
+            TypeError, ValueError: as `prune` does.
+        """
+        return prune(model, keep, method=self.method, **self.options)
+
+    @property
+    def key(self) -> str:
+        """Tell apart all that an answer depends on but the model, the prompt and how much is kept."""
+        name = self.method if isinstance(self.method, str) else f"{self.method.name} {self.method.options()}"
+        options = {option: _mark(option, value) for option, value in self.options.items()}
+        return f"{name} {json.dumps(options, sort_keys=True, default=repr)}"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to ask a prompt: by a method that keeps so much, or with nothing pruned.
+
+    Attributes:
+        contender: the method, or None.
+        keep: how much it keeps, as `prune` takes it.
+    """
+
+    contender: Contender | None = None
+    keep: float | int = 1.0
+
+    def block(self, model: Any) -> AbstractContextManager[Any]:
+        """Return the `prune` block, or one that does nothing."""
+        return nullcontext() if self.contender is None else self.contender.block(model, self.keep)
+
+    @property
+    def key(self) -> str:
+        """Tell apart all that an answer depends on but the model and the prompt."""
+        return "unpruned" if self.contender is None else f"{self.contender.key} keep {self.keep!r}"
+
+
+UNPRUNED = Way()
+
+
+def split_words(words: Sequence[str]) -> list[str]:
+    """Split what stands between commas into methods: a comma before `option=value` goes on with a method's options."""
+    found: list[str] = []
+    for word in words:
+        if "{" in word:
+            found.append(word)
+            continue
+        for number, part in enumerate(word.split(",")):
+            goes_on = number > 0 and "=" in part and ":" not in part.partition("=")[0]
+            if goes_on:
+                found[-1] += f",{part}"
+            elif part.strip():
+                found.append(part)
+    return [text.strip() for text in found]
+
+
+def check_contenders(contenders: Sequence[Contender]) -> None:
+    """Check, before a model is loaded, that the methods exist and know their options.
+
+    Raises:
+        ValueError: a method or an option that does not exist, two of one label, or no method at all.
+    """
+    if not contenders:
+        raise ValueError("methods: expected at least one, got none; name one such as 'hawk'")
+    of_prune = set(inspect.signature(prune).parameters) - {*_NOT_OPTIONS}
+    for contender in contenders:
+        own = {name: value for name, value in contender.options.items() if name not in of_prune}
+        try:
+            resolve_method(contender.method, own)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"methods: {contender.label}: {error}") from error
+    labels = [contender.label for contender in contenders]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(f"methods: expected each once, got {', '.join(twice)} more than once; leave out the copies")
+
+
+def refusal(contender: Contender, model: Any, keep: float | int, ask: Callable[[], object]) -> str | None:
+    """Try a method on a question, and return why it cannot serve the model's family, if it cannot.
+
+    A method says so with an error about its name, the argument `method`. Every other error is raised.
+    """
+    try:
+        with contender.block(model, keep):
+            ask()
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith("method: "):
+            raise
+        return str(error)
+    return None
+
+
+def _value(text: str) -> Any:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _mark(option: str, value: Any) -> Any:
+    """Return what stands for an option in a key: head weights by their content, since files change."""
+    if option != "head_weights" or value is None or value == "uniform":
+        return value
+    if isinstance(value, (str, Path)):
+        path = find_weights_file(value)
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else str(value)
+    numbers = value.tolist() if isinstance(value, torch.Tensor) else list(value)
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
