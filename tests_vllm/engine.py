@@ -44,6 +44,10 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
 
     from hawk_kernels.checkpoint import load_processor
 
+    if job["hash_pictures_alone"]:
+        from hawk_kernels.vllm.processing import PrunedPlaceholders
+
+        del PrunedPlaceholders._get_mm_hashes
     # three layers are compiled in more time than they run
     usual = {"dtype": "float32", "max_model_len": 512, "limit_mm_per_prompt": {"image": 4}, "enforce_eager": True}
     llm = LLM(model=job["model"], max_num_seqs=8, seed=0, **{**usual, **job["engine"]})
