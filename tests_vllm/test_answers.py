@@ -9,7 +9,7 @@ from tests_vllm.questions import OF_EACH_KIND, questions
 TOLERANCE = 1e-4
 HAWK = {"method": "hawk", "head_weights": "tinyvqa"}
 # Prompts of TinyVQA are shorter than the 128 tokens of vLLM's usual block on a CPU.
-SMALL_BLOCKS = {"block_size": 16, "enable_prefix_caching": True}
+SMALL_BLOCKS = {"block_size": 32, "enable_prefix_caching": True}
 CHUNKS = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
 
 
