@@ -65,7 +65,7 @@ def expected(folder):
     known = {}
 
     def ask(keep_ratio, method, *, of_each_kind=OF_EACH_KIND, **options):
-        key = repr((keep_ratio, method if isinstance(method, str) else type(method), of_each_kind, options))
+        key = repr((keep_ratio, getattr(method, "name", method), of_each_kind, options))
         if key not in known:
             known[key] = oracle.answers(folder, questions(of_each_kind), keep_ratio, method, **options)
         return known[key]

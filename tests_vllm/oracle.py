@@ -11,38 +11,55 @@ from hawk_kernels import prune
 from hawk_kernels.checkpoint import load_processor
 from hawk_kernels.methods import Method
 from hawk_kernels.methods.base import merged_segments
-from hawk_kernels.methods.hawk import Hawk
 from hawk_kernels.methods.prefill_view import PrefillView
-from hawk_kernels.ops.score_and_select import score_tokens
-from hawk_kernels.ops.select_topk import select_topk
 from hawk_kernels.selection import Selection
 from tests_vllm.questions import Asked
 
 NEW_TOKENS = 3
 
 
-class HawkOfEachPicture(Hawk):
-    """HAWK that normalises over each picture by itself, as in vLLM, instead of over all pictures of a prompt."""
+class OfEachPicture(Method):
+    """A method that looks at one picture at a time, as it does in vLLM, instead of at all pictures of a prompt.
 
-    name = "hawk_of_each_picture"
+    The two differ where a method normalises scores over the visual tokens, in prompts with several pictures.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+        self.name = f"{method.name} of each picture"
+        self.uses_head_weights, self.uses_text = method.uses_head_weights, method.uses_text
+        self.rounding = method.rounding
+
+    def score(self, view: PrefillView) -> torch.Tensor:
+        raise NotImplementedError("select does not need it")
 
     def select(self, view: PrefillView, r: float | int) -> Selection:
-        queries, query_mask = view.mean_text_query()
         segments = view.segments
         assert segments is not None
-        keys = view.visual_keys()
-        scores = torch.full(view.candidates.shape, -torch.inf)
-        kept = []
+        scores, kept = torch.full(view.candidates.shape, -torch.inf), []
         for index, mask in zip(segments.index, segments.mask, strict=True):
-            own = torch.zeros_like(view.candidates.reshape(-1))
+            own = torch.zeros(view.candidates.numel(), dtype=torch.bool)
             own[index[mask]] = True
             own = own.view(view.candidates.shape)
-            found = score_tokens(
-                queries, keys, view.head_weights, q_mask=query_mask, k_mask=own, normalize=self.normalize
-            )
-            scores = torch.where(own, found, scores)
-            kept.append(select_topk(found.reshape(1, -1)[:, index], r, mask=mask[None], rounding=self.rounding).mask[0])
+            selection = self._method.select(OnePicture(view, own), r)
+            scores = torch.where(own, selection.scores, scores)
+            kept.append(selection.mask.reshape(-1)[index] & mask)
         return merged_segments(torch.stack(kept), scores, segments)
+
+
+class OnePicture:
+    """A view of a prompt in which only some of the visual tokens are candidates."""
+
+    def __init__(self, view: PrefillView, candidates: torch.Tensor) -> None:
+        self._view = view
+        self.candidates = candidates
+        self.segments = None
+
+    def hidden_states(self) -> None:
+        """Make the method project the tokens, since the scores of all pictures together are none of theirs."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._view, name)
 
 
 @torch.no_grad()

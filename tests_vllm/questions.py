@@ -27,7 +27,12 @@ class Asked:
 
     def messages(self) -> list[dict[str, Any]]:
         """Write it as a chat."""
-        return [{"role": "user", "content": [*[{"type": "image"}] * len(self.pictures), {"type": "text", "text": self.text}]}]
+        return [
+            {
+                "role": "user",
+                "content": [*[{"type": "image"}] * len(self.pictures), {"type": "text", "text": self.text}],
+            }
+        ]
 
 
 def questions(of_each_kind: int = OF_EACH_KIND) -> list[Asked]:

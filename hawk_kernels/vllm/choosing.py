@@ -1,4 +1,4 @@
-"""Which tokens of one picture or video stay, from what vLLM has of it: its rows and, for some methods, the prompt's ids.
+"""Which tokens of one picture or video stay, told from its rows and, for some methods, from the ids of the prompt.
 
 Each picture has a budget and a normalisation of its own. vLLM may read two pictures of a prompt in different steps, and
 a choice that depended on the other picture would depend on how the prompt was cut into steps.

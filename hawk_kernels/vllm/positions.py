@@ -1,7 +1,7 @@
 """Positions (t, h, w) of the tokens of a pruned prompt: each keeps the position that it has in the whole prompt.
 
-So text stands where it stands without pruning, whatever was kept, and positions of text are right from the start. vLLM's
-own pruning moves the text after a picture by the picture's width, which is wrong for a tall picture.
+So text stands where it stands without pruning, whatever was kept, and positions of text are right from the start.
+vLLM's own pruning moves the text after a picture by the picture's width, which is wrong for a tall picture.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Media(NamedTuple):
 
 
 def media_positions(frames: int, height: int, width: int, seconds: float = 1.0) -> NDArray[np.int64]:
-    """List the positions of all tokens of a picture or video from its own corner, int64 `[frames * height * width, 3]`."""
+    """List the positions of all tokens of a picture or video, counted from its corner, int64 `[tokens, 3]`."""
     grid = np.indices((frames, height, width), dtype=np.int64).reshape(3, -1)
     grid[0] = (grid[0] * seconds).astype(np.int64)
     return np.ascontiguousarray(grid.T)

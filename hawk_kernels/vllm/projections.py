@@ -1,4 +1,4 @@
-"""Queries and keys of vLLM's first decoder layer before RoPE, those of all heads on every rank of tensor parallelism."""
+"""Queries and keys of vLLM's first decoder layer before RoPE: all heads, on every rank of tensor parallelism."""
 
 from __future__ import annotations
 
