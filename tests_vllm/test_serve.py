@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 
 import pytest
 
@@ -50,11 +51,12 @@ def address(folder, tmp_path_factory):
             time.sleep(1)
         yield url
     finally:
-        # the server's children are in its session
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
+        # its engine is a child of it, in the same process group
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
             server.wait(timeout=30)
-        except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
 
 
