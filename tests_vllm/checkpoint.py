@@ -44,6 +44,28 @@ def write_padded(folder: Path) -> Path:
     return folder
 
 
+def write_qwen2_vl(folder: Path) -> Path:
+    """Write a Qwen2-VL of random weights that reads TinyVQA's prompts; its answers mean nothing."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    write_padded(folder)
+    config = json.loads((folder / "config.json").read_text())
+    text = {**config["text_config"], "model_type": "qwen2_vl_text"}
+    vision = {"depth": 2, "embed_dim": 64, "num_heads": 4, "hidden_size": text["hidden_size"], "mlp_ratio": 2}
+    ids = {name: value for name, value in config.items() if name.endswith("token_id")}
+    torch.manual_seed(0)
+    own = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    model = Qwen2VLForConditionalGeneration(own)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                # small initial weights would leave all answers alike
+                weight.mul_(4)
+    model.save_pretrained(folder)
+    (folder / "processor_config.json").unlink(missing_ok=True)
+    return folder
+
+
 def _padded(name: str, weight: torch.Tensor, hidden: int, heads: int, key_heads: int) -> torch.Tensor:
     """Pad one tensor of the checkpoint."""
     if "visual" in name:

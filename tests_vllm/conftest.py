@@ -31,16 +31,26 @@ def folder(tmp_path_factory):
 def served(folder, tmp_path_factory):
     """Return a function that asks vLLM; keyword arguments are those of a job, `engine` without the usual ones."""
 
-    def ask(rate, hawk, *, of_each_kind=OF_EACH_KIND, rounds=None, hash_pictures_alone=False, **engine):
+    def ask(
+        rate,
+        hawk,
+        *,
+        architecture="HawkQwen2_5_VLForConditionalGeneration",
+        model=folder,
+        of_each_kind=OF_EACH_KIND,
+        rounds=None,
+        hash_pictures_alone=False,
+        **engine,
+    ):
         here = tmp_path_factory.mktemp("job")
         rounds = rounds or [list(range(7 * of_each_kind))]
         pruned = {
             "video_pruning_rate": rate,
             "worker_cls": CPU_WORKER,
-            "hf_overrides": {"architectures": ["HawkQwen2_5_VLForConditionalGeneration"], "hawk": hawk},
+            "hf_overrides": {"architectures": [architecture], "hawk": hawk},
         }
         job = {
-            "model": folder,
+            "model": str(model),
             "of_each_kind": of_each_kind,
             "rounds": rounds,
             "hash_pictures_alone": hash_pictures_alone,

@@ -59,9 +59,9 @@ def prompt_hash(ids: Sequence[int]) -> str:
     return hashlib.blake2b(np.asarray(ids, dtype="<i8").tobytes(), digest_size=16).hexdigest()
 
 
-class Qwen2VLProcessor(PrunedPlaceholders, Qwen2VLMultiModalProcessor):
+class Qwen2VLProcessor(PrunedPlaceholders, Qwen2VLMultiModalProcessor):  # type: ignore[misc]
     """That of Qwen2-VL."""
 
 
-class Qwen2_5_VLProcessor(PrunedPlaceholders, Qwen2_5_VLMultiModalProcessor):  # noqa: N801
+class Qwen2_5_VLProcessor(PrunedPlaceholders, Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]  # noqa: N801
     """That of Qwen2.5-VL."""
