@@ -17,13 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import cli
+
 ROLES = ("transformers", "vllm", "vllm-unpruned")
 NEW_TOKENS = 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser("bench.vllm_gpu", description=__doc__)
+    parser = cli.parser("bench.vllm_gpu", __doc__)
     parser.add_argument("--model", required=True, help="a Qwen2.5-VL checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="questions, one JSON object a line")
     parser.add_argument("--architecture", default="HawkQwen2_5_VLForConditionalGeneration")

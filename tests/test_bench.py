@@ -410,7 +410,7 @@ COMMANDS = [
     *("__main__", "attention_column_mean", "compact", "cpu_floor", "decode_overhead", "encoder_cost", "few_kernels"),
     *("gpu", "greedy", "host_cost"),
     *("model", "plots", "prefill", "report", "score_and_select", "score_peaks", "support_table", "verify"),
-    *("tinyvqa.evaluate", "tinyvqa.samples", "tinyvqa.table", "tinyvqa.train"),
+    *("tinyvqa.evaluate", "tinyvqa.samples", "tinyvqa.table", "tinyvqa.train", "vllm_gpu"),
 ]
 
 
