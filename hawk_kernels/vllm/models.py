@@ -55,7 +55,7 @@ class PrunesVisualTokens:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         multimodal = vllm_config.model_config.get_multimodal_config()
         settings = read_settings(vllm_config.model_config.hf_config, multimodal.video_pruning_rate)
-        _check_runner(vllm_config)
+        check_worker(vllm_config.parallel_config.worker_cls)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._settings = settings
         projections = PackedProjections(self.language_model.model.layers[0])
@@ -77,7 +77,6 @@ class PrunesVisualTokens:
         positions = torch.from_numpy(media_positions(*grid, seconds)).to(rows.device)
         placed = with_positions(rows, positions)
         if self._settings.reads_prompt:
-            # the grid is not needed again: the largest positions tell it
             return fold(placed, self._settings.kept_count(len(rows)))
         return placed[self._chosen(rows, grid)]
 
@@ -156,13 +155,12 @@ class PrunesVisualTokens:
         return size
 
 
-def _check_runner(vllm_config: Any) -> None:
+def check_worker(worker: str) -> None:
     """Refuse vLLM's CPU worker, whose runner leaves pruning off and would feed placeholders with rows of another width.
 
     Raises:
         ValueError: names the worker to pass instead.
     """
-    worker = vllm_config.parallel_config.worker_cls
     if current_platform.is_cpu() and worker == "vllm.v1.worker.cpu_worker.CPUWorker":
         raise ValueError(
             f"worker_cls: expected {_CPU_WORKER!r} on a CPU, got {worker!r}, which leaves pruning off; pass "
