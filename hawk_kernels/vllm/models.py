@@ -178,7 +178,7 @@ def _markers(model_config: Any) -> Markers:
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen2_5_VLProcessor, info=Qwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder
 )
-class HawkQwen2_5_VLForConditionalGeneration(PrunesVisualTokens, Qwen2_5_VLForConditionalGeneration):  # noqa: N801
+class HawkQwen2_5_VLForConditionalGeneration(PrunesVisualTokens, Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]  # noqa: N801
     """Qwen2.5-VL with pruning."""
 
     def _postprocess_image_embeds_evs(self, image_embeds_split: Any, image_input: Any) -> tuple[torch.Tensor, ...]:
@@ -199,7 +199,7 @@ class HawkQwen2_5_VLForConditionalGeneration(PrunesVisualTokens, Qwen2_5_VLForCo
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen2VLProcessor, info=Qwen2VLProcessingInfo, dummy_inputs=Qwen2VLDummyInputsBuilder
 )
-class HawkQwen2VLForConditionalGeneration(PrunesVisualTokens, Qwen2VLForConditionalGeneration):
+class HawkQwen2VLForConditionalGeneration(PrunesVisualTokens, Qwen2VLForConditionalGeneration):  # type: ignore[misc]
     """Qwen2-VL with pruning."""
 
     def _process_image_input(self, image_input: Any) -> tuple[torch.Tensor, ...]:
