@@ -49,7 +49,8 @@ $(VENV)-ceiling/.installed: setup.py constraints.txt constraints-ceiling.txt
 	$(VENV)-ceiling/bin/python -m pip install --quiet --constraint constraints-ceiling.txt --upgrade triton transformers
 	touch $@
 
-# The plugin beside transformers and prune, on CPUs, in an environment of its own: one rebuild of vLLM, pinned.
+# The plugin beside transformers and prune, on CPUs, in an environment of its own: one rebuild of vLLM, pinned. Where
+# your index has no CPU builds of torch, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
 VLLM := $(VENV)-vllm
 
 vllm: $(VLLM)/.installed
