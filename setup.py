@@ -22,6 +22,8 @@ triton = "triton>=3.6,<3.9; sys_platform == 'linux'"
 # prune() needs transformers; score_and_select() does not, and is called from code bases that pin their own fork of it.
 hf = ["transformers>=5.5,<5.24", "pillow>=10.1"]
 plots = ["matplotlib>=3.8"]
+# The plugin names methods of vLLM that other releases may rename; make vllm runs its tests.
+vllm = ["vllm>=0.32,<0.33"]
 dev = [
     "accelerate>=1.2",
     "hypothesis>=6.100",
@@ -56,8 +58,11 @@ setup(
     },
     python_requires=">=3.10,<3.14",
     install_requires=["numpy>=1.26", torch, triton],
-    entry_points={"console_scripts": ["hawk-kernels = hawk_kernels.__main__:main"]},
-    extras_require={"hf": hf, "plots": plots, "dev": hf + plots + dev},
+    entry_points={
+        "console_scripts": ["hawk-kernels = hawk_kernels.__main__:main"],
+        "vllm.general_plugins": ["hawk_kernels = hawk_kernels.vllm:register"],
+    },
+    extras_require={"hf": hf, "plots": plots, "vllm": hf + vllm, "dev": hf + plots + dev},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.10",

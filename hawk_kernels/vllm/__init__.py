@@ -1,0 +1,24 @@
+"""A vLLM plugin: visual tokens are pruned before the first layer by the methods of `prune`. docs/vllm.md is its page.
+
+vLLM finds `register` by the entry point group `vllm.general_plugins`. Nothing of vLLM is patched: the plugin adds
+architectures, and `--hf-overrides` chooses one of them:
+
+    vllm serve Qwen/Qwen2.5-VL-7B-Instruct --video-pruning-rate 0.8 --hf-overrides \\
+        '{"architectures": ["HawkQwen2_5_VLForConditionalGeneration"], "hawk": {"method": "hawk"}}'
+
+Of this package, only `models`, `processing`, `projections` and `cpu_worker` import vLLM.
+"""
+
+ARCHITECTURES = {
+    "HawkQwen2_5_VLForConditionalGeneration": "hawk_kernels.vllm.models:HawkQwen2_5_VLForConditionalGeneration",
+    "HawkQwen2VLForConditionalGeneration": "hawk_kernels.vllm.models:HawkQwen2VLForConditionalGeneration",
+}
+"""What `--hf-overrides` may name, and the class that each stands for."""
+
+
+def register() -> None:
+    """Tell vLLM the plugin's architectures. vLLM calls this once in each of its processes."""
+    from vllm import ModelRegistry
+
+    for architecture, place in ARCHITECTURES.items():
+        ModelRegistry.register_model(architecture, place)

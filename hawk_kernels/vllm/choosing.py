@@ -1,0 +1,102 @@
+"""Which tokens of one picture or video stay, told from its rows and, for some methods, from the ids of the prompt.
+
+Each picture has a budget and a normalisation of its own. vLLM may read two pictures of a prompt in different steps, and
+a choice that depended on the other picture would depend on how the prompt was cut into steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hawk_kernels.hf.choose_tokens import Chooser, Context
+from hawk_kernels.hf.projections import LayerProjections
+from hawk_kernels.hf.prompt import Prompt
+from hawk_kernels.hf.question import NO_VISUAL, Markers, text_queries
+from hawk_kernels.methods.downsample import Downsample
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a picture stands in a pruned prompt.
+
+    Attributes:
+        ids: int64 `[T]`, the whole pruned prompt.
+        start: of its first placeholder.
+        places: placeholders that it has.
+    """
+
+    ids: NDArray[np.int64]
+    start: int
+    places: int
+
+
+@dataclass(frozen=True)
+class PictureChooser:
+    """Chooses the tokens of one picture or video that stay, as `prune` chooses those of a prompt with this one alone.
+
+    Attributes:
+        chooser: method, keep ratio and head weights.
+        projections: queries and keys of the first layer.
+        visual_token_ids: placeholders of images and videos.
+        markers: ids that close images and turns.
+        embed: embeds the ids of text, int64 `[T]` to `[T, C]`.
+    """
+
+    chooser: Chooser
+    projections: LayerProjections
+    visual_token_ids: tuple[int, ...]
+    markers: Markers
+    embed: Callable[[torch.Tensor], torch.Tensor]
+
+    def choose(self, rows: torch.Tensor, grid: Grid, place: Place | None = None) -> torch.Tensor:
+        """Choose among the rows of a picture; return the places of those that stay, int64 `[K]`, ascending.
+
+        Args:
+            rows: `[n, C]`, the embeddings that enter the language model.
+            grid: frames, height and width of its tokens, `n` together.
+            place: where it stands in the prompt, for a method that reads the prompt.
+        """
+        if place is None:
+            prompt, states = _alone(len(rows), self.visual_token_ids[0]), rows
+        else:
+            prompt = self._in_prompt(len(rows), place)
+            ids = torch.from_numpy(prompt.ids[0]).to(rows.device)
+            states = self.embed(ids).to(rows.dtype)
+            states[torch.from_numpy(prompt.visual[0]).to(rows.device)] = rows
+        chooser = self.chooser
+        if chooser.method.uses_text and not prompt.query.any():
+            # an error here would end the server, not the request
+            chooser = Chooser(Downsample(chooser.method.rounding), chooser.keep_ratio)
+        frames, height, width = grid
+        context = Context(frames=lambda: [[[(height, width)] * frames]])
+        kept = chooser.choose(states.unsqueeze(0), prompt, self.projections, context).kept[0]
+        of_picture = kept[torch.from_numpy(prompt.visual[0]).to(kept.device)]
+        count = chooser.method.kept_count(chooser.keep_ratio, len(rows))
+        return of_picture.int().argsort(descending=True, stable=True)[:count]
+
+    def _in_prompt(self, count: int, place: Place) -> Prompt:
+        """Put all `count` tokens of a picture where its placeholders stand."""
+        ids, stop = place.ids, place.start + place.places
+        visual = np.isin(ids, self.visual_token_ids)
+        asked, _ = text_queries(ids[None], np.ones((1, len(ids)), dtype=bool), visual[None], self.markers)
+        whole = np.concatenate([ids[: place.start], np.full(count, ids[place.start]), ids[stop:]])
+        query, of_picture = np.zeros((2, len(whole)), dtype=bool)
+        query[: place.start], query[place.start + count :] = asked[0, : place.start], asked[0, stop:]
+        of_picture[place.start : place.start + count] = True
+        return _prompt(whole, of_picture, query)
+
+
+def _alone(count: int, placeholder: int) -> Prompt:
+    return _prompt(np.full(count, placeholder), np.ones(count, dtype=bool), np.zeros(count, dtype=bool))
+
+
+def _prompt(ids: NDArray[np.int64], visual: NDArray[np.bool_], query: NDArray[np.bool_]) -> Prompt:
+    valid = np.ones((1, len(ids)), dtype=bool)
+    return Prompt(ids[None], valid, visual[None], query[None], [NO_VISUAL], len(ids))

@@ -1,0 +1,67 @@
+"""What vLLM's front end needs to know: how many placeholders a pruned picture has, and what may be shared by caches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLMultiModalProcessor
+from vllm.model_executor.models.qwen2_vl import Qwen2VLMultiModalProcessor
+from vllm.multimodal.processing import PromptReplacement, PromptUpdate
+
+from hawk_kernels.vllm.settings import Settings, read_settings
+
+
+class PrunedPlaceholders:
+    """Goes before vLLM's own processor of a model among the base classes."""
+
+    info: Any
+
+    @cached_property
+    def _settings(self) -> Settings:
+        return read_settings(self.info.get_hf_config(), self.info.ctx.get_mm_config().video_pruning_rate)
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Sequence[PromptUpdate]:
+        processor = self.info.get_hf_processor(**hf_processor_mm_kwargs)
+        vocabulary = self.info.get_tokenizer().get_vocab()
+        merged = self.info.get_image_processor(**hf_processor_mm_kwargs).merge_size ** 2
+        placeholders = {"image": vocabulary[processor.image_token], "video": vocabulary[processor.video_token]}
+
+        def replacement(item: int, modality: str) -> list[int]:
+            patches = int(out_mm_kwargs[modality][item][f"{modality}_grid_thw"].data.prod())
+            return [placeholders[modality]] * self._settings.kept_count(patches // merged)
+
+        return [
+            PromptReplacement(modality=modality, target=[token], replacement=partial(replacement, modality=modality))
+            for modality, token in placeholders.items()
+        ]
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        """Name each picture for the caches; the names of what was chosen by a prompt hold that prompt's hash.
+
+        The prefix cache finds blocks of keys and values by these names. By the picture's name alone, a second question
+        about a picture would silently be answered from the tokens that the first one kept.
+        """
+        hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
+        if not self._settings.reads_prompt:
+            return hashes
+        prompt = prompt_hash(inputs.prompt)
+        return {modality: [f"{name}-{prompt}" for name in names] for modality, names in hashes.items()}
+
+
+def prompt_hash(ids: Sequence[int]) -> str:
+    """Return a hash of a prompt's token ids."""
+    return hashlib.blake2b(np.asarray(ids, dtype="<i8").tobytes(), digest_size=16).hexdigest()
+
+
+class Qwen2VLProcessor(PrunedPlaceholders, Qwen2VLMultiModalProcessor):  # type: ignore[misc]
+    """That of Qwen2-VL."""
+
+
+class Qwen2_5_VLProcessor(PrunedPlaceholders, Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]  # noqa: N801
+    """That of Qwen2.5-VL."""

@@ -1,0 +1,90 @@
+"""What the user asked for by `--video-pruning-rate` and `--hf-overrides`, checked before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hawk_kernels.methods import Method, resolve_method
+
+# These look at nothing but one picture, so that its rows can be dropped before vLLM caches them.
+OF_ONE_PICTURE = ("divprune", "downsample", "key_norm")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an engine prunes; every request is pruned in the same way.
+
+    Attributes:
+        method: chooses the tokens of each picture or video that stay.
+        keep_ratio: the fraction of the tokens of each picture or video that stays.
+        head_weights: as in `prune`.
+        reads_prompt: whether the choice depends on the prompt around the picture. Such a choice is made when the prompt
+            is read, and no cache may share it between prompts.
+    """
+
+    method: Method
+    keep_ratio: float
+    head_weights: Any
+    reads_prompt: bool
+
+    def kept_count(self, num_tokens: int) -> int:
+        """Count the tokens that stay of a picture or video of `num_tokens`."""
+        return self.method.kept_count(self.keep_ratio, num_tokens)
+
+
+def read_settings(config: Any, pruning_rate: float | None) -> Settings:
+    """Read the settings of an engine.
+
+    Args:
+        config: the model's config, whose attribute `hawk` is what `--hf-overrides` put there, or missing.
+        pruning_rate: `--video-pruning-rate`, the fraction of the visual tokens that is dropped.
+
+    Raises:
+        ValueError: no pruning rate, or an unknown method or option value.
+        TypeError: `hawk` is no object, an unknown option, or a method that cannot work inside vLLM.
+    """
+    if not pruning_rate:
+        raise ValueError(
+            f"video_pruning_rate: expected a number in (0, 1), got {pruning_rate}; pass --video-pruning-rate 0.8 to "
+            "keep a fifth of the visual tokens of each image and video. No other option turns vLLM's pruning on"
+        )
+    given = getattr(config, "hawk", None)
+    if given is None:
+        given = {}
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"hawk: expected an object in --hf-overrides, got {given!r}; write "
+            '{"architectures": [...], "hawk": {"method": "hawk"}}'
+        )
+    options = dict(given)
+    for name, remedy in (
+        ("keep_ratio", "leave it out and pass --video-pruning-rate, which is 1 - keep_ratio"),
+        ("budget", "leave it out: in vLLM each image and video has a budget of its own"),
+        ("query", "leave it out: in vLLM the text after the last image ranks the visual tokens"),
+    ):
+        if name in options:
+            raise TypeError(f"hawk: expected a method and its options, got {name!r}; {remedy}")
+    name = options.pop("method", "hawk")
+    head_weights = options.pop("head_weights", None)
+    method = resolve_method(name, options)
+    _check_works_in_vllm(method)
+    if head_weights is not None and not method.uses_head_weights:
+        raise TypeError(f"head_weights: method {method.name!r} uses none; leave them out of hawk")
+    return Settings(method, 1 - pruning_rate, head_weights, method.name not in OF_ONE_PICTURE)
+
+
+def _check_works_in_vllm(method: Method) -> None:
+    lacks = None
+    if method.hidden_from_layer is not None:
+        lacks = "vLLM prunes before the first layer and cannot hide tokens from later ones"
+    elif method.uses_encoder_attention:
+        lacks = "vLLM's vision encoder does not hand out its attention"
+    elif method.uses_positions:
+        lacks = "vLLM projects queries and keys before it knows their positions"
+    if lacks:
+        raise TypeError(
+            f"method: expected one that works inside vLLM, got {method.name!r}, but {lacks}; "
+            "'hawk', 'cdpruner', 'heed', 'dart', 'divprune', 'key_norm', 'downsample' and 'random' do"
+        )

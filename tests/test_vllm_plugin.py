@@ -1,0 +1,220 @@
+"""The parts of the vLLM plugin that need no vLLM; `make vllm` tests the rest beside a real engine."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hawk_kernels import prune
+from hawk_kernels.checkpoint import TINY_MODEL, load_processor
+from hawk_kernels.head_weights import resolve_head_weights
+from hawk_kernels.hf.anatomy import dissect
+from hawk_kernels.hf.choose_tokens import Chooser
+from hawk_kernels.methods import resolve_method
+from hawk_kernels.selection import kept_count
+from hawk_kernels.vllm.choosing import PictureChooser, Place
+from hawk_kernels.vllm.folding import POSITION_COLUMNS, fold, split_positions, unfold, with_positions
+from hawk_kernels.vllm.positions import Media, media_positions, prompt_positions
+from hawk_kernels.vllm.settings import read_settings
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def config(**hawk):
+    return SimpleNamespace(hawk=hawk)
+
+
+def test_the_package_imports_nothing_of_the_plugin_and_the_plugin_no_vllm():
+    program = (
+        "import sys, hawk_kernels, hawk_kernels.hf.prune;"
+        "assert not [m for m in sys.modules if m.startswith('hawk_kernels.vllm')];"
+        "import hawk_kernels.vllm, hawk_kernels.vllm.settings, hawk_kernels.vllm.choosing, hawk_kernels.vllm.folding;"
+        "assert 'vllm' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_hawk_is_the_usual_method():
+    settings = read_settings(SimpleNamespace(), 0.8)
+    assert (settings.method.name, settings.head_weights, settings.reads_prompt) == ("hawk", None, True)
+    assert settings.kept_count(36) == kept_count(0.2, 36) == 7
+
+
+@pytest.mark.parametrize("name", ["divprune", "key_norm", "downsample"])
+def test_methods_that_look_at_a_picture_alone_share_caches(name):
+    assert not read_settings(config(method=name), 0.5).reads_prompt
+
+
+@pytest.mark.parametrize("name", ["hawk", "heed", "cdpruner", "dart", "random"])
+def test_other_methods_do_not(name):
+    assert read_settings(config(method=name), 0.5).reads_prompt
+
+
+@pytest.mark.parametrize(
+    ("given_config", "rate", "error", "message"),
+    [
+        (config(), None, ValueError, "got None; pass --video-pruning-rate 0.8"),
+        (config(), 0.0, ValueError, "got 0.0; pass --video-pruning-rate 0.8"),
+        (SimpleNamespace(hawk="divprune"), 0.8, TypeError, "expected an object in --hf-overrides, got 'divprune'"),
+        (config(keep_ratio=0.2), 0.8, TypeError, "'keep_ratio'; leave it out and pass --video-pruning-rate"),
+        (config(budget="shared"), 0.8, TypeError, "'budget'; leave it out: in vLLM each image"),
+        (config(query=[]), 0.8, TypeError, "'query'; leave it out"),
+        (config(method="nothing"), 0.8, ValueError, "method: expected one of"),
+        (config(method="divprune", head_weights="uniform"), 0.8, TypeError, "method 'divprune' uses none"),
+        (config(normalise="l2"), 0.8, TypeError, "method 'hawk' has no option 'normalise'"),
+        (config(method="fastv"), 0.8, TypeError, "got 'fastv', but vLLM prunes before the first layer"),
+        (config(method="hiprune"), 0.8, TypeError, "got 'hiprune', but vLLM's vision encoder"),
+        (config(method="hawk_rope"), 0.8, TypeError, "got 'hawk_rope', but vLLM projects"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_said(given_config, rate, error, message):
+    with pytest.raises(error) as caught:
+        read_settings(given_config, rate)
+    assert message in str(caught.value)
+
+
+@given(
+    rows=st.integers(1, 700),
+    width=st.integers(1, 20),
+    dtype=st.sampled_from(DTYPES),
+    cut=st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)),
+)
+def test_a_folded_picture_is_found_again_from_any_slice(rows, width, dtype, cut):
+    whole = torch.randn(rows, width).to(dtype)
+    places = 1 + round(cut[0] * (rows - 1))
+    folded = fold(whole, places)
+    assert len(folded) == places
+    start = round(cut[1] * (places - 1))
+    stop = start + 1 + round(cut[2] * (places - start - 1))
+    found = unfold(folded[start:stop], width)
+    assert torch.equal(found.rows, whole)
+    assert (found.start, found.places) == (start, places)
+
+
+def test_a_copy_of_a_slice_is_refused():
+    folded = fold(torch.randn(20, 6), 5)
+    with pytest.raises(RuntimeError, match="cannot find the whole picture from a part of it"):
+        unfold(folded[2:4].clone(), 6)
+
+
+@pytest.mark.parametrize("places", [0, 5])
+def test_a_picture_folds_into_as_many_places_as_it_has_rows_or_fewer(places):
+    with pytest.raises(ValueError, match="places: expected 1 to 4"):
+        fold(torch.randn(4, 2), places)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_positions_survive_any_dtype(dtype):
+    positions = torch.tensor([[0, 1, 255], [256, 257, 1000], [65535, 4095, 0]])
+    rows = torch.randn(3, 8).to(dtype)
+    placed = with_positions(rows, positions)
+    assert placed.shape == (3, 8 + POSITION_COLUMNS)
+    assert placed.dtype == dtype
+    back, found = split_positions(placed)
+    assert torch.equal(back, rows)
+    assert torch.equal(found, positions)
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY_MODEL, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(
+    "grids",
+    [[(1, 9, 3)], [(1, 3, 9)], [(1, 2, 5), (1, 7, 2), (1, 4, 4)]],
+    ids=["tall", "wide", "several"],
+)
+def test_a_whole_prompt_has_the_positions_that_transformers_gives_it(model, grids):
+    ids, media = [7, 8], []
+    for frames, height, width in grids:
+        ids.append(model.config.vision_start_token_id)
+        media.append(Media(len(ids), frames * height * width, frames, height, width))
+        ids += [model.config.image_token_id] * (frames * height * width) + [model.config.vision_end_token_id, 9]
+    token_ids = torch.tensor([ids])
+    wanted, wanted_delta = model.model.get_rope_index(
+        token_ids,
+        mm_token_type_ids=(token_ids == model.config.image_token_id).int(),
+        image_grid_thw=torch.tensor(grids) * torch.tensor([1, 2, 2]),
+    )
+    positions, delta = prompt_positions(len(ids), media)
+    for item in media:
+        grid = media_positions(item.frames, item.height, item.width)
+        positions[:, item.offset : item.offset + item.places] += grid.T
+    assert np.array_equal(positions, wanted[:, 0].numpy())
+    assert delta == wanted_delta.item()
+
+
+def test_text_stands_where_it_stood_whatever_is_kept():
+    whole, whole_delta = prompt_positions(2 + 12 + 3 + 6 + 1, [Media(2, 12, 1, 3, 4), Media(17, 6, 1, 6, 1)])
+    pruned, delta = prompt_positions(2 + 5 + 3 + 1 + 1, [Media(2, 5, 1, 3, 4), Media(10, 1, 1, 6, 1)])
+    assert whole[0, [0, 1, 14, 15, 16, 23]].tolist() == pruned[0, [0, 1, 7, 8, 9, 11]].tolist() == [0, 1, 6, 7, 8, 15]
+    assert whole_delta + whole.shape[1] == delta + pruned.shape[1] == 16
+
+
+def test_frames_of_a_video_are_apart_by_whole_steps():
+    assert media_positions(3, 1, 2, 2.5)[:, 0].tolist() == [0, 0, 2, 2, 5, 5]
+
+
+@pytest.mark.parametrize("name", ["divprune", "downsample", "key_norm", "hawk", "cdpruner", "heed", "dart", "random"])
+def test_the_tokens_that_stay_are_those_of_prune(model, name):
+    processor = load_processor(str(TINY_MODEL))
+    from PIL import Image
+
+    samples = TINY_MODEL / "samples"
+    content = [{"type": "image"}, {"type": "text", "text": "Which digit is red?"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    inputs = processor(text=[text], images=[Image.open(samples / "digits_6x9.png")], return_tensors="pt")
+    with torch.no_grad(), prune(model, 0.4, method=name) as pruning:
+        model(**inputs)
+    ids = inputs["input_ids"][0].numpy()
+    visual = ids == model.config.image_token_id
+    wanted = np.flatnonzero(pruning.keep_mask[0].numpy()[visual])
+
+    method, anatomy = resolve_method(name, {}), dissect(model)
+    weights = resolve_head_weights(None, model.config, 8).values if method.uses_head_weights else None
+    chooser = PictureChooser(
+        Chooser(method, 0.4, head_weights=weights),
+        anatomy.projections,
+        anatomy.visual_token_ids,
+        anatomy.markers,
+        model.get_input_embeddings(),
+    )
+    with torch.no_grad():
+        rows = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output[0]
+    start, count = int(visual.argmax()), len(wanted)
+    pruned_ids = np.delete(ids, np.arange(start + count, start + int(visual.sum())))
+    reads_prompt = read_settings(config(method=name), 0.6).reads_prompt
+    place = Place(pruned_ids, start, count) if reads_prompt else None
+    found = chooser.choose(rows, (1, 6, 9), place)
+    assert found.tolist() == wanted.tolist()
+
+
+def test_a_prompt_without_text_keeps_an_even_grid(model):
+    """An error would end the server instead of the request."""
+    anatomy = dissect(model)
+    chooser = PictureChooser(
+        Chooser(resolve_method("cdpruner", {}), 0.25),
+        anatomy.projections,
+        anatomy.visual_token_ids,
+        anatomy.markers,
+        model.get_input_embeddings(),
+    )
+    ids = np.full(4, model.config.image_token_id)
+    found = chooser.choose(torch.randn(16, 128), (1, 4, 4), Place(ids, 0, 4))
+    assert found.tolist() == [5, 7, 13, 15]
+
+
+def test_the_entry_point_names_the_plugin(repository):
+    assert (
+        '"vllm.general_plugins": ["hawk_kernels = hawk_kernels.vllm:register"]' in (repository / "setup.py").read_text()
+    )

@@ -1,0 +1,112 @@
+"""Engines run in processes of their own; the counts of equal answers are printed at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests_vllm import oracle
+from tests_vllm.checkpoint import write_padded
+from tests_vllm.engine import CPU_WORKER, settings
+from tests_vllm.questions import OF_EACH_KIND, questions
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+_COUNTS: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return str(write_padded(tmp_path_factory.mktemp("checkpoint")))
+
+
+@pytest.fixture(scope="session")
+def served(folder, tmp_path_factory):
+    """Return a function that asks vLLM; keyword arguments are those of a job, `engine` without the usual ones."""
+
+    def ask(
+        rate,
+        hawk,
+        *,
+        architecture="HawkQwen2_5_VLForConditionalGeneration",
+        model=folder,
+        of_each_kind=OF_EACH_KIND,
+        rounds=None,
+        hash_pictures_alone=False,
+        **engine,
+    ):
+        here = tmp_path_factory.mktemp("job")
+        rounds = rounds or [list(range(7 * of_each_kind))]
+        pruned = {
+            "video_pruning_rate": rate,
+            "worker_cls": CPU_WORKER,
+            "hf_overrides": {"architectures": [architecture], "hawk": hawk},
+        }
+        job = {
+            "model": str(model),
+            "of_each_kind": of_each_kind,
+            "rounds": rounds,
+            "hash_pictures_alone": hash_pictures_alone,
+            "engine": {**(pruned if rate else {}), **engine},
+        }
+        (here / "job.json").write_text(json.dumps(job))
+        command = [sys.executable, "-m", "tests_vllm.engine", str(here / "job.json"), str(here / "out.json")]
+        with (here / "log").open("w") as log:
+            subprocess.run(
+                command, cwd=ROOT, env={**os.environ, **settings()}, stdout=log, stderr=log, timeout=600, check=False
+            )
+        if not (here / "out.json").exists():
+            pytest.fail((here / "log").read_text()[-6000:])
+        return json.loads((here / "out.json").read_text())
+
+    return ask
+
+
+@pytest.fixture(scope="session")
+def expected(folder):
+    """Return a function that asks transformers and `prune`."""
+    known = {}
+
+    def ask(keep_ratio, method, *, of_each_kind=OF_EACH_KIND, **options):
+        key = repr((keep_ratio, getattr(method, "name", method), of_each_kind, options))
+        if key not in known:
+            known[key] = oracle.answers(folder, questions(of_each_kind), keep_ratio, method, **options)
+        return known[key]
+
+    return ask
+
+
+@pytest.fixture
+def count_equal():
+    """Return a function that counts equal answers, notes the count, and returns it with the largest difference."""
+
+    def count(what, found, wanted):
+        assert len(found) == len(wanted)
+        same = [a["ids"] == b["ids"] for a, b in zip(found, wanted, strict=True)]
+        worst = max(
+            abs(x - y)
+            for a, b, is_same in zip(found, wanted, same, strict=True)
+            if is_same
+            for x, y in zip(a["logprobs"], b["logprobs"], strict=True)
+        )
+        prompts = sum(answer["prompt"] for answer in found)
+        _COUNTS.append(
+            f"{what}: {sum(same)} of {len(same)} answers equal, log-probabilities within {worst:.1e}, "
+            f"{prompts} prompt tokens"
+        )
+        return sum(same), worst
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("vLLM beside transformers and prune")
+    for line in _COUNTS:
+        terminalreporter.write_line(line)

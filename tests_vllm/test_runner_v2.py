@@ -1,0 +1,142 @@
+"""vLLM's model runner V2 asks the model for rows and positions through `MultiModalPruner`; it needs no device for that.
+
+What of V2 runs on a GPU alone is not tested here: `python -m bench.vllm_gpu` is for a machine that has one.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.worker.gpu.model_states.mm_pruning import MultiModalPruner
+
+from hawk_kernels.hf.choose_tokens import Chooser
+from hawk_kernels.hf.question import Markers
+from hawk_kernels.vllm import models
+from hawk_kernels.vllm.choosing import PictureChooser
+from hawk_kernels.vllm.settings import read_settings
+
+IMAGE, VIDEO, START, END, HIDDEN, VOCABULARY = 90, 91, 92, 93, 8, 100
+GRIDS = ((1, 5, 4), (1, 3, 6))
+
+
+class Features(SimpleNamespace):
+    """What vLLM knows of a picture in a prompt."""
+
+    modality = "image"
+
+
+class Model(models.PrunesVisualTokens):
+    """The plugin's part of a model, without the rest."""
+
+    def __init__(self, method: str) -> None:
+        self._settings = read_settings(SimpleNamespace(hawk={"method": method}), 0.6)
+        embeddings = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(0))
+        self._chooser = PictureChooser(
+            Chooser(self._settings.method, self._settings.keep_ratio),
+            SimpleNamespace(device=lambda default: default),
+            (IMAGE, VIDEO),
+            Markers(vision_ends=(END,)),
+            lambda ids: embeddings[ids],
+        )
+        self.visual = SimpleNamespace(spatial_merge_size=2)
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=HIDDEN))
+
+    def iter_mm_grid_thw(self, features):
+        for feature in features:
+            yield feature.mm_position.offset, *feature.grid, 1.0
+
+
+class RopeState:
+    """Positions of one request, as V2 keeps them."""
+
+    def __init__(self, positions):
+        self.positions, self.delta = positions, None
+
+    def read_prefill_positions(self, _, length):
+        return self.positions[:, :length]
+
+    def update_prefill_positions(self, _, positions, delta):
+        self.positions, self.delta = positions, delta
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    monkeypatch.setattr(models, "get_tp_group", lambda: SimpleNamespace(world_size=1))
+
+
+def request(model):
+    """Return a prompt of two pictures, what the encoder cache holds of them, and their places in it."""
+    ids, items, features = [1, 2], [], []
+    for number, (frames, height, width) in enumerate(GRIDS):
+        ids.append(START)
+        generator = torch.Generator().manual_seed(number + 1)
+        rows = torch.randn(frames * height * width, HIDDEN, generator=generator)
+        item = model._packed(rows, (frames, height * 2, width * 2))
+        place = SimpleNamespace(
+            offset=len(ids), length=len(item), get_embeds_indices_in_range=lambda start, stop: (start, stop)
+        )
+        features.append(Features(mm_position=place, grid=(frames, height, width), identifier=str(number)))
+        items.append((rows, item))
+        ids += [IMAGE] * len(item) + [END]
+    return [*ids, 3, 4, 5], items, features
+
+
+def read_in_steps(model, steps):
+    """Return the rows and positions of a prompt that is read in `steps`, lengths that sum to its own."""
+    ids, items, features = request(model)
+    positions, delta = model.get_mrope_input_positions(ids, features)
+    rope = RopeState(positions)
+    pruner = MultiModalPruner(model, rope, SimpleNamespace(mm_features={"a": features}), HIDDEN)
+    states = SimpleNamespace(all_token_ids=SimpleNamespace(gpu=torch.tensor([ids])))
+    rows, done = [], 0
+    for step in [*steps, len(ids) - sum(steps)]:
+        parts = []
+        for (_, item), feature in zip(items, features, strict=True):
+            begin = feature.mm_position.offset
+            start, stop = max(done - begin, 0), min(done + step - begin, len(item))
+            if start < stop:
+                parts.append(item[start:stop])
+        batch = SimpleNamespace(
+            req_ids=["a"],
+            idx_mapping_np=np.array([0]),
+            prefill_len_np=np.array([len(ids)]),
+            num_computed_prefill_tokens_np=np.array([done]),
+            num_scheduled_tokens=np.array([step]),
+        )
+        rows += pruner.recompute(parts, batch, states)
+        done += step
+    return torch.cat(rows), rope, delta, ids, items, features
+
+
+@pytest.mark.parametrize("method", ["divprune", "downsample", "cdpruner", "random"])
+@pytest.mark.parametrize("steps", [[], [5, 7], [4, 1, 1, 1, 8]], ids=["whole", "in chunks", "in small chunks"])
+@pytest.mark.usefixtures("alone")
+def test_rows_and_positions_do_not_depend_on_chunks(method, steps):
+    rows, rope, delta, ids, items, features = read_in_steps(Model(method), steps)
+    assert rows.shape == (sum(len(item) for _, item in items), HIDDEN)
+    assert rope.delta == delta
+    corner, place = 3, 0
+    for (every, item), feature in zip(items, features, strict=True):
+        _, height, width = feature.grid
+        offset = feature.mm_position.offset
+        at = rope.positions[:, offset : offset + len(item)]
+        assert (at[0] == corner).all()
+        cells = (at[1] - corner) * width + at[2] - corner
+        assert (cells.diff() > 0).all()
+        assert torch.equal(rows[place : place + len(item)], every[cells])
+        place += len(item)
+        corner += max(height, width)
+        # the end of the picture, then the start of the next
+        assert (rope.positions[:, offset + len(item)] == corner).all()
+        corner += 2
+    assert len(ids) + delta == corner - 1 + 3
+
+
+@pytest.mark.usefixtures("alone")
+def test_one_choice_whether_a_picture_comes_alone_or_with_another():
+    whole, *_ = read_in_steps(Model("cdpruner"), [])
+    apart, *_ = read_in_steps(Model("cdpruner"), [13])
+    assert torch.equal(whole, apart)
