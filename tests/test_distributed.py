@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hawk_kernels import prune
 from tests.method_checks import options_of
+from tests.tiny_families import batch, tiny_model
 from tests.tiny_models import BEGIN, Picture, question, qwen_batch, qwen_vl, words
 
 RANKS = 2
@@ -85,6 +86,13 @@ def check(way, folder):
                 kept_by(method, model, called)
             continue
         assert torch.equal(kept_by(method, model, called), kept), method
+    if way == "fully_shard":
+        hybrid, _ = fsdp2(tiny_model("lfm2_vl"), folder)
+        with (
+            prune(hybrid, 0.3, head_weights="uniform"),
+            pytest.raises(ValueError, match="sharded weights in a lfm2_vl"),
+        ):
+            hybrid(**batch("lfm2_vl", IMAGE_PROMPT))
     if way != "tensor parallelism":
         # ranks read prompts of their own: one may have no image where another has some
         prompts = [TEXT_PROMPT, IMAGE_PROMPT, TEXT_PROMPT, IMAGE_PROMPT]

@@ -419,6 +419,7 @@ class CallHooks:
             if self._chooser is not None and self._chooser.method.reads_layer:
                 # also for a prompt without images, since other processes may have one with some
                 projections = projections.gathered()
+                self._sources.check_gathered(projections)
             if prefill is not None:
                 prefill.projections = projections
                 started = time.perf_counter()
@@ -697,6 +698,19 @@ class _Sources:
         if self._recorder is not None and self._chooser is not None:
             for part in self._recorder.watched:
                 check_parts_run(part, "the vision encoder", self._chooser.method.name)
+
+    def check_gathered(self, projections: LayerProjections) -> None:
+        """Refuse projections whose weights had to be gathered, where layers come before the one that ranks.
+
+        Raises:
+            ValueError: these would run on those ranks alone whose prompts hold images.
+        """
+        if self._layers_before and projections is not self._anatomy.projections:
+            raise ValueError(
+                f"cannot rank visual tokens by sharded weights in a {self._anatomy.family.model_type}, since each rank "
+                "would run the layers before the first one with attention by itself; load the model whole on each "
+                "rank, or use a method that reads no layer, such as 'divprune'"
+            )
 
     def start(self) -> None:
         """Forget what earlier calls of the multimodal model encoded."""
