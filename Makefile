@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 RUNNABLE := $(VENV)/.runnable
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo floor ceiling test races lint format bench plots compile gpu clean
+.PHONY: demo floor ceiling test races hub lint format bench plots compile gpu clean
 
 # Needs only what the demo imports, not the linters and tests.
 demo: $(RUNNABLE)
@@ -47,6 +47,16 @@ $(VENV)-ceiling/.installed: setup.py constraints.txt constraints-ceiling.txt
 	$(PYTHON) -m venv $(VENV)-ceiling
 	$(VENV)-ceiling/bin/python $(PIP) --editable '.[dev]'
 	$(VENV)-ceiling/bin/python -m pip install --quiet --constraint constraints-ceiling.txt --upgrade triton transformers
+	touch $@
+
+# Writes the operators as a kernel of the Hugging Face hub into dist/hub, and loads it with `kernels`.
+hub: $(VENV)-hub/.installed
+	$(VENV)-hub/bin/python -m bench.hub $(ARGS)
+	$(VENV)-hub/bin/python -m pytest tests/test_hub.py
+
+$(VENV)-hub/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)-hub
+	$(VENV)-hub/bin/python $(PIP) --editable '.[dev]' kernels==0.17.2
 	touch $@
 
 lint: $(INSTALLED)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hawk_kernels.backends.choose import PreparedCalls, choose_backend, load_backend, plain_signature
-from hawk_kernels.ops.library import LIBRARY, define
+from hawk_kernels.ops.library import LIBRARY, NAMESPACE, define
 from hawk_kernels.validation import check_mask, check_tensor, shape_of
 
 _prepared = PreparedCalls()
@@ -213,4 +213,4 @@ _compact = define(
     _run_compact,
     _fake_compact,
 )
-torch.library.register_autograd("hawk_kernels::compact", _restore_gradient, setup_context=_save_keep_mask, lib=LIBRARY)
+torch.library.register_autograd(f"{NAMESPACE}::compact", _restore_gradient, setup_context=_save_keep_mask, lib=LIBRARY)
