@@ -56,7 +56,10 @@ setup(
     },
     python_requires=">=3.10,<3.14",
     install_requires=["numpy>=1.26", torch, triton],
-    entry_points={"console_scripts": ["hawk-kernels = hawk_kernels.__main__:main"]},
+    entry_points={
+        "console_scripts": ["hawk-kernels = hawk_kernels.__main__:main"],
+        "lmms_eval.models": ["hawk = hawk_kernels.lmms_eval_plugin:manifest"],
+    },
     extras_require={"hf": hf, "plots": plots, "dev": hf + plots + dev},
     classifiers=[
         "Programming Language :: Python :: 3",
