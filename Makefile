@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 RUNNABLE := $(VENV)/.runnable
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo floor ceiling test races hub lint format bench plots compile gpu clean
+.PHONY: demo floor ceiling test races hub lmms lint format bench plots compile gpu clean
 
 # Needs only what the demo imports, not the linters and tests.
 demo: $(RUNNABLE)
@@ -57,6 +57,18 @@ hub: $(VENV)-hub/.installed
 $(VENV)-hub/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)-hub
 	$(VENV)-hub/bin/python $(PIP) --editable '.[dev]' kernels==0.17.2
+	touch $@
+
+# lmms-eval and lm-eval on a local task with the shipped model, and how many answers equal those of `prune`. Their wheel
+# of torchvision is for CUDA where the index has no other; the folder on the path lets it import beside torch for CPUs.
+LMMS := PYTHONPATH=tests_lmms/cpu_torchvision:$(PYTHONPATH) $(VENV)-lmms/bin/python
+lmms: $(VENV)-lmms/.installed
+	$(LMMS) -m pytest tests_lmms $(ARGS)
+
+$(VENV)-lmms/.installed: setup.py constraints-lmms.txt
+	$(PYTHON) -m venv $(VENV)-lmms
+	$(VENV)-lmms/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lmms.txt \
+		--editable '.[hf]' lmms-eval lm-eval decord pytest pytest-benchmark scikit-learn
 	touch $@
 
 lint: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""Write a task of lmms-eval from TinyVQA's held-out questions: a parquet file, and the YAML that `--include_path` finds."""
+"""Write TinyVQA's held-out questions as a task of lmms-eval: a parquet file, and what `--include_path` finds."""
 
 from __future__ import annotations
 

@@ -32,6 +32,10 @@ class Run:
     printed: str
 
 
+class RunError(Exception):
+    """A run of lmms-eval that wrote no results; the message ends with what it printed."""
+
+
 def run_lmms_eval(folder: Path, out: Path, model: str, model_args: str, *flags: str, processes: int = 1) -> Run:
     """Evaluate by `python -m lmms_eval`, under torchrun for several processes; its exit status says nothing."""
     paths = [str(REPOSITORY), str(REPOSITORY / "tests_lmms/cpu_torchvision"), os.environ.get("PYTHONPATH", "")]
@@ -50,7 +54,7 @@ def run_lmms_eval(folder: Path, out: Path, model: str, model_args: str, *flags: 
     printed = done.stdout + done.stderr
     results = list(out.rglob("*_results.json"))
     if not results:
-        raise RuntimeError(f"lmms-eval wrote no results and exited with {done.returncode}:\n{printed[-4000:]}")
+        raise RunError(f"lmms-eval wrote no results and exited with {done.returncode}:\n{printed[-4000:]}")
     found = json.loads(results[0].read_text())["results"][NAME]
     (samples,) = out.rglob(f"*samples_{NAME}.jsonl")
     rows = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda row: row["doc_id"])
@@ -68,17 +72,17 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def answers_of_transformers(documents: Any, **pruning: Any) -> list[str]:
-    """Answer by `generate` in a `prune` block (without arguments, without one), in the dtype of lmms-eval's classes."""
+def answers_of_transformers(documents: Any, dtype: torch.dtype = torch.bfloat16, **pruning: Any) -> list[str]:
+    """Answer by `generate` in a `prune` block (without arguments, outside one); lmms-eval's classes use bfloat16."""
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(TINY_MODEL, dtype=torch.bfloat16).eval()
+    model = AutoModelForImageTextToText.from_pretrained(TINY_MODEL, dtype=dtype).eval()
     processor = load_processor(TINY_MODEL)
     answers = []
     with prune(model, **pruning) if pruning else nullcontext():
         for document in documents:
             pictures = [picture.convert("RGB") for picture in document["images"]]
-            content = [*({"type": "image", "image": picture} for picture in pictures)]
+            content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
             messages = [{"role": "user", "content": [*content, {"type": "text", "text": document["question"]}]}]
             text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             inputs = processor(text=[text], images=pictures, return_tensors="pt")
