@@ -45,7 +45,7 @@ MARKER = re.compile(r"<!-- (not run|needs|file): (.+?) -->\s*\Z")
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
 # what a page may tell a reader to type without a test that it exists
-FOREIGN = ("git", "cd", "export", "pip", "python3", "accelerate", "cp")
+FOREIGN = ("git", "cd", "export", "pip", "python3", "accelerate", "cp", "lmms_eval")
 
 
 class Block(NamedTuple):
