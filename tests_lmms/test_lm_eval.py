@@ -43,7 +43,8 @@ def evaluate(lm, folder):
 
 
 def test_a_block_around_simple_evaluate_prunes(lm, folder, documents, assert_equal_answers, monkeypatch):
-    # it notes every installed package after each evaluation, which takes longer than the evaluation
+    # it collects garbage after each answer and lists all packages in the end, which takes longer than the answers
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     unpruned, full_score = evaluate(lm, folder)
     with prune(lm.model, 0.2):
