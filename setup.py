@@ -61,6 +61,7 @@ setup(
     entry_points={
         "console_scripts": ["hawk-kernels = hawk_kernels.__main__:main"],
         "vllm.general_plugins": ["hawk_kernels = hawk_kernels.vllm:register"],
+        "lmms_eval.models": ["hawk = hawk_kernels.lmms_eval_plugin:manifest"],
     },
     extras_require={"hf": hf, "plots": plots, "vllm": hf + vllm, "dev": hf + plots + dev},
     classifiers=[

@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hawk_kernels.backends.choose import MAX_TRITON_HEAD_DIM, _is_interpreting, _triton_is_installed, planning_for_a_gpu
-from hawk_kernels.ops.library import implementations
+from hawk_kernels.ops.library import NAMESPACE, implementations
 from hawk_kernels.validation import FLOATS, check_normalize, check_rounding
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class _RunOnMeta(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         # the last argument of each operator is the backend that was chosen for it
-        if func.namespace == "hawk_kernels" and args[-1] == "triton" and args[0].is_meta:
+        if func.namespace == NAMESPACE and args[-1] == "triton" and args[0].is_meta:
             return implementations[func._opname](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Hashable
 from typing import Any
 
-import numpy as np
 import torch
 
 from hawk_kernels.selection import ROUNDINGS
@@ -92,9 +91,8 @@ def check_rounding(rounding: str) -> str:
 
 def as_written(ratio: Any) -> float:
     """Read a ratio as it was written: NumPy's `float32(0.7)` is 0.7, not the 0.699999988 that it holds."""
-    if isinstance(ratio, np.floating):
-        return float(np.format_float_positional(ratio, unique=True))
-    return float(ratio)
+    # NumPy prints the shortest number that reads back as the same one
+    return float(str(ratio)) if type(ratio).__module__ == "numpy" else float(ratio)
 
 
 def checked_keep_ratio(name: str, value: object) -> float | int:

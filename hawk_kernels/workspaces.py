@@ -14,5 +14,5 @@ def free_workspaces() -> int:
     device.
     """
     # Where the kernels have not been imported they keep nothing, and Triton need not be installed.
-    launch = sys.modules.get("hawk_kernels.backends.kernels.launch")
+    launch = sys.modules.get(f"{__package__}.backends.kernels.launch")
     return 0 if launch is None else int(launch.free_kept_memory())

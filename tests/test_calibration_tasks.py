@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -352,10 +353,14 @@ def lmms(monkeypatch):
         class TaskManager:
             all_tasks = (*tasks, "group")
 
+            def __init__(self, include_path=None):
+                if include_path is not None:
+                    self.all_tasks = (*self.all_tasks, *(path.stem for path in Path(include_path).glob("*.yaml")))
+
             def load_task_or_group(self, names):
                 if names == ["group"]:
                     return {"group": {name: (None, task) for name, task in tasks.items()}}
-                return {name: tasks[name] for name in names}
+                return {name: tasks.get(name, LmmsDouble(right)) for name in names}
 
         package, module = ModuleType("lmms_eval"), ModuleType("lmms_eval.tasks")
         module.TaskManager = TaskManager
@@ -384,6 +389,17 @@ def test_tasks_of_lmms_eval(lmms):
     assert [task.name for task in load_tasks(["lmms:group"])] == ["chartqa", "ai2d"]
     (chosen,) = choose_samples([task], 2, 0)
     assert (len(chosen.questions), chosen.total) == (2, 3)
+
+
+def test_tasks_of_lmms_eval_in_a_folder_of_ones_own(lmms, tmp_path):
+    lmms(chartqa=LmmsDouble(right))
+    (tmp_path / "mine.yaml").write_text("task: mine")
+    (task,) = load_tasks([f"lmms:mine@{tmp_path}"])
+    assert (task.name, len(task.samples)) == ("mine", 3)
+    with pytest.raises(ValueError, match=r"got 'mine'.*those of your own are named lmms:TASK@FOLDER"):
+        load_tasks(["lmms:mine"])
+    with pytest.raises(ValueError, match="expected lmms:TASK@FOLDER with a folder of tasks, got 'gone'; there is"):
+        load_tasks(["lmms:mine@gone"])
 
 
 def test_tasks_of_lmms_eval_that_cannot_be_used(lmms, monkeypatch):

@@ -46,7 +46,7 @@ MARKER = re.compile(r"<!-- (not run|needs|file): (.+?) -->\s*\Z")
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
 # what a page may tell a reader to type without a test that it exists
-FOREIGN = ("git", "cd", "export", "pip", "python3", "accelerate", "cp", "vllm")
+FOREIGN = ("git", "cd", "export", "pip", "python3", "accelerate", "cp", "vllm", "lmms_eval")
 
 
 class Block(NamedTuple):

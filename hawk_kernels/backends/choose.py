@@ -29,7 +29,9 @@ Signature = tuple[Hashable, ...]
 
 _MOST_PREPARED_CALLS = 1024
 
-BACKENDS = {"triton": "hawk_kernels.backends.kernels", "torch": "hawk_kernels.backends.eager"}
+BACKENDS = {"triton": ".kernels", "torch": ".eager"}
+"""Where each lies, as seen from this package, which a copy may have under another name (`bench.hub`)."""
+
 MAX_TRITON_HEAD_DIM = 256
 _NOTHING = nullcontext()
 
@@ -117,7 +119,7 @@ def planning_for_a_gpu() -> Iterator[None]:
 @cache
 def load_backend(name: str, operator: str) -> ModuleType:
     """Return the module that computes `operator` on a backend, importing it and nothing else on first use."""
-    return import_module(f"{BACKENDS[name]}.{operator}")
+    return import_module(f"{BACKENDS[name]}.{operator}", __package__)
 
 
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:

@@ -10,7 +10,7 @@ import torch
 
 from hawk_kernels.backends.choose import PreparedCalls, choose_backend, load_backend, plain_signature
 from hawk_kernels.merge_checks import check_entries, check_merge
-from hawk_kernels.ops.library import LIBRARY, define
+from hawk_kernels.ops.library import LIBRARY, NAMESPACE, define
 from hawk_kernels.selection import Merge
 from hawk_kernels.validation import check_mask, check_tensor, shape_of
 
@@ -255,4 +255,4 @@ _compact = define(
     _run_compact,
     _fake_compact,
 )
-torch.library.register_autograd("hawk_kernels::compact", _restore_gradient, setup_context=_save_masks, lib=LIBRARY)
+torch.library.register_autograd(f"{NAMESPACE}::compact", _restore_gradient, setup_context=_save_masks, lib=LIBRARY)

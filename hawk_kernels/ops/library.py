@@ -13,7 +13,10 @@ import torch
 
 from hawk_kernels.selection import Fields, keep_fraction, rounded_share
 
-LIBRARY = torch.library.Library("hawk_kernels", "DEF")
+NAMESPACE = __name__.removesuffix(".ops.library").replace(".", "_")
+"""The name of the package: a copy under another name (`bench.hub`) can be loaded next to it."""
+
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 implementations: dict[str, Callable[..., Any]] = {}
 """What each operator runs, by its name, for tools that watch an operator from the inside."""
@@ -32,9 +35,9 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hawk_kernels::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     implementations[name] = run
-    operator: Callable[..., Any] = getattr(torch.ops.hawk_kernels, name).default
+    operator: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return operator
 
 

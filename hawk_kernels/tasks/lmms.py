@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from hawk_kernels.tasks.task import Sample
@@ -17,18 +18,28 @@ _LONGEST = 128
 def lmms_tasks(name: str) -> list[LmmsTask]:
     """Return the tasks that lmms-eval knows by a name; a group is all of its tasks.
 
+    Args:
+        name: as lmms-eval calls it; `TASK@FOLDER` is one that a file in this folder defines, as its own
+            `--include_path FOLDER` finds it.
+
     Raises:
         ImportError: lmms-eval is not installed; the message has the command.
-        ValueError: it knows no such task.
+        ValueError: it knows no such task, or there is no such folder.
     """
+    name, at, folder = name.partition("@")
+    if at and not Path(folder).is_dir():
+        raise ValueError(
+            f"data: expected lmms:TASK@FOLDER with a folder of tasks, got {folder!r}; there is no such folder"
+        )
     try:
         from lmms_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError(f"data: lmms:{name} needs lmms-eval, which is not installed: {_INSTALL}") from error
-    manager = TaskManager()
+    manager = TaskManager(include_path=folder) if at else TaskManager()
     if name not in manager.all_tasks:
         raise ValueError(
-            f"data: expected a task of lmms-eval, got {name!r}; `python -m lmms_eval --tasks list` shows them"
+            f"data: expected a task of lmms-eval, got {name!r}; `python -m lmms_eval --tasks list` shows them, and "
+            "those of your own are named lmms:TASK@FOLDER"
         )
     return [LmmsTask(task_name, task) for task_name, task in _flat(manager.load_task_or_group([name]))]
 

@@ -20,6 +20,7 @@ FILE.jsonl           questions, one JSON object per line, scored by exact match,
                      have choices
 FILE.jsonl:METRIC    the same, scored by exact, relaxed (numbers off by 5 %), anls or choice
 lmms:TASK            a task or group of lmms-eval, say lmms:chartqa
+lmms:TASK@FOLDER     one of your own, which a file in the folder defines (lmms_eval --include_path FOLDER)
 tinyvqa              coloured digits, in a checkout of this repository: calibrate asks about those of the training set,
                      evaluate about others
 MODULE:FUNCTION      a function that returns a task or a list of tasks
