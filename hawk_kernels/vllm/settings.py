@@ -77,10 +77,10 @@ def read_settings(config: Any, pruning_rate: float | None) -> Settings:
 
 def _check_works_in_vllm(method: Method) -> None:
     lacks = None
-    if method.hidden_from_layer is not None:
-        lacks = "vLLM prunes before the first layer and cannot hide tokens from later ones"
-    elif method.uses_encoder_attention:
-        lacks = "vLLM's vision encoder does not hand out its attention"
+    if method.inside_only:
+        lacks = "vLLM prunes before the first layer and drops no tokens after later ones"
+    elif method.reads_encoder():
+        lacks = "vLLM's vision encoder hands out its result alone"
     elif method.uses_positions:
         lacks = "vLLM projects queries and keys before it knows their positions"
     if lacks:

@@ -15,9 +15,9 @@ import torch
 
 from hawk_kernels import load_processor, prune
 from hawk_kernels.checkpoint import TINY_MODEL
-from tests_lmms.local_task import NAME
+from tests.on_lmms.local_task import NAME
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 BASE = f"pretrained={TINY_MODEL},device_map=cpu,min_pixels=3136,max_pixels=200704"
 """Arguments of the base: the shipped model, and the limits of its own pictures."""
 
@@ -38,7 +38,7 @@ class RunError(Exception):
 
 def run_lmms_eval(folder: Path, out: Path, model: str, model_args: str, *flags: str, processes: int = 1) -> Run:
     """Evaluate by `python -m lmms_eval`, under torchrun for several processes; its exit status says nothing."""
-    paths = [str(REPOSITORY), str(REPOSITORY / "tests_lmms/cpu_torchvision"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(REPOSITORY), str(REPOSITORY / "tests/on_lmms/cpu_torchvision"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),

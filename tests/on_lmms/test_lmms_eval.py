@@ -1,11 +1,11 @@
 """lmms-eval's own command line on a local task, against transformers and `prune` on the same documents."""
 
 import pytest
+from hawk_kernels.calibration.sources import load_tasks
 
 from hawk_kernels import calibration
-from hawk_kernels.calibration.sources import load_tasks
-from tests_lmms.local_task import NAME, WRONG_PROMPT
-from tests_lmms.runs import BASE, RunError, answers_of_transformers, run_lmms_eval
+from tests.on_lmms.local_task import NAME, WRONG_PROMPT
+from tests.on_lmms.runs import BASE, RunError, answers_of_transformers, run_lmms_eval
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests_vllm import oracle
-from tests_vllm.checkpoint import write_padded
-from tests_vllm.engine import CPU_WORKER, settings
-from tests_vllm.questions import OF_EACH_KIND, questions
+from tests.on_vllm import oracle
+from tests.on_vllm.checkpoint import write_padded
+from tests.on_vllm.engine import CPU_WORKER, settings
+from tests.on_vllm.questions import OF_EACH_KIND, questions
 
 torch.set_num_threads(1)
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 _COUNTS: list[str] = []
 
 
@@ -57,7 +57,7 @@ def served(folder, tmp_path_factory):
             "engine": {**(pruned if rate else {}), **engine},
         }
         (here / "job.json").write_text(json.dumps(job))
-        command = [sys.executable, "-m", "tests_vllm.engine", str(here / "job.json"), str(here / "out.json")]
+        command = [sys.executable, "-m", "tests.on_vllm.engine", str(here / "job.json"), str(here / "out.json")]
         with (here / "log").open("w") as log:
             subprocess.run(
                 command, cwd=ROOT, env={**os.environ, **settings()}, stdout=log, stderr=log, timeout=600, check=False

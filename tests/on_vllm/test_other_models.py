@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests_vllm import oracle
-from tests_vllm.checkpoint import write_qwen2_vl
-from tests_vllm.questions import questions
+from tests.on_vllm import oracle
+from tests.on_vllm.checkpoint import write_qwen2_vl
+from tests.on_vllm.questions import questions
 
 OF_EACH_KIND = 4
 

@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-from tests_lmms.local_task import write_task
+from tests.on_lmms.local_task import write_task
 
 QUESTIONS_A_KIND = 24
 

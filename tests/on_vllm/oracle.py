@@ -13,7 +13,7 @@ from hawk_kernels.methods import Method
 from hawk_kernels.methods.base import merged_segments
 from hawk_kernels.methods.prefill_view import PrefillView
 from hawk_kernels.selection import Selection
-from tests_vllm.questions import Asked
+from tests.on_vllm.questions import Asked
 
 NEW_TOKENS = 3
 

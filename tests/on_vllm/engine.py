@@ -1,4 +1,4 @@
-"""Answer the questions with vLLM in a process of its own: `python -m tests_vllm.engine JOB.json OUT.json`.
+"""Answer the questions with vLLM in a process of its own: `python -m tests.on_vllm.engine JOB.json OUT.json`.
 
 A job has `model`, `engine` (arguments of `vllm.LLM`), `of_each_kind` and `rounds`: lists of indices of questions that
 are sent together, round after round, so that later rounds meet filled caches.
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests_vllm.questions import Asked, questions
+from tests.on_vllm.questions import Asked, questions
 
 NEW_TOKENS = 3
 CPU_WORKER = "hawk_kernels.vllm.cpu_worker.CPUWorker"

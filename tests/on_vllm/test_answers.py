@@ -4,8 +4,8 @@ import pytest
 
 from hawk_kernels.methods import METHODS
 from hawk_kernels.selection import kept_count
-from tests_vllm.oracle import OfEachPicture
-from tests_vllm.questions import OF_EACH_KIND, questions
+from tests.on_vllm.oracle import OfEachPicture
+from tests.on_vllm.questions import OF_EACH_KIND, questions
 
 TOLERANCE = 1e-4
 HAWK = {"method": "hawk", "head_weights": "tinyvqa"}

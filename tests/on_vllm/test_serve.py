@@ -17,9 +17,9 @@ from contextlib import suppress
 
 import pytest
 
-from tests_vllm.conftest import ROOT
-from tests_vllm.engine import CPU_WORKER, settings
-from tests_vllm.questions import questions
+from tests.on_vllm.conftest import ROOT
+from tests.on_vllm.engine import CPU_WORKER, settings
+from tests.on_vllm.questions import questions
 
 COMMAND = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
 OVERRIDES = {
@@ -90,7 +90,7 @@ def ask(url, one):
 def test_a_server_answers_and_counts_the_tokens_that_stay(address, expected):
     from hawk_kernels.checkpoint import TINY_MODEL, load_processor
     from hawk_kernels.methods import METHODS
-    from tests_vllm.oracle import OfEachPicture
+    from tests.on_vllm.oracle import OfEachPicture
 
     asked = questions(4)
     wanted = expected(0.2, OfEachPicture(METHODS["hawk"]()), of_each_kind=4, head_weights="tinyvqa")

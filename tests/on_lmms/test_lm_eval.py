@@ -8,7 +8,7 @@ from lm_eval.tasks import TaskManager
 
 from hawk_kernels import prune
 from hawk_kernels.checkpoint import TINY_MODEL
-from tests_lmms.runs import answers_of_transformers
+from tests.on_lmms.runs import answers_of_transformers
 
 
 @pytest.fixture(scope="module")
