@@ -16,6 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from bench.tinyvqa.makes import MAKES, make_of
 from bench.tinyvqa.report import draw_plot, markdown
 from bench.tinyvqa.tasks import calibration_tasks
 from hawk_kernels import prune
+from hawk_kernels.calibration.run import parameters_digest
 from hawk_kernels.checkpoint import TINY_MODEL, load_processor
 from hawk_kernels.head_weights import read_weights_file, shipped_weights
 from hawk_kernels.methods import METHODS
@@ -86,8 +88,15 @@ def calibrated_weights(subject: Subject, folder: Path) -> dict[str, Any]:
     if subject.path.resolve() == TINY_MODEL.resolve():
         return read_weights_file(shipped_weights()["tinyvqa"])
     path = folder / f"head_weights_{subject.name.replace(' ', '')}.json"
-    calibrate(subject.model, calibration_tasks(subject.make), processor=subject.processor, out=path, layers="both")
+    if not (path.is_file() and _is_measured_on(subject.model, read_weights_file(path))):
+        calibrate(subject.model, calibration_tasks(subject.make), processor=subject.processor, out=path, layers="both")
     return read_weights_file(path)
+
+
+def _is_measured_on(model: Any, found: dict[str, Any]) -> bool:
+    """Tell whether a weights file is that of a model, in both kinds of layers."""
+    is_whole = {found.get("layers"), *found.get("other_layers", {})} == {"first", "all"}
+    return is_whole and found.get("settings", {}).get("parameters") == parameters_digest(model)
 
 
 def weights_of_heads(found: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -134,7 +143,32 @@ def answer_key(
     if isinstance(weights, torch.Tensor):
         weights = hashlib.sha256(json.dumps(weights.tolist()).encode()).hexdigest()[:8]
     options = json.dumps(dict(contender.options), sort_keys=True)
-    return f"{subject.digest}/{number}/{contender.method} {options} {weights}@{ratio}"
+    stage = f" after {contender.after}" if contender.after else ""
+    return f"{subject.digest}/{number}/{contender.method} {options} {weights}{stage}@{ratio}"
+
+
+def pruned(
+    subject: Subject, contender: Contender, ratio: float, heads: dict[str, torch.Tensor]
+) -> AbstractContextManager[Any]:
+    """Prune as a line of the table does, for a `with` block."""
+    return prune(
+        subject.model,
+        contender.keep(ratio),
+        method=contender.method,
+        head_weights=contender.head_weights(heads),
+        **contender.options,
+    )
+
+
+def layers_read(contender: Contender, depth: int) -> dict[str, Any]:
+    """Tell for each keep ratio the stages of a method and the share of the visual tokens that a layer reads."""
+    return {
+        str(ratio): {
+            "stages": {str(layer): round(share, 4) for layer, share in contender.stages(ratio, depth).items()},
+            "mean_share": round(contender.mean_share(ratio, depth), 4),
+        }
+        for ratio in KEEP_RATIOS
+    }
 
 
 @torch.no_grad()
@@ -152,10 +186,7 @@ def answer(
         if contender is None:
             said = first_words(subject.model, inputs)
         else:
-            options = dict(contender.options)
-            with prune(
-                subject.model, ratio, method=contender.method, head_weights=contender.head_weights(heads), **options
-            ):
+            with pruned(subject, contender, ratio, heads):
                 said = first_words(subject.model, inputs)
         results[key] = (said == right_words).numpy()
 
@@ -192,9 +223,8 @@ def refusals(
     inputs = model_inputs(subject.encoder, one)
     found = {}
     for contender in contenders:
-        weights, options = contender.head_weights(heads), dict(contender.options)
         try:
-            with prune(subject.model, TIMED_RATIO, method=contender.method, head_weights=weights, **options):
+            with pruned(subject, contender, TIMED_RATIO, heads):
                 first_words(subject.model, inputs)
         except (TypeError, ValueError) as error:
             if not str(error).startswith("method: "):
@@ -222,8 +252,7 @@ def prefill_times(
             with torch.no_grad():
                 timed(WHOLE, partial(first_words, subject.model, inputs))
                 for contender in contenders:
-                    weights, options = contender.head_weights(heads), dict(contender.options)
-                    with prune(subject.model, TIMED_RATIO, method=contender.method, head_weights=weights, **options):
+                    with pruned(subject, contender, TIMED_RATIO, heads):
                         timed(contender.label, partial(first_words, subject.model, inputs))
         found[str(layout)] = {label: round(1e3 * statistics.median(of[1:]), 3) for label, of in times.items()}
     return found
@@ -332,6 +361,7 @@ def build(
             for subject, scores, w in zip(subjects, accuracy, weights, strict=True)
         ],
         "methods": summarise(questions, right, whole, HAWK, KEEP_RATIOS, resampling_weights(questions.layouts)),
+        "layers_read": {c.label: layers_read(c, _depth(subjects[0])) for c in contenders},
         "reference": HAWK,
         "refused": refused,
         "prefill_ms": prefill_times(subjects[0], contenders, weights_of_heads(weights[0])) if times else None,
@@ -339,6 +369,10 @@ def build(
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+
+
+def _depth(subject: Subject) -> int:
+    return int(subject.model.config.get_text_config().num_hidden_layers)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -354,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out",
         type=cli.output_folder,
-        help=f"where everything goes (default: {RESULTS}, and {RESULTS}/llava for that miniature)",
+        help=f"where everything goes (default: {RESULTS}/MINIATURE)",
     )
     parser.add_argument(
         "--prompts", type=cli.whole_number(1), default=PROMPTS, help="two questions of each kind on each (default: 160)"
@@ -363,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-progress", action="store_true")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    out = args.out or (RESULTS if args.miniature == "qwen" else RESULTS / args.miniature)
+    out = args.out or RESULTS / args.miniature
     models = args.models or MODELS[args.miniature]
     report = build(models, out, args.prompts, args.seed, not args.no_times, not args.no_progress, args.methods)
     (out / "table.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -300,7 +300,7 @@ def _plan(model: Any, modes: Sequence[str]) -> dict[str, Any]:
     text: Any = dissect(model).text
     return {
         "fingerprint": fingerprint(model.config),
-        "parameters": _digest(model),
+        "parameters": parameters_digest(model),
         "layers": list(modes),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": text.config._attn_implementation,
@@ -314,7 +314,7 @@ def _plan(model: Any, modes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _digest(model: nn.Module) -> str:
+def parameters_digest(model: nn.Module) -> str:
     """Hash some numbers of each parameter: a model that was trained further is another, whatever its config says."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
