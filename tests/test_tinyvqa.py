@@ -438,7 +438,7 @@ def test_a_stage_of_the_table_is_the_stage_that_is_pruned():
     subject = table.Subject.load(TINY_MODEL)
     batch = draw_batch(rng(), "held_out", 1, Layout(6, 6), {"colour->digit": 1})
     inputs = evaluate.model_inputs(subject.encoder, batch)
-    for label in ("PyramidDrop", "SparseVLM", "DART, after layer 2", "VisionZip"):
+    for label in ("PyramidDrop", "SparseVLM, recycling", "DART, after layer 2", "VisionZip"):
         contender = next(c for c in CONTENDERS if c.label == label)
         with torch.no_grad(), table.pruned(subject, contender, 0.2, {}) as pruning:
             subject.model(**inputs)

@@ -89,6 +89,7 @@ CONTENDERS = (
     Contender("Heed", "heed"),
     Contender("PyramidDrop", "pyramiddrop"),
     Contender("SparseVLM", "sparsevlm"),
+    Contender("SparseVLM, recycling", "sparsevlm", {"recycle": True}),
     Contender("DivPrune", "divprune"),
     Contender("DART", "dart"),
     Contender("DART, after layer 2", "dart", after=2),

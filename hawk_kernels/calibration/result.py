@@ -224,13 +224,17 @@ class Calibration:
                 )
         result = self.results[self.layers]
         if result.deltas is not None and result.delta_standard_errors is not None:
-            spread, noise = spread_of_heads(result.deltas, result.delta_standard_errors)
-            for task, differ, within in zip(self.tasks, spread.tolist(), noise.tolist(), strict=True):
+            share = (
+                "all weights"
+                if len(self.tasks) == 1
+                else f"1/{len(self.tasks)} of the weights, as does every other task"
+            )
+            spreads, noises = spread_of_heads(result.deltas, result.delta_standard_errors)
+            for task, differ, within in zip(self.tasks, spreads.tolist(), noises.tolist(), strict=True):
                 if task.name not in result.flat_tasks and differ <= within:
                     found.append(
                         f"{task.name}: the drops of its heads differ by {differ:.3f} at most, which is within their "
-                        f"noise of {within:.3f}, but it gives 1/{len(self.tasks)} of the weights like every other "
-                        "task; take more samples of it, or leave it out"
+                        f"noise of {within:.3f}, but it decides {share}; take more samples of it, or leave it out"
                     )
         errors = self.standard_errors
         if errors is not None:
