@@ -13,7 +13,9 @@ def heed_quality(queries, keys, visual, text, image=slice(None)):
         text: embeddings of the text tokens, `[N, hidden]`.
         image: the places among the M of the tokens that share a budget; both signals are scaled over them.
     """
-    return (scaled(attended(queries, keys)[image]) + scaled(named(visual, text)[image])) / 2
+    a, c = attended(queries, keys)[image], named(visual, text)[image]
+    w = c.max() - c.mean()
+    return (scaled(a) + w * scaled(c)) / (1 + w)
 
 
 def attended(queries, keys):

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import csrc_ref
-from hawk_kernels.calibration import head_importance
-from hawk_kernels.calibration.importance import flat_benchmarks, importance_standard_errors
+from hawk_kernels.calibration import Calibration, head_importance
+from hawk_kernels.calibration.importance import flat_benchmarks, importance_standard_errors, spread_of_heads
+from hawk_kernels.calibration.result import layer_result, task_score
 
 # as scores of a few samples are: often equal, never tiny
 drops = st.integers(-20, 20).map(lambda n: n / 20)
@@ -109,3 +110,52 @@ def test_standard_errors_foretell_how_weights_scatter_between_draws_of_samples()
 
 def test_samples_that_all_agree_leave_no_doubt():
     assert importance_standard_errors([np.tile([0.0, 1.0, 1.0], (5, 1))]).tolist() == [0.0] * 3
+
+
+def test_heads_that_differ_by_noise_alone_seldom_pass_for_more():
+    random = np.random.default_rng(5)
+    passed = 0
+    for _ in range(400):
+        scores = random.random((200, 8)) < 0.1
+        errors = scores.std(axis=0, ddof=1) / np.sqrt(200)
+        means, spreads = (torch.from_numpy(values[:, None]) for values in (scores.mean(axis=0), errors))
+        spread, noise = spread_of_heads(means, spreads)
+        passed += bool(spread > noise)
+    assert passed <= 0.07 * 400
+
+
+def test_the_spread_of_heads_is_that_of_the_largest_and_the_smallest_drop():
+    deltas = torch.tensor([[0.3, 0.0], [0.1, 0.0], [0.2, 0.02]], dtype=torch.float64)
+    errors = torch.tensor([[0.03, 0.0], [0.04, 0.0], [9.0, 0.01]], dtype=torch.float64)
+    spread, noise = spread_of_heads(deltas, errors)
+    assert spread.tolist() == pytest.approx([0.2, 0.02])
+    # three pairs of heads share the 5 %
+    assert noise.tolist() == pytest.approx([2.39398 * 0.05, 2.39398 * 0.01], rel=1e-5)
+    assert spread_of_heads(deltas[:1], errors[:1])[0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("drop", "is_noise"), [(0.019, True), (0.19, False)])
+def test_a_task_whose_heads_differ_by_noise_is_named(drop, is_noise):
+    """Each task is normalised by itself, so that one head gets the whole share of a task that only it disturbs."""
+    random = np.random.default_rng(0)
+    base = [np.ones(400), np.ones(400)]
+    looks, flat = np.ones((400, 8)), np.ones((400, 8))
+    looks[:200, 1] = 0
+    flat[random.permutation(400)[: round(400 * drop)], 2] = 0
+    flat[random.permutation(400)[:8], 0] = 0
+    result = layer_result(["colours", "places"], base, [looks, flat], 0)
+    assert result.weights[2] > 0.2
+    tasks = tuple(task_score(name, 400, "", scores) for name, scores in zip(("colours", "places"), base, strict=True))
+    calibration = Calibration("m", {}, 0, tasks, {"first": result}, {}, {}, "")
+    named = [doubt for doubt in calibration.doubts() if "within their noise" in doubt]
+    assert len(named) == is_noise
+    if is_noise:
+        assert named[0].startswith("places: the drops of its heads differ by 0.020 at most")
+        assert "1/2 of the weights" in named[0]
+
+
+def test_a_task_on_which_all_heads_are_equal_is_not_called_noise():
+    base = [np.ones(200)]
+    result = layer_result(["flat"], base, [np.ones((200, 4))], 0)
+    calibration = Calibration("m", {}, 0, (task_score("flat", 200, "", base[0]),), {"first": result}, {}, {}, "")
+    assert not any("noise" in doubt for doubt in calibration.doubts())

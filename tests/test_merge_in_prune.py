@@ -231,10 +231,14 @@ def test_bad_maps_name_the_method(merge, error, message):
         model(**inputs)
 
 
-def test_a_method_that_chooses_inside_the_stack_cannot_merge():
+class BeforeTheProjector(Given):
+    stage = "encoder"
+
+
+def test_a_method_that_merges_before_the_projector_cannot_do_so_inside_the_stack():
     model, inputs = model_of("qwen2_5_vl"), ragged("qwen2_5_vl")
     refused = pytest.raises(ValueError, match="method 'given': expected a Selection without a merge map")
-    with torch.no_grad(), prune(model, {1: 0.4}, method=Given(entries(0, 1))), refused:
+    with torch.no_grad(), refused, prune(model, {1: 0.4}, method=BeforeTheProjector(entries(0, 1))):
         model(**inputs)
 
 

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csrc_ref.dart_select import dart_select as reference
+from hawk_kernels import prune
 from hawk_kernels.methods import resolve_method
 from hawk_kernels.methods.dart import dart_select
-from tests.method_checks import against_its_reference, check_choice
+from tests.method_checks import against_its_reference, check_choice, visual_tokens
+from tests.tiny_models import Picture, question, qwen_batch
 
 
 @against_its_reference
@@ -44,6 +46,33 @@ def test_the_choice_is_that_of_the_reference(seed, num_tokens, num_words, pivots
     assert torch.equal(found.mask, expected.mask)
     assert torch.equal(found.indices, expected.indices)
     assert torch.allclose(found.scores, expected.scores, atol=1e-5)
+
+
+@torch.no_grad()
+def test_after_a_layer_it_reads_the_keys_and_states_of_the_next(three_layers):
+    """The authors prune after the second layer: pivots and cosines are those of what enters the third."""
+    inputs = qwen_batch(question(Picture(6, 6)), question(Picture(4, 7)))
+    layer, entering = three_layers.model.language_model.layers[2], []
+    hook = layer.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    three_layers(**inputs)
+    hook.remove()
+    with prune(three_layers, {2: ("dart", 0.2)}) as pruning:
+        three_layers(**inputs)
+    keys = layer.self_attn.k_proj(layer.input_layernorm(entering[0])).abs().sum(-1)
+    for row in range(2):
+        places = visual_tokens(inputs)[row].nonzero().flatten()
+        text = pruning.query_mask[row]
+        chosen = reference(
+            entering[0][row, places][None],
+            keys[row, places][None],
+            entering[0][row, text][None],
+            keys[row, text][None],
+            0.2,
+            mask=torch.ones(1, len(places)).bool(),
+            text_mask=torch.ones(1, int(text.sum())).bool(),
+        )
+        assert torch.equal(pruning.keep_mask[row, places], chosen.mask[0])
+    assert pruning.stats.samples[0].visual_tokens_by_layer == (36, 36, 7)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,19 @@ import re
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from csrc_ref.sparsevlm_recycle import sparsevlm_recycle
 from csrc_ref.sparsevlm_scores import sparsevlm_raters, sparsevlm_scores
-from hawk_kernels import prune
-from hawk_kernels.methods import SparseVLM, resolve_method
-from tests.family_checks import watched
-from tests.method_checks import RAGGED, visual_tokens
-from tests.tiny_models import BEGIN, END_OF_TURN, Picture, qwen_batch, qwen_vl, words
+from hawk_kernels import compact, prune
+from hawk_kernels.methods import Method, SparseVLM, resolve_method
+from hawk_kernels.methods.sparsevlm import recycling
+from hawk_kernels.selection import Merge
+from tests.family_checks import model_of, prompts, watched
+from tests.method_checks import GREEDY, RAGGED, visual_tokens
+from tests.tiny_families import batch
+from tests.tiny_models import BEGIN, END_OF_TURN, Picture, question, qwen_batch, qwen_vl, words
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +95,120 @@ def test_its_stages_stand_where_those_of_the_release_stand():
     assert SparseVLM().stages(0.125, 32) == pytest.approx({3: 0.5, 7: 0.25, 16: 0.125})
 
 
+@given(seed=st.integers(0, 2**20), num_tokens=st.integers(1, 60), keep=st.integers(1, 60), ties=st.booleans())
+def test_recycled_tokens_are_those_of_the_reference(seed, num_tokens, keep, ties):
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(2, num_tokens, 6, generator=generator)
+    scores = torch.rand(2, num_tokens, generator=generator)
+    scores = scores.mul(4).round() if ties else scores
+    mask = torch.rand(2, num_tokens, generator=generator) < 0.9
+    found = recycling(scores, states, keep, mask=mask)
+    target, source, weight = found.merge
+    for row in range(2):
+        places = mask[row].nonzero().flatten()
+        budget = min(keep, len(places))
+        expected, members = sparsevlm_recycle(scores[row, places], states[row, places], budget)
+        assert found.mask[row].nonzero().flatten().tolist() == places[expected].tolist()
+        clusters = {int(places[centre]): set(places[tokens].tolist()) for centre, tokens in members.items()}
+        of_target = {
+            centre: set(source[row, target[row] == centre].tolist()) for centre in set(target[row].tolist()) - {-1}
+        }
+        assert of_target == clusters
+        for centre, tokens in clusters.items():
+            assert weight[row, target[row] == centre].tolist() == pytest.approx([1 / len(tokens)] * len(tokens))
+
+
+def test_a_recycled_token_is_the_mean_of_its_cluster():
+    """Two tight groups among the dropped tokens become their two means."""
+    groups = torch.tensor([[0.0, 0.0], [9.0, 9.0]]).repeat_interleave(10, dim=0)
+    states = torch.cat([torch.full((10, 2), 99.0), groups + torch.randn(20, 2) / 100, torch.zeros(50, 2)])[None]
+    scores = torch.arange(80, 0, -1.0)[None]
+    found = recycling(scores, states, 12, mask=torch.ones(1, 80, dtype=torch.bool))
+    assert int(found.mask.sum()) == 12
+    packed = compact(states, found.mask, merge=found.merge.ordered()).inputs_embeds[0]
+    assert sorted(packed[9:].round().tolist())[0] == [0.0, 0.0]
+    assert [9.0, 9.0] in packed.round().tolist()
+
+
+@pytest.mark.parametrize("budget", ["shared", "per_image"])
+@torch.no_grad()
+def test_states_are_merged_where_they_are_cut(budget):
+    """What enters the layer before the stage is clustered, and what enters the layer after it is averaged."""
+    model, inputs = qwen_vl(layers=3), qwen_batch(question(Picture(8, 8)), question(Picture(5, 9)))
+    layers, seen = model.model.language_model.layers, {}
+    with prune(model, {1: 0.2}, method="sparsevlm", recycle=True, budget=budget) as pruning:
+        hook = layers[1].register_forward_pre_hook(lambda _, args, kwargs: seen.update(states=args), with_kwargs=True)
+        logits = model(**inputs).logits
+        hook.remove()
+    with prune(model, {1: 0.2}, method="sparsevlm", budget=budget) as plain:
+        without = model(**inputs).logits
+    assert torch.equal(pruning.keep_mask.sum(1), plain.keep_mask.sum(1))
+    assert not torch.equal(pruning.keep_mask, plain.keep_mask)
+    assert (logits - without).abs().max() > 1e-4
+    entering = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args: entering.append(args[0])) for layer in layers[:2]]
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    for row in range(2):
+        own = inputs["attention_mask"][row].bool()
+        visual = visual_tokens(inputs)[row]
+        places = visual.nonzero().flatten()
+        expected, members = sparsevlm_recycle(pruning.scores[row, places], entering[0][row, places], len(places) // 5)
+        kept = pruning.keep_mask[row]
+        assert (kept & visual).nonzero().flatten().tolist() == places[expected].tolist()
+        cut = entering[1][row].clone()
+        for centre, tokens in members.items():
+            cut[places[centre]] = entering[1][row, places[tokens]].mean(0)
+        assert members
+        assert torch.allclose(seen["states"][0][row][-int(kept.sum()) :], cut[kept & own], atol=1e-5)
+
+
+@torch.no_grad()
+def test_recycling_generates_the_same_with_and_without_a_cache():
+    model, inputs = qwen_vl(layers=4), qwen_batch(*RAGGED)
+    tokens = []
+    for use_cache in (True, False):
+        with prune(model, {1: 0.5, 2: 0.2}, method="sparsevlm", recycle=True):
+            tokens.append(model.generate(**inputs, **GREEDY, use_cache=use_cache))
+    assert torch.equal(*tokens)
+
+
+@torch.no_grad()
+def test_features_of_later_layers_go_through_the_map():
+    """A map of tokens to themselves changes nothing, also where features are added to visual tokens later."""
+
+    class Itself(Method):
+        name, merges = "itself", True
+
+        def score(self, view):
+            return view.visual_embeddings().float().norm(dim=-1).masked_fill(~view.candidates, -torch.inf)
+
+        def select(self, view, r):
+            found = super().select(view, r)
+            own = torch.arange(found.mask.shape[1]).expand_as(found.mask)
+            target = torch.where(found.mask, own, -1)
+            return found.merging(Merge(target, own.contiguous(), torch.ones(own.shape))) if self.merges else found
+
+    model, inputs = model_of("qwen3_vl"), batch("qwen3_vl", *prompts("qwen3_vl")["padded batch"])
+    logits = []
+    for merges in (True, False):
+        method = Itself()
+        method.merges = merges
+        with prune(model, {1: 0.4}, method=method):
+            logits.append(model(**inputs).logits)
+    assert torch.allclose(*logits, atol=1e-5)
+
+
+def test_hiding_cannot_merge():
+    model, inputs = qwen_vl(layers=3), qwen_batch(question(Picture(8, 8)))
+    refused = pytest.raises(ValueError, match="mode: expected 'drop' with a method that merges tokens")
+    with torch.no_grad(), prune(model, {1: 0.2}, method="sparsevlm", recycle=True, mode="hide"), refused:
+        model(**inputs)
+
+
 def test_options_are_checked():
+    with pytest.raises(TypeError, match="recycle: expected a bool, got int"):
+        resolve_method("sparsevlm", {"recycle": 1})
     with pytest.raises(ValueError, match=re.escape("'nearest' (half to even), got 'up'")):
         resolve_method("sparsevlm", {"rounding": "up"})

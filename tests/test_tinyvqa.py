@@ -410,6 +410,54 @@ def test_permuted_heads_are_the_same_weights_elsewhere():
             assert torch.equal(weights.sort().values, calibrated)
 
 
+@pytest.mark.parametrize(
+    ("label", "depth", "stages", "mean"),
+    [
+        (HAWK, 3, {0: 0.4}, 0.4),
+        ("FastV, K = 2", 3, {2: 0.4}, 2.4 / 3),
+        ("FastV, K = 2", 6, {2: 0.4}, 3.6 / 6),
+        ("DART, after layer 2", 3, {2: 0.4}, 2.4 / 3),
+        ("PyramidDrop", 3, {1: 0.4 ** (2 / 3), 2: 0.4}, (1 + 0.4 ** (2 / 3) + 0.4) / 3),
+        (
+            "PyramidDrop",
+            6,
+            {1: 0.4 ** (1 / 3), 3: 0.4 ** (2 / 3), 4: 0.4},
+            (1 + 2 * 0.4 ** (1 / 3) + 0.4 ** (2 / 3) + 0.8) / 6,
+        ),
+        ("SparseVLM", 3, {1: 0.4}, 1.8 / 3),
+        ("SparseVLM", 6, {1: 0.4 ** (2 / 3), 3: 0.4}, (1 + 2 * 0.4 ** (2 / 3) + 3 * 0.4) / 6),
+    ],
+)
+def test_the_table_says_what_a_method_inside_the_stack_reads(label, depth, stages, mean):
+    contender = next(c for c in CONTENDERS if c.label == label)
+    assert contender.stages(0.4, depth) == pytest.approx(stages)
+    assert contender.mean_share(0.4, depth) == pytest.approx(mean, abs=1e-4)
+
+
+def test_a_stage_of_the_table_is_the_stage_that_is_pruned():
+    subject = table.Subject.load(TINY_MODEL)
+    batch = draw_batch(rng(), "held_out", 1, Layout(6, 6), {"colour->digit": 1})
+    inputs = evaluate.model_inputs(subject.encoder, batch)
+    for label in ("PyramidDrop", "SparseVLM, recycling", "DART, after layer 2", "VisionZip"):
+        contender = next(c for c in CONTENDERS if c.label == label)
+        with torch.no_grad(), table.pruned(subject, contender, 0.2, {}) as pruning:
+            subject.model(**inputs)
+        sample = pruning.stats.samples[0]
+        read = sample.visual_tokens_by_layer or [sample.visual_tokens_after] * 3
+        assert sum(read) / 3 / 36 == pytest.approx(contender.mean_share(0.2, 3), abs=1 / 36)
+
+
+def test_committed_weights_are_read_and_those_of_another_model_measured_anew(tmp_path, monkeypatch):
+    committed = table.RESULTS / "qwen" / "head_weights_seed0.json"
+    first, second = (table.Subject.load(path) for path in table.MODELS["qwen"][:2])
+    (tmp_path / committed.name).write_bytes(committed.read_bytes())
+    monkeypatch.setattr("hawk_kernels.calibrate", lambda *_, **__: pytest.fail("it was measured again"))
+    assert table.calibrated_weights(first, tmp_path)["layers"] == "first"
+    (tmp_path / "head_weights_seed1.json").write_bytes(committed.read_bytes())
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        table.calibrated_weights(second, tmp_path)
+
+
 def test_answers_survive_a_kill_in_the_middle_of_a_line(tmp_path):
     path = tmp_path / "answers.jsonl"
     right = rng().random(11) < 0.5

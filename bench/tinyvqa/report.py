@@ -23,6 +23,18 @@ def markdown(report: dict[str, Any]) -> str:
             ["keep", *(_share(r) for r in ratios)],
             ([label, *(_with_interval(e[r]["mean"]) for r in ratios)] for label, e in report["methods"].items()),
         ),
+        "## What the layers read\n",
+        "The keep ratio is what is left after the last stage. Methods that drop inside the stack read all tokens up to "
+        "their first stage, so compare their accuracy with that of others at this cost: the share of the visual tokens "
+        "that a layer reads, in %, mean over the layers. In brackets: after which layer how much is left.\n",
+        _table(
+            ["keep", *(_share(r) for r in ratios)],
+            (
+                [label, *(_layers_read(read[r]) for r in ratios)]
+                for label, read in report["layers_read"].items()
+                if any(int(layer) for layer in read[ratios[0]]["stages"])
+            ),
+        ),
         f"## {report['reference']} minus the others\n",
         "Points, paired over prompts; bold where the 95 % interval leaves out zero. In brackets: model by model.\n",
         _table(
@@ -94,6 +106,11 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def _layers_read(read: dict[str, Any]) -> str:
+    stages = ", ".join(f"{layer}: {_share(share)}" for layer, share in read["stages"].items())
+    return f"{100 * read['mean_share']:.0f} ({stages})"
+
+
 def _models(report: dict[str, Any]) -> str:
     count = len(report["models"])
     return "one model" if count == 1 else f"{count} models that differ in their training seed"
@@ -117,7 +134,7 @@ def draw_plot(report: dict[str, Any], path: Path) -> None:
     places = range(len(ratios))
     columns = math.ceil((1 + len(kinds)) / 2)
     figure, axes = pyplot.subplots(2, columns, figsize=(1 + 4 * columns, 8.2), sharey=True)
-    colours = pyplot.get_cmap("tab20")
+    colours = pyplot.get_cmap("turbo", len(shown))
     for axis, kind in zip(axes.flat, ["mean", *kinds], strict=False):
         for number, label in enumerate(shown):
             found = [e["mean"] if kind == "mean" else e["by_kind"][kind] for e in methods[label].values()]
@@ -149,7 +166,7 @@ def draw_plot(report: dict[str, Any], path: Path) -> None:
         f"TinyVQA, {report['miniature']}: {report['questions']} questions about unseen digits, {_models(report)}, "
         "95 % intervals"
     )
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
@@ -159,8 +176,8 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _share(ratio: str) -> str:
-    return f"{100 * float(ratio):g} %"
+def _share(ratio: str | float) -> str:
+    return f"{100 * float(ratio):.3g} %"
 
 
 def _with_interval(entry: dict[str, float]) -> str:

@@ -43,6 +43,7 @@ from hawk_kernels.evaluation.contenders import UNPRUNED, Way, refusal
 from hawk_kernels.evaluation.intervals import Questions, resampling_weights
 from hawk_kernels.head_weights import read_weights_file, shipped_weights
 from hawk_kernels.methods import METHODS
+from hawk_kernels.tasks.identity import digest_of_parameters
 
 RESULTS = Path("bench/results/tinyvqa")
 MODELS = {"qwen": (RESULTS / "seed0", RESULTS / "seed1", TINY_MODEL), "llava": (LLAVA.shipped,)}
@@ -87,8 +88,15 @@ def calibrated_weights(subject: Subject, folder: Path) -> dict[str, Any]:
     if subject.path.resolve() == TINY_MODEL.resolve():
         return read_weights_file(shipped_weights()["tinyvqa"])
     path = folder / f"head_weights_{subject.name.replace(' ', '')}.json"
-    calibrate(subject.model, calibration_tasks(subject.make), processor=subject.processor, out=path, layers="both")
+    if not (path.is_file() and _is_measured_on(subject.model, read_weights_file(path))):
+        calibrate(subject.model, calibration_tasks(subject.make), processor=subject.processor, out=path, layers="both")
     return read_weights_file(path)
+
+
+def _is_measured_on(model: Any, found: dict[str, Any]) -> bool:
+    """Tell whether a weights file is that of a model, in both kinds of layers."""
+    is_whole = {found.get("layers"), *found.get("other_layers", {})} == {"first", "all"}
+    return is_whole and found.get("settings", {}).get("parameters") == digest_of_parameters(model)
 
 
 def weights_of_heads(found: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -135,7 +143,19 @@ def answer_key(
     if isinstance(weights, torch.Tensor):
         weights = hashlib.sha256(json.dumps(weights.tolist()).encode()).hexdigest()[:8]
     options = json.dumps(dict(contender.options), sort_keys=True)
-    return f"{subject.digest}/{number}/{contender.method} {options} {weights}@{ratio}"
+    stage = f" after {contender.after}" if contender.after else ""
+    return f"{subject.digest}/{number}/{contender.method} {options} {weights}{stage}@{ratio}"
+
+
+def layers_read(contender: Contender, depth: int) -> dict[str, Any]:
+    """Tell for each keep ratio the stages of a method and the share of the visual tokens that a layer reads."""
+    return {
+        str(ratio): {
+            "stages": {str(layer): round(share, 4) for layer, share in contender.stages(ratio, depth).items()},
+            "mean_share": round(contender.mean_share(ratio, depth), 4),
+        }
+        for ratio in KEEP_RATIOS
+    }
 
 
 @torch.no_grad()
@@ -150,7 +170,7 @@ def answer(
     results: dict[str, np.ndarray] = {}
 
     def ask(key: str, contender: Contender | None, ratio: float) -> None:
-        way = UNPRUNED if contender is None else Way(contender.with_heads(heads), ratio)
+        way = UNPRUNED if contender is None else Way(contender.with_heads(heads), contender.keep(ratio))
         with way.block(subject.model):
             said = first_words(subject.model, inputs)
         results[key] = (said == right_words).numpy()
@@ -184,7 +204,7 @@ def refusals(
     one = Batch(batch.layout, batch.pages_of(0), batch.scenes[:1], [batch.questions[0][:1]])
     inputs = model_inputs(subject.encoder, one)
     ask = partial(first_words, subject.model, inputs)
-    reasons = {c.label: refusal(c.with_heads(heads), subject.model, TIMED_RATIO, ask) for c in contenders}
+    reasons = {c.label: refusal(c.with_heads(heads), subject.model, c.keep(TIMED_RATIO), ask) for c in contenders}
     return {label: reason for label, reason in reasons.items() if reason is not None}
 
 
@@ -207,7 +227,7 @@ def prefill_times(
             with torch.no_grad():
                 timed(WHOLE, partial(first_words, subject.model, inputs))
                 for contender in contenders:
-                    with contender.with_heads(heads).block(subject.model, TIMED_RATIO):
+                    with contender.with_heads(heads).block(subject.model, contender.keep(TIMED_RATIO)):
                         timed(contender.label, partial(first_words, subject.model, inputs))
         found[str(layout)] = {label: round(1e3 * statistics.median(of[1:]), 3) for label, of in times.items()}
     return found
@@ -316,6 +336,7 @@ def build(
             for subject, scores, w in zip(subjects, accuracy, weights, strict=True)
         ],
         "methods": summarise(questions, right, whole, HAWK, KEEP_RATIOS, resampling_weights(questions.strata)),
+        "layers_read": {c.label: layers_read(c, _depth(subjects[0])) for c in contenders},
         "reference": HAWK,
         "refused": refused,
         "prefill_ms": prefill_times(subjects[0], contenders, weights_of_heads(weights[0])) if times else None,
@@ -323,6 +344,10 @@ def build(
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+
+
+def _depth(subject: Subject) -> int:
+    return int(subject.model.config.get_text_config().num_hidden_layers)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -338,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out",
         type=cli.output_folder,
-        help=f"where everything goes (default: {RESULTS}, and {RESULTS}/llava for that miniature)",
+        help=f"where everything goes (default: {RESULTS}/MINIATURE)",
     )
     parser.add_argument(
         "--prompts", type=cli.whole_number(1), default=PROMPTS, help="two questions of each kind on each (default: 160)"
@@ -347,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-progress", action="store_true")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    out = args.out or (RESULTS if args.miniature == "qwen" else RESULTS / args.miniature)
+    out = args.out or RESULTS / args.miniature
     models = args.models or MODELS[args.miniature]
     report = build(models, out, args.prompts, args.seed, not args.no_times, not args.no_progress, args.methods)
     (out / "table.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -44,6 +46,27 @@ def flat_benchmarks(deltas: torch.Tensor) -> list[int]:
     """Return benchmarks, as columns of `deltas` `[H, N_d]`, on which no head moves the score more than another."""
     spread = deltas.amax(dim=0) - deltas.amin(dim=0)
     return torch.nonzero(spread <= FLAT).flatten().tolist()
+
+
+def spread_of_heads(deltas: torch.Tensor, standard_errors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compare how much the heads differ on each benchmark with what noise alone would make them differ.
+
+    The heads with the largest and the smallest drop were picked among all, so the interval of their difference is that
+    of all pairs of heads together (Bonferroni, 95 %).
+
+    Args:
+        deltas: `dS[i,j]`, `[H, N_d]`.
+        standard_errors: of `deltas`, `[H, N_d]`.
+
+    Returns:
+        The largest minus the smallest drop of each benchmark, and half of the interval around it, float64 `[N_d]`.
+    """
+    pairs = max(1, math.comb(len(deltas), 2))
+    quantile = NormalDist().inv_cdf(1 - 0.025 / pairs)
+    variances = standard_errors.double() ** 2
+    (highest, most), (lowest, least) = deltas.double().max(dim=0), deltas.double().min(dim=0)
+    noise = (variances.gather(0, most[None]) + variances.gather(0, least[None])).squeeze(0).sqrt()
+    return highest - lowest, quantile * noise
 
 
 def importance_standard_errors(

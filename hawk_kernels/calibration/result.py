@@ -22,6 +22,7 @@ from hawk_kernels.calibration.importance import (
     flat_benchmarks,
     head_importance,
     importance_standard_errors,
+    spread_of_heads,
 )
 from hawk_kernels.head_weights import read_weights_file
 from hawk_kernels.output_files import WEIGHTS_FILE, OutputFileError, check_output, write_whole
@@ -206,7 +207,11 @@ class Calibration:
         )
 
     def doubts(self) -> list[str]:
-        """Say how uncertain the score of each benchmark with few samples is, and how uncertain the weights are."""
+        """Say how uncertain the score of each benchmark with few samples is, and how uncertain the weights are.
+
+        A benchmark gets the same share of the weights as the others however little its heads differ, since the paper
+        normalises each by itself; where they differ by no more than noise, that share is noise.
+        """
         found = []
         for task in self.tasks:
             if task.samples < _FEW_SAMPLES:
@@ -216,6 +221,20 @@ class Calibration:
                     f"{task.name}: {task.samples} sample{'s' * (task.samples > 1)} are few; the score {task.base:.3f} "
                     f"has a standard error of {spread}, so the weights are rough; take {_FEW_SAMPLES} or more"
                 )
+        result = self.results[self.layers]
+        if result.deltas is not None and result.delta_standard_errors is not None:
+            share = (
+                "all weights"
+                if len(self.tasks) == 1
+                else f"1/{len(self.tasks)} of the weights, as does every other task"
+            )
+            spreads, noises = spread_of_heads(result.deltas, result.delta_standard_errors)
+            for task, differ, within in zip(self.tasks, spreads.tolist(), noises.tolist(), strict=True):
+                if task.name not in result.flat_tasks and differ <= within:
+                    found.append(
+                        f"{task.name}: the drops of its heads differ by {differ:.3f} at most, which is within their "
+                        f"noise of {within:.3f}, but it decides {share}; take more samples of it, or leave it out"
+                    )
         errors = self.standard_errors
         if errors is not None:
             lowest, highest = float(self.weights.min()), float(self.weights.max())

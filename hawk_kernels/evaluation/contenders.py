@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hawk_kernels.head_weights import find_weights_file
-from hawk_kernels.hf.prune import prune
+from hawk_kernels.hf.prune import KeepRatio, prune
 from hawk_kernels.methods import Method, resolve_method
 
 _WORDS: dict[str, Any] = {"none": None, "null": None, "true": True, "false": False}
@@ -60,7 +60,7 @@ class Contender:
             options[option] = _value(value)
         return cls(text.strip(), name, options)
 
-    def block(self, model: Any, keep: float | int) -> AbstractContextManager[Any]:
+    def block(self, model: Any, keep: KeepRatio) -> AbstractContextManager[Any]:
         """Return the `prune` block of this method.
 
         Raises:
@@ -86,7 +86,7 @@ class Way:
     """
 
     contender: Contender | None = None
-    keep: float | int = 1.0
+    keep: KeepRatio = 1.0
 
     def block(self, model: Any) -> AbstractContextManager[Any]:
         """Return the `prune` block, or one that does nothing."""
@@ -138,7 +138,7 @@ def check_contenders(contenders: Sequence[Contender]) -> None:
         raise ValueError(f"methods: expected each once, got {', '.join(twice)} more than once; leave out the copies")
 
 
-def refusal(contender: Contender, model: Any, keep: float | int, ask: Callable[[], object]) -> str | None:
+def refusal(contender: Contender, model: Any, keep: KeepRatio, ask: Callable[[], object]) -> str | None:
     """Try a method on a question, and return why it cannot serve the model's family, if it cannot.
 
     A method says so with an error about its name, the argument `method`. Every other error is raised.

@@ -26,6 +26,7 @@ from hawk_kernels.hf.packing import slot_limit
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.pruned_cache import CacheRecords, Kept, check_slots
 from hawk_kernels.hf.rotary import check_rotates, rotary_of_layer
+from hawk_kernels.selection import Merge
 
 _IMPLEMENTATIONS = ("sdpa", "eager")
 # from this version of transformers on, the hooks of a layer run outside what is computed again
@@ -81,6 +82,7 @@ class Passage:
         chosen: is called with what each stage has chosen.
         embeds: `[B, T, hidden]`, what enters.
         known: what each stage keeps, where an earlier step without a cache has chosen it; else None.
+        known_merges: the merge map of each of these stages, by places in the rows that it chose from.
     """
 
     prompt: Prompt
@@ -90,6 +92,7 @@ class Passage:
     chosen: Callable[[Chosen], None]
     embeds: torch.Tensor
     known: list[Kept] | None
+    known_merges: list[Merge | None]
 
 
 class InsideStack:
@@ -247,7 +250,7 @@ class InsideStack:
         assert passage is not None
         if passage.known is not None:
             whole, counts = passage.known[number]
-            prompt.keep(stage.layer, prompt.of_present(whole), counts)
+            prompt.keep(stage.layer, prompt.of_present(whole), counts, passage.known_merges[number])
             return
         states, valid = states_of(args, kwargs), prompt.valid
         context = _context(layer, states, kwargs, valid) if hasattr(layer, "self_attn") else Context()
@@ -260,8 +263,8 @@ class InsideStack:
         kept = prompt.of_whole(choice.kept, False)
         scores = prompt.of_whole(choice.scores, -torch.inf)
         passage.chosen(Chosen(stage.chooser, present, choice, kept, scores))
-        if choice.counts != present.valid.sum(axis=1).tolist():
-            prompt.keep(stage.layer, choice.kept, choice.counts)
+        if choice.merge is not None or choice.counts != present.valid.sum(axis=1).tolist():
+            prompt.keep(stage.layer, choice.kept, choice.counts, choice.merge)
 
     def _check_call(self, kwargs: dict[str, Any]) -> None:
         config = self._text.config

@@ -19,6 +19,7 @@ from hawk_kernels.hf.layer_masks import check_rows, for_attention, is_causal, st
 from hawk_kernels.hf.packing import Packing, packed_pairs
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.pruned_cache import CacheRecords
+from hawk_kernels.selection import Merge
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class PromptCut:
         self._features = features
         self._packings: list[Packing] = []
         self._layouts: list[Layout] = []
-        self._waiting: tuple[int, torch.Tensor, list[int]] | None = None
+        self._waiting: tuple[int, torch.Tensor, list[int], Merge | None] | None = None
         self._kept: torch.Tensor | None = None
         self._made: list[tuple[Any, Any, Any]] = []
 
@@ -95,9 +96,16 @@ class PromptCut:
             self._prompt, self._kept = packed_prompt(self._prompt, kept, self._packings[-1].length), None
         return self._prompt
 
-    def keep(self, first: int, kept: torch.Tensor, counts: list[int]) -> None:
-        """Let the layers from index `first` on hold only these tokens of the present rows, bool `[B, P]`."""
-        self._waiting = first, kept, counts
+    def keep(self, first: int, kept: torch.Tensor, counts: list[int], merge: Merge | None) -> None:
+        """Let the layers from index `first` on hold only these tokens of the present rows.
+
+        Args:
+            first: the first of these layers.
+            kept: bool `[B, P]`.
+            counts: how many stay in each row.
+            merge: makes the states of kept tokens sums of states, by places among the P; None means none.
+        """
+        self._waiting = first, kept, counts, merge
 
     def of_present(self, kept: torch.Tensor) -> torch.Tensor:
         """Cut a mask of the rows that entered, bool `[B, T]`, to the present ones."""
@@ -143,6 +151,11 @@ class PromptCut:
         device = states.device
         here = self._features.places.to(device)
         row = (here.flatten().cumsum(0) - 1).view(here.shape).clamp(min=0)
+        if any(packing.merges for packing in self._packings):
+            whole = torch.where(here.unsqueeze(-1), features.to(device, states.dtype)[row], 0)
+            for packing in self._packings:
+                whole = packing.merged(whole)
+            return states + whole
         if self._layouts:
             source = self._layouts[-1].source.to(device)
             here, row = here.gather(1, source) & self._layouts[-1].mask.to(device), row.gather(1, source)
@@ -157,10 +170,10 @@ class PromptCut:
 
     def _cut_states(self, states: torch.Tensor) -> torch.Tensor:
         assert self._waiting is not None
-        first, kept, counts = self._waiting
+        first, kept, counts, merge = self._waiting
         device = states.device
         self._kept, self._waiting = kept, None
-        packing = Packing(states, kept.to(device), counts)
+        packing = Packing(states, kept.to(device), counts, merge=merge)
         source, mask = packing.source, packing.mask.bool()
         if self._layouts:
             source = self._layouts[-1].source.to(device).gather(1, source)

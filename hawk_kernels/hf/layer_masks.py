@@ -15,6 +15,7 @@ from torch import nn
 
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.pruned_cache import CacheRecords
+from hawk_kernels.selection import Merge
 
 
 class PromptMask:
@@ -42,8 +43,17 @@ class PromptMask:
         seen = ~self._hidden[-1].tokens.cpu().numpy()
         return replace(self._entered, visual=self._entered.visual & seen, valid=self._entered.valid & seen)
 
-    def keep(self, first: int, kept: torch.Tensor, counts: list[int]) -> None:
-        """Hide all tokens but these, bool `[B, T]`, from the layers from index `first` on."""
+    def keep(self, first: int, kept: torch.Tensor, counts: list[int], merge: Merge | None) -> None:
+        """Hide all tokens but these, bool `[B, T]`, from the layers from index `first` on.
+
+        Raises:
+            ValueError: a map by which tokens are merged, which a mask cannot do.
+        """
+        if merge is not None:
+            raise ValueError(
+                "mode: expected 'drop' with a method that merges tokens inside the stack, got 'hide'; a mask cannot "
+                "merge, so leave mode out, or turn the method's merging off"
+            )
         hidden = self.valid & ~kept
         if self._hidden:
             hidden = hidden | self._hidden[-1].tokens

@@ -104,6 +104,12 @@ class Packing:
             return packed
         return packed & self.mask.to(packed.device, torch.bool).view(*self.mask.shape, *[1] * (packed.dim() - 2))
 
+    def merged(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Pack `[B, T, C]` to `[B, P, C]` as the embeddings are packed, and merge it by the same map."""
+        device = tensor.device
+        merge = None if self._merge is None else Merge(*(part.to(device) for part in self._merge))
+        return compact(tensor, self._kept.to(device), length=self.length, merge=merge).inputs_embeds
+
     def pack_visual(self, features: torch.Tensor, visual: np.ndarray, counts: list[int]) -> torch.Tensor:
         """Pack what visual tokens alone have, as the embeddings are packed, and merge it by the same map.
 

@@ -455,7 +455,7 @@ class CallHooks:
             self._inside.resume(None, None, 0)
         if earlier is not None:
             prefill.kept = earlier.extended(valid, prompt.valid)
-            prefill.merge = earlier.merge
+            prefill.merge, prefill.inner_merges = earlier.merge, earlier.inner_merges
             if prefill.keeps_everything:
                 return None
         elif not prompt.visual.any():
@@ -528,17 +528,19 @@ class CallHooks:
             chosen=partial(self._chosen_inside, prefill),
             embeds=kwargs["inputs_embeds"],
             known=known,
+            known_merges=prefill.inner_merges,
         )
         check_slots(slot_limit(self._anatomy), max(whole.ids.shape[1], fixed_size(kwargs.get("past_key_values"))))
         return inside.enter(passage, kwargs)
 
     def _chosen_inside(self, prefill: _Prefill, chosen: Chosen) -> None:
         """Note what a stage inside the stack has chosen."""
-        if chosen.choice.merge is not None:
+        if chosen.choice.merge is not None and chosen.chooser.method.stage == "encoder":
             raise ValueError(
                 f"method {chosen.chooser.method.name!r}: expected a Selection without a merge map inside the stack, "
-                "got one with a map; return one without, or choose before the first layer"
+                "got one of rows that enter the projector; return one without, or choose before the first layer"
             )
+        prefill.inner_merges.append(chosen.choice.merge)
         kept, scores = chosen.kept, chosen.scores
         if prefill.packing is not None:
             kept, scores = prefill.packing.spread(kept, False), prefill.packing.spread(scores, -math.inf)
@@ -633,7 +635,9 @@ class CallHooks:
         if cache is not None and not prefill.keeps_everything:
             guard(cache)
         if cache is None and prefill.earlier is None:
-            self._thread.uncached.append(UncachedPrompt(prompt, prefill.features, prefill.kept, prefill.merge))
+            self._thread.uncached.append(
+                UncachedPrompt(prompt, prefill.features, prefill.kept, prefill.merge, prefill.inner_merges)
+            )
         if cache is not None and prefill.outcome is not None:
             saved = bytes_saved(cache, prompt.ids.shape[1])
             self._publish(replace(prefill.outcome, cache_bytes_saved=saved))
@@ -780,9 +784,9 @@ class _Prefill:
     `is_own` is false for a prompt that is not the one which `generate` was called with. `earlier` is the prompt of
     which this one is a later step, where there is no cache. At the text model `encoded` is filled in, and what ranks
     the tokens, `projections`; then `kept`, the tokens that stay after each stage and their number in each row, `merge`,
-    which makes those before the first layer sums, and the `outcome` so far; and where some were dropped or merged
-    before the first layer, how the rest are packed and the position ids of what follows. `logits_to_keep` is how many
-    logits at the end the caller wants, 0 for all.
+    which makes those before the first layer sums, `inner_merges`, which do so at each stage inside the stack, and the
+    `outcome` so far; and where some were dropped or merged before the first layer, how the rest are packed and the
+    position ids of what follows. `logits_to_keep` is how many logits at the end the caller wants, 0 for all.
     """
 
     prompt: Prompt
@@ -795,6 +799,7 @@ class _Prefill:
     projections: LayerProjections | None = None
     kept: list[Kept] = field(default_factory=list)
     merge: Merge | None = None
+    inner_merges: list[Merge | None] = field(default_factory=list)
     outcome: Outcome | None = None
     packing: Packing | None = None
     following: torch.Tensor | None = None
@@ -803,7 +808,7 @@ class _Prefill:
     @property
     def keeps_everything(self) -> bool:
         """Tell whether the text model reads the prompt as it came."""
-        if self.merge is not None:
+        if any(merge is not None for merge in (self.merge, *self.inner_merges)):
             return False
         counts: list[int] = self.prompt.valid.sum(axis=1).tolist()
         return self.kept[-1][1] == counts

@@ -209,10 +209,19 @@ class UncachedPrompt:
         features: its images, held weakly.
         kept: for each stage the tokens that stayed, bool `[B, T]`, and how many those are in each row.
         merge: made kept tokens sums of visual tokens, which it does in each step; None means none.
+        inner_merges: the same for each stage inside the stack.
     """
 
-    def __init__(self, prompt: Prompt, features: tuple[Any, ...], kept: list[Kept], merge: Merge | None = None) -> None:
+    def __init__(
+        self,
+        prompt: Prompt,
+        features: tuple[Any, ...],
+        kept: list[Kept],
+        merge: Merge | None = None,
+        inner_merges: list[Merge | None] | None = None,
+    ) -> None:
         self.merge = merge
+        self.inner_merges = list(inner_merges or [])
         self._ids = prompt.ids
         self._features = [weakref.ref(feature) for feature in features]
         self._kept = list(kept)

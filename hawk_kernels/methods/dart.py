@@ -19,8 +19,9 @@ class Dart(JointMethod):
     are kept; the rest of the budget is divided evenly among all pivots, visual ones first, the largest first; each in
     turn takes the tokens with the smallest cosine to it that are still there (Wen et al., "Stop Looking for Important
     Tokens in Multimodal Language Models: Duplication Matters More", EMNLP 2025, arXiv 2502.11494, and github
-    ZichenWen1/DART, with four pivots of each kind). The authors prune after the second decoder layer; this
-    is done before the first, with its keys before RoPE and the embeddings that enter it.
+    ZichenWen1/DART, with four pivots of each kind). The authors prune after the second decoder layer,
+    which is `prune(model, {2: ("dart", keep_ratio)})`; without a stage this is done before the first layer. Either way
+    the keys are those of the layer that follows, before RoPE, and the cosines those of the states that enter it.
 
     Args:
         pivots: visual pivots, at least one.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from hawk_kernels.methods.base import JointMethod, candidates_of_units, of_rows, of_units, register
 from hawk_kernels.methods.cdpruner import max_cosine, relevance
 from hawk_kernels.methods.hawk import peaks_of_attention
@@ -18,9 +20,11 @@ class Heed(JointMethod):
     Two signals say how much a visual token `m` matters to the text tokens `n`. One is attention in the first layer
     before RoPE, `a[m] = mean_i max_n softmax_m(q[i, n] . k[i, m] / sqrt(d))` over the heads `i`; the other compares the
     embeddings that enter that layer, `c[m] = max_n cos(v[m], t[n])`. Both take the maximum over the text, so that one
-    word suffices. Scaled by minimum and maximum over the image or row, `s(x) = (x - min x + 1e-6) / (max x - min x +
-    1e-6)`, their mean is the quality `g[m] = (s(a)[m] + s(c)[m]) / 2` of a determinantal point process with the kernel
-    `L[m, l] = g[m] cos(v[m], v[l]) g[l]`, whose greedy MAP is kept.
+    word suffices. Both are scaled by minimum and maximum over the image or row, `s(x) = (x - min x + 1e-6) / (max x -
+    min x + 1e-6)`. The quality of a token is their mean `g[m] = (s(a)[m] + w s(c)[m]) / (1 + w)`, in which the cosine
+    counts as much as its best match stands out, `w = max c - mean c`. Where the embeddings of images and words have
+    little in common, no match stands out, and attention decides. The kept tokens are the greedy MAP of a determinantal
+    point process with the kernel `L[m, l] = g[m] cos(v[m], v[l]) g[l]`.
 
     No paper has published this method; it was made here, from three that were. Attention before RoPE is HAWK's (arXiv
     2604.07812), which averages it over the text and weighs the heads; relevance by cosine and the determinantal point
@@ -49,5 +53,19 @@ class Heed(JointMethod):
         attended = peaks_of_attention(view, None, "softmax").masked_fill(~view.candidates, 0.0)
         named = max_cosine(visual, *view.text_embeddings())
         scaled_attended, scaled_named = (relevance(of_units(x, view), candidates) for x in (attended, named))
-        quality = (scaled_attended + scaled_named) / 2
+        weight = contrast(of_units(named, view), candidates)
+        quality = (scaled_attended + weight * scaled_named) / (1 + weight)
         return of_rows(greedy_dpp(of_units(visual, view), quality, r, mask=candidates, rounding=self.rounding), view)
+
+
+def contrast(similarity: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Tell how far the best match of each unit lies above its average, float32 `[U, 1]`; 0 for one without candidates.
+
+    Args:
+        similarity: float32 `[U, L]`.
+        candidates: bool `[U, L]`.
+    """
+    highest = similarity.masked_fill(~candidates, -torch.inf).amax(dim=1, keepdim=True)
+    mean = similarity.masked_fill(~candidates, 0.0).sum(dim=1, keepdim=True) / candidates.sum(dim=1, keepdim=True)
+    # a match that is not a number stands out no more than none
+    return (highest - mean).clamp(min=0).nan_to_num_(nan=0.0)

@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import Keep, Method, falling_stages, register
+from hawk_kernels.methods.base import (
+    Keep,
+    Method,
+    candidates_of_units,
+    checked_scores,
+    falling_stages,
+    of_rows,
+    of_units,
+    register,
+    selected,
+)
 from hawk_kernels.methods.prefill_view import PrefillView
 from hawk_kernels.ops.attention_column_mean import attention_column_mean
+from hawk_kernels.ranking import order_key, rank
+from hawk_kernels.selection import Merge, Selection, kept_counts, max_kept
 from hawk_kernels.validation import check_rounding
+
+# percent of the dropped tokens that are clustered, tokens to a cluster, and neighbours that make up a density
+_RECYCLED = 30
+_PER_CLUSTER = 10
+_NEIGHBOURS = 5
 
 
 @register
@@ -22,17 +39,27 @@ class SparseVLM(Method):
     The paper lets the rank of the raters' attention matrix decide how many tokens a layer drops; the authors' release
     has that switched off and keeps fixed numbers after layers 3, 7 and 16 of 32 (300, 200 and 110 of 576). Here the
     stages stand at these depths, each keeps the same share of what the one before kept, and `keep_ratio` is what is
-    left after the last: 0.19 gives 331, 190 and 109 of 576. The paper turns some dropped tokens into a few new ones by
-    clustering; that needs tokens that are merged, and is left out here.
+    left after the last: 0.19 gives 331, 190 and 109 of 576.
+
+    With `recycle=True` the best of what is dropped comes back as a few merged tokens, as in the paper. Of the tokens
+    that a stage drops, the 30 % with the highest scores are clustered by density peaks in the states that enter the
+    ranking layer, a tenth as many clusters as tokens and one more: with `D` the distance over the square root of the
+    width, `rho[i] = exp(-mean D[i, j]^2)` over the 5 nearest of these tokens, `delta[i]` the distance to the nearest
+    token with a larger `rho`, or for the largest `rho` the longest distance; those with the largest `rho delta` are the
+    centres, and the others join the nearest one. A centre keeps its place and position id and becomes the mean of its
+    cluster. The paper writes a sum, which grows with the cluster. Its clusters come on top of the tokens that a stage
+    keeps; here they are part of the budget.
 
     The release counts as text all that follows the image, here it is the question; and it wants `R[n] > mean(R)`, which
     leaves a question of one word without raters. In layers with sliding windows the attention is that without windows.
 
     Args:
         rounding: "floor", "ceil" or "nearest" (half to even).
+        recycle: whether the best dropped tokens come back as the means of clusters; only while tokens are dropped, not
+            with `mode="hide"`.
 
     Raises:
-        ValueError: another rounding.
+        TypeError, ValueError: an option that is none of these.
     """
 
     name = "sparsevlm"
@@ -44,8 +71,11 @@ class SparseVLM(Method):
     ranks_by = "last"
     inside_only = True
 
-    def __init__(self, rounding: str = "floor") -> None:
+    def __init__(self, rounding: str = "floor", recycle: bool = False) -> None:
         self.rounding = check_rounding(rounding)
+        if not isinstance(recycle, bool):
+            raise TypeError(f"recycle: expected a bool, got {type(recycle).__name__}; True merges dropped tokens")
+        self.recycle = recycle
 
     def stages(self, keep_ratio: float | int, depth: int) -> dict[int, Keep]:
         return falling_stages(keep_ratio, depth, (3 / 32, 7 / 32, 16 / 32), self.name)
@@ -64,6 +94,79 @@ class SparseVLM(Method):
             queries, keys, cu_seqlens=layer.cu_seqlens, causal=True, q_rows=rows[:count].unsqueeze(0), scale=layer.scale
         )
         return received[0][layer.visual].masked_fill_(~view.candidates, -torch.inf)
+
+    def select(self, view: PrefillView, r: float | int) -> Selection:
+        if not self.recycle:
+            return super().select(view, r)
+        scores = checked_scores(self.name, self.score(view), view.candidates)
+        states = of_units(view.visual_embeddings(), view)
+        candidates = candidates_of_units(view)
+        return of_rows(recycling(of_units(scores, view), states, r, mask=candidates, rounding=self.rounding), view)
+
+
+def recycling(
+    scores: torch.Tensor, states: torch.Tensor, r: float | int, *, mask: torch.Tensor, rounding: str = "floor"
+) -> Selection:
+    """Keep the highest scores, and clusters of the best of what is left, as one budget.
+
+    Args:
+        scores: float32 `[U, L]`.
+        states: `[U, L, hidden]`.
+        r: fraction of a unit's candidates that is kept, or the budget.
+        mask: bool `[U, L]`, True = candidate.
+        rounding: "floor" or "ceil".
+
+    Returns:
+        `Selection(mask, indices, scores)` with a merge map of one entry for each token of a cluster.
+    """
+    counts = mask.sum(dim=1)
+    budget = kept_counts(r, counts, rounding)
+    recycled = (counts - budget) * _RECYCLED // 100
+    clusters = torch.where(recycled > 0, recycled // _PER_CLUSTER + 1, 0).clamp(max=(budget - 1).clamp(min=0))
+    place = rank(order_key(scores, mask))
+    alone = (budget - clusters).unsqueeze(1)
+    is_alone = mask & (place < alone)
+    pool = mask & ~is_alone & (place < alone + torch.where(clusters > 0, recycled, 0).unsqueeze(1))
+    is_centre, nearest = _density_peaks(states, pool, clusters)
+    kept = is_alone | is_centre
+    own = torch.arange(mask.shape[1], device=mask.device).expand_as(nearest)
+    target = torch.where(pool, nearest, -1)
+    size = torch.zeros_like(scores).scatter_add_(1, target.clamp(min=0), pool.float())
+    weight = 1 / size.gather(1, target.clamp(min=0)).clamp(min=1)
+    found = selected(kept, scores, max_kept(r, mask.shape[1], rounding))
+    return found.merging(Merge(target, own.contiguous(), weight))
+
+
+def _density_peaks(
+    states: torch.Tensor, pool: torch.Tensor, clusters: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cluster the tokens of a pool by density peaks.
+
+    Args:
+        states: `[U, L, hidden]`.
+        pool: bool `[U, L]`, the tokens that are clustered, at least as many as clusters.
+        clusters: int64 `[U]`, how many.
+
+    Returns:
+        Which tokens are centres, bool `[U, L]`, and for each token the centre of its cluster, int64 `[U, L]`.
+    """
+    states = states.float()
+    distance = torch.cdist(states, states, compute_mode="donot_use_mm_for_euclid_dist") / states.shape[2] ** 0.5
+    both = pool.unsqueeze(1) & pool.unsqueeze(2)
+    itself = torch.eye(pool.shape[1], dtype=torch.bool, device=pool.device)
+    among = distance.masked_fill(~both | itself, torch.inf)
+    near = among.topk(min(_NEIGHBOURS, pool.shape[1]), dim=2, largest=False).values
+    is_near = near < torch.inf
+    density = torch.exp(-(near.where(is_near, 0.0) ** 2).sum(dim=2) / is_near.sum(dim=2).clamp(min=1))
+    # equal densities are ordered by place, so that only one token has no denser one
+    order = rank(order_key(density, pool))
+    is_denser = both & (order.unsqueeze(1) < order.unsqueeze(2))
+    longest = distance.masked_fill(~both, 0.0).amax(dim=(1, 2)).unsqueeze(1)
+    to_denser = torch.where(is_denser.any(dim=2), distance.masked_fill(~is_denser, torch.inf).amin(dim=2), longest)
+    is_centre = pool & (rank(order_key(density * to_denser, pool)) < clusters.unsqueeze(1))
+    nearest = distance.masked_fill(~is_centre.unsqueeze(1), torch.inf).argmin(dim=2)
+    own = torch.arange(pool.shape[1], device=pool.device).expand_as(nearest)
+    return is_centre, torch.where(is_centre, own, nearest)
 
 
 def raters_of(view: PrefillView) -> torch.Tensor:
