@@ -41,6 +41,8 @@ MODES = (
 GENERATING = MODES[MODES.index("greedy") :]
 ONE_ROW = ("prompt lookup", "assisted")
 """Modes in which upstream generates for one row at a time."""
+NEEDS_HIDING = ("gradient", "second turn", "threads")
+"""Modes whose oracle hides tokens by a mask."""
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "normalize": ("auto", None, "l2", "softmax", "minmax"),
@@ -244,9 +246,11 @@ def _random_case(rng: random.Random, family: str, attention: str, methods: list[
     supported = SUPPORTED[family]
     lacks = {"beams": ("beams",), "return sequences": ("beams",), "sampling": ()}
     able = [mode for mode in modes if not {mode, *lacks.get(mode, ())} & set(supported.without)]
-    mode = rng.choice(able or list(modes))
     hides = BY_NAME[family].hides
-    batch_size = 1 if mode in ONE_ROW or not (hides or mode in ("forward", "labels")) else rng.choice((1, 1, 2, 3))
+    if not hides:
+        able = [mode for mode in able if mode not in NEEDS_HIDING]
+    mode = rng.choice(able or list(modes))
+    batch_size = 1 if mode in ONE_ROW or not (hides or mode in ("forward", "labels", "greedy")) else rng.choice((1, 1, 2, 3))
     method, options, keep, stages = _random_pruning(rng, family, methods)
     padding = rng.choice(PADDINGS if mode not in GENERATING else ("left", "left", "none"))
     return Case(

@@ -24,6 +24,7 @@ from hawk_kernels.selection import kept_count
 from tests.family_checks import expected_logits, packed_positions, removed, together, watched
 from tests.hostile.cases import GENERATING, Case, hidden_tokens, inputs_of
 from tests.hostile.refusals import refusal_of
+from tests.test_method_fastv import without_tokens
 from tests.tiny_families import BY_NAME, tiny_model
 from tests.tiny_models import FIRST_WORD, IMAGE, VIDEO, VOCABULARY
 
@@ -48,6 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 KEPT_BY_UPSTREAM = {"rope_deltas", "_compiled_call", "_previous_max_cache_length"}
 SAME_AS_GREEDY = ("static cache", "use_cache=False", "prompt lookup", "assisted")
+FORWARD = ("forward", "forward without a cache")
 LABELS = {"labels", "gradient"}
 
 
@@ -128,6 +130,7 @@ class _Trial:
         if bool(hidden.any()):
             self.inputs["position_ids"] = self._positions_of_caller()
         self.stages = {layer: (method, keep) for layer, method, keep in case.stages} or None
+        self.merges = any(resolve_method(name, {}).stage == "encoder" for name in case.methods)
         self.in_stack = bool(self.stages) or METHODS[case.method].inside_only
 
     def verdict(self) -> Verdict:
@@ -242,8 +245,7 @@ class _Trial:
             if not self.hides:
                 return self._expected_without_a_cache(pruned)
             return self._pruned(mode="hide")
-        merged = any(resolve_method(name, {}).stage == "encoder" for name in self.case.methods)
-        with self._giving_sums(pruned.keep_mask) if merged else _nothing(), torch.no_grad(), _or_upstream():
+        with self._giving_sums(pruned.keep_mask) if self.merges else _nothing(), torch.no_grad(), _or_upstream():
             return self._hidden(self._kept_of_rows(pruned.keep_mask))
 
     def _hidden(self, kept: torch.Tensor) -> Run:
@@ -255,12 +257,11 @@ class _Trial:
                 of_caller["position_ids"] = positions - BY_NAME[case.family].first_position
                 torch.manual_seed(case.seed)
                 return Run([self._generate(of_caller, **self._options(oracle=True))], kept)
-            rows = removed(model, self.embeds, positions, kept, steps=NEW_TOKENS)
-            said = torch.stack([tokens for _, tokens in rows])
-            return Run([torch.cat([self.raw["input_ids"], said], dim=1)], kept)
+            return Run([self._generated_without(kept)], kept)
         of_caller["position_ids"] = positions
         if not self.hides:
-            whole = expected_logits(case.family, model, self.raw, kept, self.embeds, positions)
+            with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+                whole = expected_logits(case.family, model, self.raw, kept, self.embeds, positions)
             return Run([whole], kept, loss=self._loss(whole, kept))
         if mode == "gradient":
             with torch.enable_grad():
@@ -281,10 +282,30 @@ class _Trial:
             )
             return Run([output.logits, again.logits], kept)
 
+    def _generated_without(self, kept: torch.Tensor) -> torch.Tensor:
+        """What a model says that never got the dropped tokens, which takes them row by row, or one row alone."""
+        case, length = self.case, self.raw["input_ids"].shape[1]
+        if case.mode in ("greedy", "threads"):
+            rows = removed(self.model, self.embeds, self.positions, kept, steps=NEW_TOKENS)
+            said = torch.stack([tokens for _, tokens in rows])
+            return torch.cat([self.raw["input_ids"], said], dim=1)
+        without = {
+            "inputs_embeds": self.embeds[:, kept[0]],
+            "attention_mask": torch.ones(1, int(kept.sum()), dtype=torch.long),
+            "position_ids": packed_positions(self.positions, kept),
+        }
+        torch.manual_seed(case.seed)
+        said = self._generate(without, **self._options(oracle=True))
+        return torch.cat([self.raw["input_ids"].expand(len(said), length), said], dim=1)
+
     def _expected_without_a_cache(self, pruned: Run) -> Run:
-        """Where no token can be hidden: each row alone, and a generation that reads all of it at every step."""
+        """Where no token can be hidden: layers that never get one, or a generation that reads all at every step."""
         if not self.generates:
-            return pruned
+            stages = self.case.stages
+            if len(stages) != 1 or stages[0][0] == 0 or len(self.visible) > 1 or self.case.mode not in FORWARD:
+                return pruned
+            with torch.no_grad(), without_tokens(self.model, stages[0][0], pruned.keep_mask[0]):
+                return Run([self.model(**self.raw, use_cache=False).logits], pruned.keep_mask)
         trial = object.__new__(_Trial)
         vars(trial).update(vars(self))
         trial.case = Case(**{**vars(self.case), "mode": "use_cache=False"})
@@ -344,23 +365,30 @@ class _Trial:
                     raise Wrong(f"other tokens: {got[:, -NEW_TOKENS:].tolist()}, not {right[:, -NEW_TOKENS:].tolist()}")
                 continue
             marked = kept if number == 0 else torch.ones(got.shape[:2], dtype=torch.bool)
-            self._compare_logits(got[marked].float(), right[marked].float())
+            self._compare_logits(got[marked].float(), right[marked].float(), kept)
         for one, other in ((pruned.loss, expected.loss),):
             if one is not None and other is not None and not torch.allclose(one, other, atol=TOLERANCE, rtol=TOLERANCE):
                 raise Wrong(f"the loss is {one.item():.6f}, not {other.item():.6f}")
         for name, right in expected.gradients.items():
+            if self.merges and "embed_tokens" in name:
+                # the sums that the oracle is given come from no embedding
+                continue
             got = pruned.gradients.get(name)
             if got is None or (got - right).abs().max() > TOLERANCE * max(1.0, float(right.abs().max())):
                 raise Wrong(f"another gradient of {name}")
 
-    def _compare_logits(self, got: torch.Tensor, right: torch.Tensor) -> None:
+    def _compare_logits(self, got: torch.Tensor, right: torch.Tensor, kept: torch.Tensor) -> None:
         if not got.isfinite().all():
             raise Wrong("logits of kept tokens are not finite")
         if not got.numel():
             return
         if self.case.mode == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                whole = self._plain()[0][kept].float()
             error, scale = (got - right).abs().mean(), right.abs().mean()
-            if error > 0.1 * scale:
+            moved = (got - whole).abs().mean()
+            # off by rounding, where dropping tokens moves much more
+            if error > 0.1 * scale and error > 0.3 * moved:
                 raise Wrong(f"logits are off by {float(error):.3g} on average, their size is {float(scale):.3g}")
             return
         error = float((got - right).abs().max())
