@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import Keep, Method, falling_stages, register
+from hawk_kernels.methods.base import Keep, Method, falling_stages, product, register
 from hawk_kernels.methods.prefill_view import PrefillView
 from hawk_kernels.ops.attention_column_mean import attention_column_mean
 from hawk_kernels.validation import check_rounding
@@ -73,7 +73,7 @@ def raters_of(view: PrefillView) -> torch.Tensor:
         view: of the prompt as it enters the text model.
     """
     text, is_text = view.text_embeddings()
-    logits = view.visual_embeddings().float() @ text.float().transpose(1, 2)
+    logits = product(view.visual_embeddings().float(), text.float().transpose(1, 2))
     logits.masked_fill_(~is_text.unsqueeze(1), torch.finfo(logits.dtype).min)
     shares = logits.softmax(dim=2) * view.candidates.unsqueeze(2)
     relevance = shares.sum(dim=1) / view.candidates.sum(dim=1, keepdim=True).clamp(min=1)

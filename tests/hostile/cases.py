@@ -155,7 +155,7 @@ def inputs_of(case: Case) -> dict[str, torch.Tensor]:
 
 
 def hidden_tokens(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The tokens that the caller's mask hides besides padding, bool `[B, T]`: the second and the third of their kind."""
+    """The tokens that the caller's mask hides besides padding, bool `[B, T]`: the second and third of their kind."""
     ids, valid = inputs["input_ids"], inputs["attention_mask"].bool()
     visual = (ids == IMAGE) | (ids == VIDEO)
     if not case.hidden:
@@ -184,7 +184,9 @@ def simpler(case: Case) -> Iterator[Case]:
     if case.method != usual.method:
         yield replace(case, method=usual.method, options={})
     for each in fields(Case):
-        if each.name not in ("family", "rows", "method", "options") and getattr(case, each.name) != getattr(usual, each.name):
+        if each.name not in ("family", "rows", "method", "options") and getattr(case, each.name) != getattr(
+            usual, each.name
+        ):
             yield replace(case, **{each.name: getattr(usual, each.name)})
     for name in case.options:
         yield replace(case, options={key: value for key, value in case.options.items() if key != name})
@@ -250,7 +252,9 @@ def _random_case(rng: random.Random, family: str, attention: str, methods: list[
     if not hides:
         able = [mode for mode in able if mode not in NEEDS_HIDING]
     mode = rng.choice(able or list(modes))
-    batch_size = 1 if mode in ONE_ROW or not (hides or mode in ("forward", "labels", "greedy")) else rng.choice((1, 1, 2, 3))
+    batch_size = (
+        1 if mode in ONE_ROW or not (hides or mode in ("forward", "labels", "greedy")) else rng.choice((1, 1, 2, 3))
+    )
     method, options, keep, stages = _random_pruning(rng, family, methods)
     padding = rng.choice(PADDINGS if mode not in GENERATING else ("left", "left", "none"))
     return Case(

@@ -2,8 +2,8 @@
 
 Tokens that leave before the first layer are hidden by the caller's mask, at their own positions. Where a layer sees
 masked tokens all the same (linear attention, convolutions), a text model that never got them stands for that. Tokens
-that leave inside the stack are hidden by `mode="hide"`, whose masks other tests compare with layers that never got them.
-Where a method merges, the unpruned text model is given the sums that the pruned one read.
+that leave inside the stack are hidden by `mode="hide"`, whose masks other tests compare with layers that never got
+them. Where a method merges, the unpruned text model is given the sums that the pruned one read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 
 from hawk_kernels import prune
 from hawk_kernels.hf.anatomy import dissect
+from hawk_kernels.hf.families import VISUAL_FEATURES
 from hawk_kernels.methods import METHODS, resolve_method
 from hawk_kernels.selection import kept_count
 from tests.family_checks import expected_logits, packed_positions, removed, together, watched
@@ -65,11 +66,11 @@ class Verdict(NamedTuple):
     what: str = ""
 
 
-class Wrong(Exception):
+class WrongError(Exception):
     """A result that is not what it should be."""
 
 
-class Unpruned(Exception):
+class UnprunedError(Exception):
     """The unpruned model does not run a case, or has it wrong."""
 
 
@@ -95,9 +96,9 @@ def verdict_of(case: Case) -> Verdict:
         warnings.simplefilter("ignore")
         try:
             return _Trial(case).verdict()
-        except Wrong as wrong:
+        except WrongError as wrong:
             return Verdict("failed", str(wrong))
-        except Unpruned as reason:
+        except UnprunedError as reason:
             return Verdict("upstream", str(reason))
 
 
@@ -140,14 +141,14 @@ class _Trial:
         traces = _traces(self.model)
         try:
             pruned = self._pruned()
-        except Wrong:
+        except WrongError:
             raise
         except Exception as error:
             self._check_left_alone(traces, before)
             reason = refusal_of(error)
             if reason is None:
                 self._raise_if_upstream_fails_too()
-                raise Wrong(f"{type(error).__name__}: {str(error)[:300]}") from error
+                raise WrongError(f"{type(error).__name__}: {str(error)[:300]}") from error
             return Verdict("refused", reason)
         self._check_left_alone(traces, before)
         if pruned.keep_mask is None and not self.visual.any():
@@ -155,7 +156,7 @@ class _Trial:
         try:
             self._check_masks(pruned.keep_mask)
             self._compare(pruned, self._expected(pruned))
-        except Wrong:
+        except WrongError:
             self._raise_if_upstream_is_wrong_too()
             raise
         return Verdict("passed")
@@ -167,9 +168,7 @@ class _Trial:
             kept, options = self.case.keep, {"method": self.case.method, **self.case.options}
         if any(METHODS[name].uses_head_weights for name in self.case.methods):
             options["head_weights"] = "uniform"
-        with prune(
-            self.model, kept, budget=self.case.budget, query=self._query(), mode=mode, **options
-        ) as pruning:
+        with prune(self.model, kept, budget=self.case.budget, query=self._query(), mode=mode, **options) as pruning:
             return self._read(lambda: pruning.keep_mask, pruning)
 
     def _read(self, keep_mask: Callable[[], torch.Tensor], pruning: Any = None) -> Run:
@@ -209,7 +208,7 @@ class _Trial:
             kept = keep_mask()
             said = together(self.model, requests)
         if not all(each is not None and torch.equal(each, alone) for each in said):
-            raise Wrong("two requests at once say other tokens than one")
+            raise WrongError("two requests at once say other tokens than one")
         return Run([alone], kept)
 
     def _with_gradient(self, inputs: dict[str, Any], keep_mask: Callable[[], torch.Tensor]) -> Run:
@@ -228,8 +227,8 @@ class _Trial:
             kept = keep_mask()
             logits[kept].square().mean().backward()
             # embeddings and what follows them; the encoder is upstream's alone
-            names = {id(weight): name for name, weight in dissect(model).text.named_parameters()}
-            gradients = {names[key]: weight.grad.clone() for key, weight in _by_id(model, names) if weight.grad is not None}
+            weights = dissect(model).text.named_parameters()
+            gradients = {name: weight.grad.clone() for name, weight in weights if weight.grad is not None}
             return Run([logits.detach()], kept, gradients)
         finally:
             model.zero_grad(set_to_none=True)
@@ -315,71 +314,90 @@ class _Trial:
     def _giving_sums(self, kept: torch.Tensor) -> Iterator[None]:
         """Let the text model of the unpruned model read, at kept tokens, what that of the pruned one reads."""
         case = self.case
-        seen: list[torch.Tensor] = []
-        layer = dissect(self.model).text.layers[0]
+        seen: list[dict[str, Any]] = []
+        text = dissect(self.model).text
 
         def look(module: nn.Module, args: Any, kwargs: Any) -> None:
             if not seen:
-                seen.append(args[0] if args else kwargs["hidden_states"])
+                seen.append(kwargs)
 
         options = {"method": case.method, **case.options}
         if any(METHODS[name].uses_head_weights for name in case.methods):
             options["head_weights"] = "uniform"
-        inputs = dict(self.inputs)
         with torch.no_grad(), prune(self.model, case.keep, budget=case.budget, query=self._query(), **options):
-            handle = layer.register_forward_pre_hook(look, with_kwargs=True)
+            handle = text.register_forward_pre_hook(look, with_kwargs=True)
             try:
-                self.model(**inputs)
+                self.model(**self.inputs)
             finally:
                 handle.remove()
+        sums = seen[0]
         of_rows = self._kept_of_rows(kept)
         whole = self.embeds.clone()
         for row, stays in enumerate(of_rows):
             count = int(stays.sum())
-            whole[row, stays] = seen[0][row, seen[0].shape[1] - count :]
+            whole[row, stays] = sums["inputs_embeds"][row, sums["inputs_embeds"].shape[1] - count :]
         length = whole.shape[1]
 
         def give(module: nn.Module, args: Any, kwargs: Any) -> Any:
             embeds = kwargs.get("inputs_embeds")
             if embeds is None or embeds.shape[1] < length:
                 return None
-            given = embeds.clone()
-            given[:, :length] = whole.repeat_interleave(len(embeds) // len(whole), dim=0)
-            return args, {**kwargs, "inputs_embeds": given}
+            given, times = embeds.clone(), len(embeds) // len(whole)
+            given[:, :length] = whole.repeat_interleave(times, dim=0)
+            changed = {"inputs_embeds": given}
+            for name in VISUAL_FEATURES:
+                if kwargs.get(name) is not None:
+                    changed[name] = [
+                        self._with_features(features, merged, of_rows, times)
+                        for features, merged in zip(kwargs[name], sums[name], strict=True)
+                    ]
+            return args, {**kwargs, **changed}
 
-        handle = dissect(self.model).text.register_forward_pre_hook(give, with_kwargs=True)
+        handle = text.register_forward_pre_hook(give, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
+    def _with_features(
+        self, features: torch.Tensor, merged: torch.Tensor, kept: torch.Tensor, times: int
+    ) -> torch.Tensor:
+        """Features `[S, C]` of all visual tokens with those of the kept ones replaced; rows come `times` times."""
+        counts = [int((stays & visual).sum()) for stays, visual in zip(kept, self.visual, strict=True)]
+        rows = [part for part in merged.split(counts) for _ in range(times)]
+        found = features.clone()
+        found[(kept.repeat_interleave(times, dim=0))[self.visual.repeat_interleave(times, dim=0)]] = torch.cat(rows)
+        return found
+
     def _compare(self, pruned: Run, expected: Run) -> None:
         kept = self._kept_of_rows(pruned.keep_mask)
         if self.in_stack and not torch.equal(pruned.keep_mask, expected.keep_mask):
-            raise Wrong("dropping and hiding keep other tokens")
+            raise WrongError("dropping and hiding keep other tokens")
         for number, (got, right) in enumerate(zip(pruned.values, expected.values, strict=True)):
             if got.shape != right.shape:
-                raise Wrong(f"shape {list(got.shape)} in place of {list(right.shape)}")
+                raise WrongError(f"shape {list(got.shape)} in place of {list(right.shape)}")
             if not got.is_floating_point():
                 if not torch.equal(got, right):
-                    raise Wrong(f"other tokens: {got[:, -NEW_TOKENS:].tolist()}, not {right[:, -NEW_TOKENS:].tolist()}")
+                    raise WrongError(
+                        f"other tokens: {got[:, -NEW_TOKENS:].tolist()}, not {right[:, -NEW_TOKENS:].tolist()}"
+                    )
                 continue
             marked = kept if number == 0 else torch.ones(got.shape[:2], dtype=torch.bool)
             self._compare_logits(got[marked].float(), right[marked].float(), kept)
         for one, other in ((pruned.loss, expected.loss),):
             if one is not None and other is not None and not torch.allclose(one, other, atol=TOLERANCE, rtol=TOLERANCE):
-                raise Wrong(f"the loss is {one.item():.6f}, not {other.item():.6f}")
+                raise WrongError(f"the loss is {one.item():.6f}, not {other.item():.6f}")
         for name, right in expected.gradients.items():
             if self.merges and "embed_tokens" in name:
                 # the sums that the oracle is given come from no embedding
                 continue
             got = pruned.gradients.get(name)
             if got is None or (got - right).abs().max() > TOLERANCE * max(1.0, float(right.abs().max())):
-                raise Wrong(f"another gradient of {name}")
+                raise WrongError(f"another gradient of {name}")
 
     def _compare_logits(self, got: torch.Tensor, right: torch.Tensor, kept: torch.Tensor) -> None:
         if not got.isfinite().all():
-            raise Wrong("logits of kept tokens are not finite")
+            raise WrongError("logits of kept tokens are not finite")
         if not got.numel():
             return
         if self.case.mode == "autocast":
@@ -389,19 +407,19 @@ class _Trial:
             moved = (got - whole).abs().mean()
             # off by rounding, where dropping tokens moves much more
             if error > 0.1 * scale and error > 0.3 * moved:
-                raise Wrong(f"logits are off by {float(error):.3g} on average, their size is {float(scale):.3g}")
+                raise WrongError(f"logits are off by {float(error):.3g} on average, their size is {float(scale):.3g}")
             return
         error = float((got - right).abs().max())
         if error > TOLERANCE:
-            raise Wrong(f"logits of kept tokens are off by {error:.3g}")
+            raise WrongError(f"logits of kept tokens are off by {error:.3g}")
 
     def _check_masks(self, keep_mask: torch.Tensor) -> None:
         """Text stays, nothing hidden stays, and as many visual tokens as the budget says."""
         if keep_mask is None:
-            raise Wrong("nothing was pruned and nothing said")
+            raise WrongError("nothing was pruned and nothing said")
         kept = self._kept_of_rows(keep_mask)
         if not torch.equal(kept & ~self.visual, self.visible & ~self.visual):
-            raise Wrong("text or padding changed sides")
+            raise WrongError("text or padding changed sides")
         case = self.case
         method, keep = (case.method, case.keep) if not case.stages else case.stages[-1][1:]
         options = {} if case.stages else case.options
@@ -415,17 +433,17 @@ class _Trial:
                 # an earlier stage may have fewer left than a later one may keep
                 right = [min(one, other) for one, other in zip(right, before, strict=True)]
             if counts != right:
-                raise Wrong(f"{counts} visual tokens of {before} stay, not {right}")
+                raise WrongError(f"{counts} visual tokens of {before} stay, not {right}")
         elif any((count == 0) != (left == 0) for count, left in zip(before, counts, strict=True)):
-            raise Wrong(f"{counts} visual tokens of {before} stay")
+            raise WrongError(f"{counts} visual tokens of {before} stay")
 
     def _check_left_alone(self, traces: Any, before: list[torch.Tensor]) -> None:
         if _traces(self.model) != traces:
             old, new = dict(traces), dict(_traces(self.model))
             changed = [name for name in {**old, **new} if new.get(name) != old.get(name)]
-            raise Wrong(f"the block left something on {', '.join(changed[:3])}")
+            raise WrongError(f"the block left something on {', '.join(changed[:3])}")
         if not all(torch.equal(*pair) for pair in zip(self._plain(), before, strict=True)):
-            raise Wrong("the model has other logits after the block")
+            raise WrongError("the model has other logits after the block")
 
     def _plain(self) -> list[torch.Tensor]:
         with torch.no_grad():
@@ -444,15 +462,15 @@ class _Trial:
             said, embeds, _ = watched(self.model, lambda: self._generate(self.inputs, **self._options()))
             beams = embeds.unflatten(0, (len(self.visible), -1))
             if not torch.allclose(beams, self.embeds.unsqueeze(1).expand_as(beams), atol=1e-3):
-                raise Unpruned("the beams of a sample get features of other images")
+                raise UnprunedError("the beams of a sample get features of other images")
             if self.case.mode in SAME_AS_GREEDY and not torch.equal(said, self._generate(self.inputs)):
-                raise Unpruned("other tokens than those of greedy generation")
+                raise UnprunedError("other tokens than those of greedy generation")
 
     def _kept_of_rows(self, keep_mask: torch.Tensor) -> torch.Tensor:
         """One row for each prompt; `generate` repeats them for its beams."""
         of_beams = keep_mask.unflatten(0, (len(self.visible), -1))
         if not torch.equal(of_beams, of_beams[:, :1].expand_as(of_beams)):
-            raise Wrong("the beams of a sample keep other tokens")
+            raise WrongError("the beams of a sample keep other tokens")
         return of_beams[:, 0]
 
     def _positions_of_caller(self) -> torch.Tensor:
@@ -486,10 +504,6 @@ class _Trial:
         return self.model.generate(**{**inputs, **GREEDY, **options})
 
 
-def _by_id(model: nn.Module, names: dict[int, str]) -> list[tuple[int, torch.Tensor]]:
-    return [(id(weight), weight) for weight in model.parameters() if id(weight) in names]
-
-
 def _traces(model: nn.Module) -> list[tuple[str, Any]]:
     """What hangs on each module: its hooks, and the names of its attributes without what upstream keeps there."""
     return [
@@ -515,7 +529,7 @@ def _or_upstream() -> Iterator[None]:
     """What the unpruned model raises is no finding."""
     try:
         yield
-    except (Wrong, Unpruned):
+    except (WrongError, UnprunedError):
         raise
     except Exception as error:
-        raise Unpruned(f"{type(error).__name__}: {str(error)[:160]}") from error
+        raise UnprunedError(f"{type(error).__name__}: {str(error)[:160]}") from error
