@@ -36,12 +36,13 @@ MODES = (
     "prompt lookup",
     "assisted",
     "second turn",
+    "chat",
     "threads",
 )
 GENERATING = MODES[MODES.index("greedy") :]
 ONE_ROW = ("prompt lookup", "assisted")
 """Modes in which upstream generates for one row at a time."""
-NEEDS_HIDING = ("gradient", "second turn", "threads")
+NEEDS_HIDING = ("gradient", "second turn", "chat", "threads")
 """Modes whose oracle hides tokens by a mask."""
 
 OPTIONS: dict[str, tuple[Any, ...]] = {

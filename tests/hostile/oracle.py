@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import nn
 
 from hawk_kernels import prune
@@ -176,6 +177,8 @@ class _Trial:
         mode, model = self.case.mode, self.model
         if mode == "threads":
             return self._in_threads(keep_mask)
+        if mode == "chat":
+            return self._in_chat(keep_mask)
         if self.generates:
             torch.manual_seed(self.case.seed)
             with torch.no_grad():
@@ -200,6 +203,39 @@ class _Trial:
                 input_ids=following, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True
             )
             return Run([output.logits, again.logits], kept)
+
+    @torch.no_grad()
+    def _in_chat(self, keep_mask: Callable[[], torch.Tensor]) -> Run:
+        """Generate, and once more with the whole conversation over the cache that was kept."""
+        cache = transformers.DynamicCache(config=self.model.config.get_text_config())
+        said = self._generate(self.inputs, past_key_values=cache)
+        kept = keep_mask()
+        conversation = torch.cat([said, self._next_turn()], dim=1)
+        mask = torch.ones_like(conversation)
+        mask[:, : self.visible.shape[1]] = self.visible
+        again = self._generate({"input_ids": conversation, "attention_mask": mask}, past_key_values=cache)
+        return Run([said, again], kept)
+
+    def _whole_chat(self, kept: torch.Tensor) -> Run:
+        """The same from two prompts that are read whole."""
+        length = self.visible.shape[1]
+        prompt = {**self.raw, "attention_mask": kept.long(), "position_ids": self._positions_of_caller()}
+        said = self._generate(prompt)
+        following = torch.cat([said[:, length:], self._next_turn()], dim=1)
+        positions, steps = prompt["position_ids"], 1 + torch.arange(following.shape[1])
+        more = positions[..., -1:].expand(*positions.shape[:-2], len(said), 1) + steps
+        conversation = {
+            name: torch.cat([value, torch.zeros_like(following, dtype=value.dtype)], dim=1)
+            if value.shape == kept.shape
+            else value
+            for name, value in self.raw.items()
+        }
+        conversation |= {
+            "input_ids": torch.cat([said[:, :length], following], dim=1),
+            "attention_mask": torch.cat([kept.long(), torch.ones_like(following)], dim=1),
+            "position_ids": torch.cat([positions.expand(more.shape[:-1] + (length,)), more], dim=-1),
+        }
+        return Run([said, self._generate(conversation)], kept)
 
     def _in_threads(self, keep_mask: Callable[[], torch.Tensor]) -> Run:
         requests = [self.inputs, self.inputs]
@@ -250,6 +286,8 @@ class _Trial:
     def _hidden(self, kept: torch.Tensor) -> Run:
         mode, model, case = self.case.mode, self.model, self.case
         positions = self.positions
+        if mode == "chat":
+            return self._whole_chat(kept)
         of_caller = {**self.raw, "attention_mask": kept.long()}
         if self.generates:
             if self.hides:
@@ -459,6 +497,11 @@ class _Trial:
         if not self.generates or self.case.mode == "threads":
             return
         with _or_upstream():
+            if self.case.mode == "chat":
+                kept_cache, whole = self._in_chat(lambda: self.visible), self._whole_chat(self.visible)
+                if not all(torch.equal(*pair) for pair in zip(kept_cache.values, whole.values, strict=True)):
+                    raise UnprunedError("other tokens over a kept cache than of the whole conversation")
+                return
             said, embeds, _ = watched(self.model, lambda: self._generate(self.inputs, **self._options()))
             beams = embeds.unflatten(0, (len(self.visible), -1))
             if not torch.allclose(beams, self.embeds.unsqueeze(1).expand_as(beams), atol=1e-3):

@@ -9,7 +9,7 @@ import torch
 from hawk_kernels.methods import METHODS
 from tests.hostile import __main__ as command
 from tests.hostile import explore
-from tests.hostile.cases import MODES, Case, from_line, inputs_of, random_cases, simpler
+from tests.hostile.cases import MODES, Case, inputs_of, simpler
 from tests.hostile.explore import Explorer
 from tests.hostile.mutants import MUTANTS
 from tests.hostile.oracle import Verdict, verdict_of
@@ -39,34 +39,14 @@ def test_a_broken_package_is_noticed(mutant):
     with mutant.applied():
         found.run(seconds=60, num_cases=MOST_CASES, most_failures=1, simplify=False, burst=MOST_CASES)
     assert found.failures, f"{found.verdicts.total()} cases did not show it"
-    again = explorer(families=["qwen2_5_vl"], methods=METHODS_OF_MUTANTS, modes=mutant.modes or MODES)
-    case = found.failures[0].found_as
-    assert verdict_of(case).kind == "passed"
-    assert again.failures == []
-
-
-def test_a_seed_decides_everything():
-    def first(seed):
-        cases = random_cases(seed, FAMILIES, sorted(METHODS), list(MODES), burst=3)
-        return [next(cases) for _ in range(12)]
-
-    assert first(3) == first(3)
-    assert first(3) != first(4)
-
-
-def test_a_line_gives_the_case_again():
-    cases = random_cases(1, FAMILIES, sorted(METHODS), list(MODES), burst=3)
-    for _ in range(200):
-        case = next(cases)
-        assert from_line(case.to_line()) == case
-        assert "\n" not in case.to_line()
+    assert verdict_of(found.failures[0].found_as).kind == "passed"
 
 
 @pytest.mark.parametrize("line", ["", "[]", '{"rows": ["b"]}', '{"family": "llava", "colour": 1}'])
 def test_a_line_that_is_no_case(line, capsys):
     with pytest.raises(SystemExit):
         command.main(["--replay", line])
-    assert "--replay" in capsys.readouterr().err or not line
+    assert "--replay" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("padding", ["left", "right", "none"])
