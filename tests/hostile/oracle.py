@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -113,9 +114,11 @@ class _Trial:
 
     Attributes:
         hides: whether a mask hides tokens from every layer of the model.
+        always: arguments of every `generate`.
     """
 
     def __init__(self, case: Case) -> None:
+        self.always: dict[str, Any] = {}
         self.case, self.hides = case, BY_NAME[case.family].hides
         self.model = _model(case.family, case.attention)
         self.generates = case.mode in GENERATING and case.mode != "second turn"
@@ -344,8 +347,9 @@ class _Trial:
             with torch.no_grad(), without_tokens(self.model, stages[0][0], pruned.keep_mask[0]):
                 return Run([self.model(**self.raw, use_cache=False).logits], pruned.keep_mask)
         trial = object.__new__(_Trial)
-        vars(trial).update(vars(self))
-        trial.case = Case(**{**vars(self.case), "mode": "use_cache=False"})
+        vars(trial).update(vars(self), always={"use_cache": False})
+        if self.case.mode in SAME_AS_GREEDY:
+            trial.case = replace(self.case, mode="greedy")
         return trial._pruned()
 
     @contextmanager
@@ -544,7 +548,7 @@ class _Trial:
         return OPTIONS.get(self.case.mode, {})
 
     def _generate(self, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
-        return self.model.generate(**{**inputs, **GREEDY, **options})
+        return self.model.generate(**{**inputs, **GREEDY, **options, **self.always})
 
 
 def _traces(model: nn.Module) -> list[tuple[str, Any]]:
