@@ -42,7 +42,7 @@ class Explorer:
     Attributes:
         verdicts: how many cases passed, were refused and so on.
         refusals: how many, by reason.
-        upstream: how many cases the unpruned model does not run, by reason.
+        upstream: how many cases had no oracle, by reason.
         families: those that had a case.
         failures: what was found.
     """
@@ -98,7 +98,7 @@ class Explorer:
     def report(self) -> list[str]:
         """Lines that say what was done and found."""
         lines = [f"refused {count:>5}  {reason}" for reason, count in self.refusals.most_common()]
-        lines += [f"unpruned {count:>4}  {reason[:140]}" for reason, count in self.upstream.most_common(8)]
+        lines += [f"no oracle {count:>3}  {reason[:140]}" for reason, count in self.upstream.most_common(8)]
         lines += [_line(failure) for failure in self.failures]
         return [*lines, ("interrupted: " if self.was_interrupted else "") + self._counts()]
 
@@ -141,7 +141,7 @@ class Explorer:
         count = self.verdicts
         return (
             f"{count.total()} cases of {len(self.families)} families, {count['passed']} passed, "
-            f"{count['refused']} refused, {count['upstream']} not run by the unpruned model either, "
+            f"{count['refused']} refused, {count['upstream']} without an oracle, "
             f"{count['failed']} failed"
         )
 
