@@ -268,7 +268,8 @@ def _random_case(rng: random.Random, family: str, attention: str, methods: list[
         options=options,
         budget=rng.choice(("shared", "per_image")),
         padding=padding if not stages or hides else "left",
-        separators=rng.random() < 0.8,
+        # where token types count images, those side by side are one
+        separators=rng.random() < (0.97 if BY_NAME[family].token_types else 0.8),
         hidden=rng.choice(HIDDEN) if hides and padding != "none" and rng.random() < 0.4 else "",
         mask=rng.choice(MASKS) if mode not in GENERATING and rng.random() < 0.3 else "int64",
         query=rng.choice(QUERIES) if rng.random() < 0.3 else "",

@@ -127,7 +127,9 @@ class _Trial:
         self.generates = case.mode in GENERATING and case.mode != "second turn"
         with torch.no_grad(), _or_upstream():
             inputs = inputs_of(case)
-            _, self.embeds, positions = watched(self.model, lambda: self.model(**inputs))
+            # generate counts positions from the first token, a forward without position ids from the first column
+            read = self._generate if self.generates else lambda inputs: self.model(**inputs)
+            _, self.embeds, positions = watched(self.model, lambda: read(inputs))
         self.positions, self.raw = positions, inputs
         hidden = hidden_tokens(case, inputs)
         self.visible = inputs["attention_mask"].bool() & ~hidden
