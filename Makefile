@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 RUNNABLE := $(VENV)/.runnable
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo floor ceiling test vllm lmms hub races lint format bench plots compile gpu clean
+.PHONY: demo floor ceiling test vllm lmms hub races hostile lint format bench plots compile gpu clean
 
 # Needs only what the demo imports, not the linters and tests.
 demo: $(RUNNABLE)
@@ -18,6 +18,10 @@ test: $(INSTALLED)
 # Thousands of schedules of the kernels' programs; ARGS="--schedules 10000 --minutes 60 --seed 1", or ARGS=--mutants.
 races: $(INSTALLED)
 	$(RUN) -m tests.concurrent $(ARGS)
+
+# Random prompts, modes and methods for every family; ARGS="--minutes 120 --seed 1", "--only llava", or "--replay CASE".
+hostile: $(INSTALLED)
+	$(RUN) -m tests.hostile $(ARGS)
 
 # The lowest declared transformers and Triton; another transformers: make floor FLOOR=5.17.0. The lowest declared torch
 # is left out: where the index has no CPU build of it, it brings CUDA packages (TORCH_FLOOR=2.11.0 takes it all the same).

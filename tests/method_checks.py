@@ -127,8 +127,8 @@ class GivenView(PrefillView):
     def _not_given(self, *arguments):
         raise NotImplementedError
 
-    text_queries = mean_text_query = visual_keys = encoder_attention = text_keys = _not_given
-    rotated_text_queries = rotated_visual_keys = last_query = row_keys = _not_given
+    text_queries = mean_text_query = visual_keys = encoder_attention = text_keys = entered = _not_given
+    rotated_text_queries = rotated_visual_keys = last_query = layer_attention = row_keys = _not_given
 
 
 class Reads(Method):

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from hawk_kernels.backends.choose import without_autocast
 from hawk_kernels.merge_checks import check_entries, check_merge
 from hawk_kernels.methods.prefill_view import PrefillView, Segments
 from hawk_kernels.ops.attention_column_mean import attention_column_mean
@@ -450,3 +451,9 @@ def selected(kept: torch.Tensor, scores: torch.Tensor, width: int) -> Selection:
     places = torch.arange(kept.shape[1], device=kept.device).expand_as(slot)
     indices = slot.new_full((len(kept), width + 1), -1).scatter_(1, slot, places)[:, :width].contiguous()
     return Selection(kept, indices, scores)
+
+
+def product(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Multiply float32 matrices `[..., L, C]` and `[..., C, N]`; autocast, which would round them, is off for it."""
+    with without_autocast(one):
+        return torch.matmul(one, other)

@@ -6,7 +6,7 @@ import numbers
 
 import torch
 
-from hawk_kernels.methods.base import JointMethod, candidates_of_units, of_rows, of_units, register
+from hawk_kernels.methods.base import JointMethod, candidates_of_units, of_rows, of_units, product, register
 from hawk_kernels.methods.prefill_view import PrefillView
 from hawk_kernels.ops.greedy import greedy_dpp
 from hawk_kernels.selection import Selection
@@ -109,13 +109,13 @@ def mean_cosine(visual: torch.Tensor, text: torch.Tensor, text_mask: torch.Tenso
     """
     of_text = torch.nn.functional.normalize(text.float(), dim=-1).masked_fill(~text_mask.unsqueeze(-1), 0)
     mean = of_text.sum(dim=1) / text_mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return (torch.nn.functional.normalize(visual.float(), dim=-1) @ mean.unsqueeze(-1)).squeeze(-1)
+    return product(torch.nn.functional.normalize(visual.float(), dim=-1), mean.unsqueeze(-1)).squeeze(-1)
 
 
 def max_cosine(visual: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
     """Find the largest cosine of each visual token with a text token; arguments and result as in `mean_cosine`."""
     of_visual, of_text = (torch.nn.functional.normalize(tokens.float(), dim=-1) for tokens in (visual, text))
-    cosines = (of_visual @ of_text.transpose(1, 2)).masked_fill_(~text_mask.unsqueeze(1), -torch.inf)
+    cosines = product(of_visual, of_text.transpose(1, 2)).masked_fill_(~text_mask.unsqueeze(1), -torch.inf)
     return cosines.amax(dim=2).masked_fill_(~text_mask.any(dim=1, keepdim=True), 0.0)
 
 

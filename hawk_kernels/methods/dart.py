@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import JointMethod, candidates_of_units, checked_int, of_rows, of_units, register
+from hawk_kernels.methods.base import (
+    JointMethod,
+    candidates_of_units,
+    checked_int,
+    of_rows,
+    of_units,
+    product,
+    register,
+)
 from hawk_kernels.methods.prefill_view import PrefillView
 from hawk_kernels.ranking import order_key, rank
 from hawk_kernels.selection import Selection, kept_counts, max_kept
@@ -121,7 +129,7 @@ def dart_select(
     for tokens, by_norm, i, place, active in turns:
         pivot = by_norm[:, i : i + 1]
         vector = tokens.gather(1, pivot.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
-        cosine = torch.bmm(vector, visual.transpose(1, 2)).squeeze(1)
+        cosine = product(vector, visual.transpose(1, 2)).squeeze(1)
         parts = num_pivots.clamp(min=1)
         share = (place + 1) * remaining // parts - place * remaining // parts
         kept |= rank(order_key(-cosine, mask & ~kept)) < torch.where(active, share, 0)

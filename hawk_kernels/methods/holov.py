@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import JointMethod, candidates_of_units, checked_int, of_rows, of_units, register
+from hawk_kernels.methods.base import (
+    JointMethod,
+    candidates_of_units,
+    checked_int,
+    of_rows,
+    of_units,
+    product,
+    register,
+)
 from hawk_kernels.methods.fastervlm import checked_cls_layer
 from hawk_kernels.methods.prefill_view import PrefillView
 from hawk_kernels.ops.select_topk import select_topk
@@ -115,7 +123,7 @@ class HoloV(JointMethod):
         unit = embeddings[rows, places].float()
         unit = unit.masked_fill(~(inside & unit.isfinite().all(dim=-1)).unsqueeze(-1), 0)
         unit = unit / (unit.norm(dim=-1, keepdim=True) + _EPSILON)
-        cosine = (unit @ unit.transpose(-1, -2)).masked_fill(torch.eye(len(steps), device=unit.device).bool(), 0)
+        cosine = product(unit, unit.transpose(-1, -2)).masked_fill(torch.eye(len(steps), device=unit.device).bool(), 0)
         others = (sizes - 1).clamp(min=1)[..., None]
         mean = cosine.sum(dim=-1) / others
         between = inside.unsqueeze(-1) & inside.unsqueeze(-2)

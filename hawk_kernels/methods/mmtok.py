@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hawk_kernels.methods.base import JointMethod, candidates_of_units, of_rows, of_units, register
+from hawk_kernels.methods.base import JointMethod, candidates_of_units, of_rows, of_units, product, register
 from hawk_kernels.methods.prefill_view import PrefillView
 from hawk_kernels.ops.select_topk import select_topk
 from hawk_kernels.selection import Selection, kept_counts, max_kept
@@ -67,8 +67,8 @@ class MMTok(JointMethod):
         counted = candidates & finite
         of_vision, of_text = _unit(embeddings, counted), _unit(text, text_mask)
         of_encoder = _unit(features, counted)
-        words = _cover(of_text @ of_vision.transpose(1, 2), text_mask, counted, self.text_temperature)
-        picture = _cover(of_encoder @ of_encoder.transpose(1, 2), counted, counted, self.vision_temperature)
+        words = _cover(product(of_text, of_vision.transpose(1, 2)), text_mask, counted, self.text_temperature)
+        picture = _cover(product(of_encoder, of_encoder.transpose(1, 2)), counted, counted, self.vision_temperature)
         cover = torch.cat([words, self.alpha * picture], dim=1)
         budget = kept_counts(r, candidates.sum(dim=1, keepdim=True), self.rounding)
         picked, gains = greedy_coverage(cover, counted, budget, max_kept(r, candidates.shape[1], self.rounding))

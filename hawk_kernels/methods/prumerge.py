@@ -11,6 +11,7 @@ from hawk_kernels.methods.base import (
     checked_merging,
     of_rows,
     of_units,
+    product,
     register,
     selected,
 )
@@ -143,7 +144,7 @@ def prumerge_select(
     unit = torch.nn.functional.normalize(keys.float(), dim=-1)
     targets = found.indices.clamp(min=0)
     of_kept = unit.gather(1, targets.unsqueeze(2).expand(-1, -1, unit.shape[2]))
-    cosine = torch.bmm(of_kept, unit.transpose(1, 2)).nan_to_num(nan=-2.0)
+    cosine = product(of_kept, unit.transpose(1, 2)).nan_to_num(nan=-2.0)
     may_join = (mask if merging == "release" else mask & ~kept).unsqueeze(1)
     itself = torch.arange(num_tokens, device=mask.device) == targets.unsqueeze(2)
     merges = (found.indices >= 0) & (budget < counts)

@@ -12,6 +12,7 @@ from hawk_kernels.methods.base import (
     falling_stages,
     of_rows,
     of_units,
+    product,
     register,
     selected,
 )
@@ -176,7 +177,7 @@ def raters_of(view: PrefillView) -> torch.Tensor:
         view: of the prompt as it enters the text model.
     """
     text, is_text = view.text_embeddings()
-    logits = view.visual_embeddings().float() @ text.float().transpose(1, 2)
+    logits = product(view.visual_embeddings().float(), text.float().transpose(1, 2))
     logits.masked_fill_(~is_text.unsqueeze(1), torch.finfo(logits.dtype).min)
     shares = logits.softmax(dim=2) * view.candidates.unsqueeze(2)
     relevance = shares.sum(dim=1) / view.candidates.sum(dim=1, keepdim=True).clamp(min=1)

@@ -11,6 +11,7 @@ from hawk_kernels.methods.base import (
     checked_share,
     of_rows,
     of_units,
+    product,
     register,
     selected,
 )
@@ -123,7 +124,7 @@ def visionzip_select(
     targets = selected(is_target, found.scores, most_targets).indices
     unit = torch.nn.functional.normalize(keys.float(), dim=-1)
     of_targets = unit.gather(1, targets.clamp(min=0).unsqueeze(2).expand(-1, -1, unit.shape[2]))
-    cosine = torch.bmm(unit, of_targets.transpose(1, 2)).masked_fill((targets < 0).unsqueeze(1), -torch.inf)
+    cosine = product(unit, of_targets.transpose(1, 2)).masked_fill((targets < 0).unsqueeze(1), -torch.inf)
     nearest = cosine.nan_to_num(nan=-2.0, neginf=-torch.inf).argmax(dim=2)
     own = torch.arange(num_tokens, device=mask.device).expand_as(nearest)
     target = torch.where(is_target, own, targets.gather(1, nearest))

@@ -6,7 +6,15 @@ import math
 
 import torch
 
-from hawk_kernels.methods.base import JointMethod, candidates_of_units, checked_int, of_rows, of_units, register
+from hawk_kernels.methods.base import (
+    JointMethod,
+    candidates_of_units,
+    checked_int,
+    of_rows,
+    of_units,
+    product,
+    register,
+)
 from hawk_kernels.methods.fastervlm import checked_cls_layer
 from hawk_kernels.methods.prefill_view import PrefillView
 from hawk_kernels.ops.select_topk import select_topk
@@ -91,7 +99,7 @@ class VisPruner(JointMethod):
 
         unit = features.masked_fill(~features.isfinite().all(dim=-1, keepdim=True), 0)
         unit = torch.nn.functional.normalize(unit, dim=-1)
-        cosine = (unit @ unit.transpose(1, 2)).flatten(0, 1)
+        cosine = product(unit, unit.transpose(1, 2)).flatten(0, 1)
 
         # what is left of the longest unit is an upper bound for all
         longest = kept_count(r, length, self.rounding)
