@@ -1,11 +1,12 @@
-"""Time pruning before the first layer and inside the stack side by side, at equal average cost.
+"""Time every method, before the first layer and inside the stack, side by side at equal average cost.
 
-    python -m bench.in_stack [--device cuda] [--rounds 5] [--mean 0.35] [--json FILE]
+    python -m bench.in_stack [--device cuda] [--rounds 5] [--mean 0.35] [--methods NAME ...] [--json FILE]
 
 A Qwen2.5-VL of 16 layers with random weights reads a prompt with an image of 1296 tokens. Each method keeps so much
 that a layer reads the same number of visual tokens on average over the layers, `--mean` of them. `fastv` runs twice:
 dropping tokens, and hiding them, which computes the same and saves nothing. What drops inside the stack is first
 compared with hiding: the logits of the last token have to agree. Then prefills take turns, and after them generations.
+A prefill includes the vision encoder and whatever a method reads there.
 This is about speed: random weights say nothing about quality.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -28,12 +29,12 @@ from bench.environment import environment, write_json
 from bench.prefill import cache_bytes, decode_rate
 from bench.timing import rotate, spread, synchronize
 from hawk_kernels import prune
-from hawk_kernels.methods import Method, resolve_method
+from hawk_kernels.methods import METHODS, Method, resolve_method
 
 # float32 logits of a model whose layers add up in another order
 TOLERANCE = 1e-3
 _DECODING_ROUNDS = 3
-_INSIDE = ("fastv", "pyramiddrop", "sparsevlm")
+HIDING = "fastv hide"
 
 
 def mean_share(stages: Mapping[int, Any], depth: int) -> float:
@@ -68,20 +69,29 @@ def first_logits(model: Any, prompt: dict[str, torch.Tensor]) -> tuple[torch.Ten
 
 
 def measure(
-    model: Any, side: int, mean: float, rounds: int, seconds: float, new_tokens: int, device: torch.device
+    model: Any,
+    methods: Sequence[str],
+    side: int,
+    mean: float,
+    rounds: int,
+    seconds: float,
+    new_tokens: int,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """Measure a row for each method and for the unpruned model."""
     prompt = make_prompt(side, (40,), device)
     depth = model.config.get_text_config().num_hidden_layers
     ways: dict[str, Callable[[], Any]] = {"unpruned": nullcontext}
     keeps: dict[str, float] = {"unpruned": 1.0}
-    for name in ("hawk", *_INSIDE):
-        options: dict[str, Any] = {"head_weights": "uniform"} if name == "hawk" else {}
+    for name in methods:
+        options: dict[str, Any] = {"head_weights": "uniform"} if METHODS[name].uses_head_weights else {}
         keeps[name] = keep_for(resolve_method(name, {}), mean, depth)
         ways[name] = partial(prune, model, keeps[name], method=name, **options)
-    keeps["fastv hide"] = keeps["fastv"]
-    ways["fastv hide"] = partial(prune, model, keeps["fastv"], method="fastv", mode="hide")
-    differences = {name: check_parity(model, prompt, name, keeps[name]) for name in _INSIDE}
+    if "fastv" in methods:
+        keeps[HIDING] = keeps["fastv"]
+        ways[HIDING] = partial(prune, model, keeps["fastv"], method="fastv", mode="hide")
+    inside = [name for name in methods if METHODS[name].inside_only]
+    differences = {name: check_parity(model, prompt, name, keeps[name]) for name in inside}
 
     def sampler(way: str) -> Callable[[], float]:
         def sample() -> float:
@@ -146,6 +156,14 @@ def main(arguments: list[str] | None = None) -> int:
         seconds=(120.0, "for the prefills; at least 5 rounds (default: %(default)s)"),
         json="none is written",
     )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        choices=sorted(METHODS),
+        metavar="NAME",
+        help=f"any of {', '.join(sorted(METHODS))} (default: all)",
+    )
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--side", type=int, default=36, help="the image has the square of this many tokens")
@@ -154,7 +172,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = options.device
     model = small_model(options.hidden, options.layers, device)
-    rows = measure(model, options.side, options.mean, options.rounds, options.seconds, options.new_tokens, device)
+    methods = list(dict.fromkeys(options.methods))
+    rows = measure(
+        model, methods, options.side, options.mean, options.rounds, options.seconds, options.new_tokens, device
+    )
     results = {
         "environment": environment(device),
         "model": {

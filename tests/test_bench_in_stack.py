@@ -10,10 +10,20 @@ from hawk_kernels.methods import resolve_method
 
 def test_every_method_costs_the_same_on_average(tmp_path, capsys):
     path = tmp_path / "in_stack.json"
-    sizes = ["--device=cpu", "--hidden=64", "--layers=8", "--side=12", "--rounds=1", "--mean=0.5", "--new-tokens=4"]
+    methods = ["--methods", "hawk", "fastv", "visionzip", "pyramiddrop", "sparsevlm"]
+    sizes = [
+        *methods,
+        "--device=cpu",
+        "--hidden=64",
+        "--layers=8",
+        "--side=12",
+        "--rounds=1",
+        "--mean=0.5",
+        "--new-tokens=4",
+    ]
     assert in_stack.main([*sizes, "--json", str(path)]) == 0
     rows = {row["way"]: row for row in json.loads(path.read_text())["rows"]}
-    assert list(rows) == ["unpruned", "hawk", "fastv", "pyramiddrop", "sparsevlm", "fastv hide"]
+    assert list(rows) == ["unpruned", "hawk", "fastv", "visionzip", "pyramiddrop", "sparsevlm", "fastv hide"]
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
     for way, row in rows.items():
         if way != "unpruned":
