@@ -174,7 +174,7 @@ def warm_up_score_and_select(
 ) -> WarmUp:
     """Compile ahead all that `score_and_select` needs for one shape of heads, and load it on the device.
 
-    After it, no call with these arguments compiles, whatever the numbers of rows, queries, keys and kept tokens, as
+    Afterwards no call with these arguments compiles, whatever the numbers of rows, queries, keys and kept tokens, as
     long as the first element of each tensor lies at a multiple of 16 bytes. Masks may lie anywhere.
 
     Args:
@@ -192,7 +192,7 @@ def warm_up_score_and_select(
         progress: whether a bar shows how far it is.
 
     Returns:
-        What was compiled. Without a GPU and in Triton's interpreter nothing is, and its notes say so.
+        What was compiled. Without a GPU and in Triton's interpreter that is nothing, and the notes say so.
 
     Raises:
         TypeError: a dtype without a kernel.

@@ -1,7 +1,7 @@
 """The settings of the authors' releases where these differ from the defaults here, one row for each release.
 
 A recipe sets what can be set. What a release does that no option can set, because it is an error or because a
-checkpoint lacks what it needs, stands in `differs`, so that nobody takes the numbers for those of the release.
+checkpoint lacks what it needs, is described in `differs`, so that nobody mistakes the results for the release's own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Recipe:
     Attributes:
         method: name of the method.
         source: the repository of the release.
-        differs: what the release does besides and this package does not, and who is right.
+        differs: what else the release does that this package does not, and who is right.
         arguments: arguments of `prune` other than the method: `budget`, `query`, `positions`.
         options: options of the method.
     """
@@ -61,7 +61,7 @@ RECIPES: dict[str, Recipe] = {
         method="fastv",
         source="github.com/pkunlp-icler/FastV",
         differs=(
-            "It wants the system prompt and the image at fixed places. It can mask the tokens instead of dropping "
+            "It expects the system prompt and the image at fixed places. It can mask the tokens instead of dropping "
             "them, which mode='hide' does."
         ),
         options={"layer": 2, "rounding": "nearest"},
@@ -125,7 +125,7 @@ RECIPES: dict[str, Recipe] = {
 def followed(
     name: str, given: Mapping[str, Any], options: Mapping[str, object]
 ) -> tuple[dict[str, Any], dict[str, object]]:
-    """Complete the arguments of `prune` by a recipe.
+    """Complete the arguments of `prune` with those of a recipe.
 
     Args:
         name: of the recipe.

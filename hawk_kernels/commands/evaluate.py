@@ -42,9 +42,9 @@ data:
 methods, separated by spaces or commas:
 {_METHODS}
 
-Every question is answered with nothing pruned and by each method at each keep ratio, one after the other. DIR gets
-results.json, results.md, results.png (where matplotlib is installed) and report.html. A killed run goes on where it
-ended when the same command is given again: what is finished lies in DIR/journal. Several GPUs share the questions:
+Every question is answered with nothing pruned and with each method at each keep ratio, one after the other. DIR gets
+results.json, results.md, results.png (where matplotlib is installed) and report.html. A killed run continues where it
+stopped when the same command is given again: finished questions are in DIR/journal. Several GPUs share the questions:
 
   accelerate launch --multi_gpu --num_processes 8 -m hawk_kernels evaluate ...
 

@@ -1,4 +1,4 @@
-"""Pruning methods beside each other on a user's model and data: what each keeps of the score, and what it saves."""
+"""Compares pruning methods on a user's model and data: how much of the score each keeps, and what it saves."""
 
 from hawk_kernels.evaluation.contenders import Contender
 from hawk_kernels.evaluation.result import Evaluation, MethodResult, TaskResult, Unpruned

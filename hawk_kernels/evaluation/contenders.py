@@ -1,4 +1,4 @@
-"""Methods that are compared: how a command line spells one with its options, and the `prune` block of each."""
+"""The methods of a comparison, read with their options from a command line, and the `prune` block of each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NOT_OPTIONS = ("model", "keep_ratio", "method", "options")
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """A method that takes part in a comparison; equal to itself alone.
+    """A method that takes part in a comparison. Two contenders are never equal.
 
     Attributes:
         label: what tables call it.
@@ -70,7 +70,7 @@ class Contender:
 
     @property
     def key(self) -> str:
-        """Tell apart all that an answer depends on but the model, the prompt and how much is kept."""
+        """A string with all that an answer depends on except the model, the prompt and how much is kept."""
         name = self.method if isinstance(self.method, str) else f"{self.method.name} {self.method.options()}"
         options = {option: _mark(option, value) for option, value in self.options.items()}
         return f"{name} {json.dumps(options, sort_keys=True, default=repr)}"
@@ -78,7 +78,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to ask a prompt: by a method that keeps so much, or with nothing pruned.
+    """One way to ask a question: with a method and how much it keeps, or with nothing pruned.
 
     Attributes:
         contender: the method, or None.
@@ -94,7 +94,7 @@ class Way:
 
     @property
     def key(self) -> str:
-        """Tell apart all that an answer depends on but the model and the prompt."""
+        """A string with all that an answer depends on except the model and the prompt."""
         return "unpruned" if self.contender is None else f"{self.contender.key} keep {self.keep!r}"
 
 
@@ -102,7 +102,7 @@ UNPRUNED = Way()
 
 
 def split_words(words: Sequence[str]) -> list[str]:
-    """Split what stands between commas into methods: a comma before `option=value` goes on with a method's options."""
+    """Split words at commas into methods; a comma before `option=value` continues the options of a method."""
     found: list[str] = []
     for word in words:
         if "{" in word:
@@ -165,7 +165,7 @@ def _value(text: str) -> Any:
 
 
 def _mark(option: str, value: Any) -> Any:
-    """Return what stands for an option in a key: head weights by their content, since files change."""
+    """Return what represents an option in a key; for head weights this is their content, since files change."""
     if option != "head_weights" or value is None or value == "uniform":
         return value
     if isinstance(value, (str, Path)):

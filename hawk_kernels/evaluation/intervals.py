@@ -1,7 +1,7 @@
-"""From scores of questions to relative scores with intervals.
+"""Turns the scores of questions into relative scores with intervals.
 
-Questions about the same pictures are drawn together, so groups of them are what the bootstrap draws anew, within each
-stratum, and the same for all methods: differences between methods are paired.
+Questions about the same picture are not independent, so the bootstrap draws whole groups of them, within each stratum.
+All methods get the same draws, so that differences between methods are paired.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes the files of an evaluation: results.json, results.md, results.png and report.html, each whole or not."""
+"""Writes the files of an evaluation, each whole or not at all: results.json, results.md, results.png, report.html."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ KINDS = {
 
 
 def check_folder(folder: str | Path) -> None:
-    """Make the folder where it does not exist, and check that its files may be written, before the hours of asking.
+    """Make the folder where it does not exist, and check that its files may be written, before hours are spent asking.
 
     Raises:
         OutputFileError: it is a file, cannot be written to, or holds something of these names that must stay.

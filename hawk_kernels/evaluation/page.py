@@ -1,4 +1,4 @@
-"""One HTML page about an evaluation that needs nothing but itself."""
+"""Renders an evaluation as one HTML page that loads no other file."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def draw_results(evaluation: Evaluation, file: IO[bytes] | Path) -> None:
     tokens.set(xlabel="visual tokens kept, %")
     tokens.invert_xaxis()
     figure.legend(*_legend(tokens), loc="outside lower center", ncols=4, frameon=False)
-    # names are text, also those with dollar signs
+    # names are plain text, even those with dollar signs
     settings = evaluation.settings
     figure.suptitle(
         f"{title(evaluation)}\n{sum(task.samples for task in evaluation.tasks)} questions, {settings['dtype']} on "

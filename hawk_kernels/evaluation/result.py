@@ -43,12 +43,12 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Unpruned:
-    """What the model is and costs with all its visual tokens; means and medians over questions.
+    """The score and the cost of the model with all its visual tokens, over all questions.
 
     Attributes:
-        score: mean score, of the tasks.
-        visual_tokens: of a prompt, mean.
-        cache_bytes: of the keys and values of a prompt, mean.
+        score: mean over the tasks of their mean scores.
+        visual_tokens: mean number in a prompt.
+        cache_bytes: mean bytes of the keys and values of a prompt.
         first_token_ms: milliseconds to the first token, the vision encoder included, median.
         next_token_ms: milliseconds for each token after it, median; None where answers have one token.
     """
@@ -68,15 +68,15 @@ class MethodResult:
         method: its label.
         keep: how much it keeps, as `prune` takes it.
         options: of the method, as it was made.
-        score: mean score, of the tasks.
+        score: mean over the tasks of their mean scores.
         scores: mean score of each task, by name.
         relative: score divided by that with nothing pruned, mean of the tasks on which the model scores anything: a
             dict with `percent` and the ends `low` and `high` of its 95 % interval; None where it scores nothing.
         relative_by_task: the same for each of these tasks.
         behind_first: by how many points of `relative` the method is behind the first one at this keep ratio, paired
             over questions; None for the first method.
-        visual_tokens: of a prompt that stay, mean.
-        cache_bytes: of the keys and values of a prompt, mean.
+        visual_tokens: mean number that stay in a prompt.
+        cache_bytes: mean bytes of the keys and values of a prompt.
         first_token_ms, next_token_ms: as for `Unpruned`.
         first_token_speedup: how many times sooner the first token comes than when nothing is pruned: median over
             questions, each asked both ways in turn.

@@ -44,17 +44,17 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
-    """Compare pruning methods on a model and its data: what each keeps of the score, and what it saves.
+    """Compare pruning methods on a model and its data: how much of the score each keeps, and what it saves.
 
     Every question is asked with nothing pruned and by each method at each keep ratio, one after the other, so that
-    times stand side by side. Answers are those of `generate` with the model's own generation config, without sampling.
+    times can be compared. Answers are those of `generate` with the model's own generation config, without sampling.
 
         task = JsonlTask("chartqa.jsonl", "relaxed")
         evaluation = evaluate(model, task, methods=["hawk", "divprune", "fastv:layer=2"], processor=processor)
         print(evaluation.of("divprune", 0.2).relative)
 
     With `out`, every finished question is kept in the folder's journal at once; the same call goes on where a killed
-    one ended, and asks nothing twice when methods, keep ratios or tasks are added. Under `accelerate launch` or
+    one stopped, and asks nothing twice when methods, keep ratios or tasks are added. Under `accelerate launch` or
     `torchrun` the processes share the questions.
 
     Args:
@@ -204,7 +204,7 @@ class _Asker:
         config = model.generation_config
         ends = config.eos_token_id
         end = ends[0] if isinstance(ends, list) and ends else ends
-        # without one, generate tells in every call which one it takes
+        # otherwise every call of generate logs which one it takes
         self._options = {} if config.pad_token_id is not None or end is None else {"pad_token_id": end}
 
     def encoded(self, question: Question) -> dict[str, Any]:
@@ -266,7 +266,7 @@ class _Asker:
 
 
 def _check_arguments(model: Any, contenders: Sequence[Contender], keeps: Sequence[float | int]) -> None:
-    """Refuse what `prune` refuses, before anything is asked; what a family cannot be served by is for `_refusals`."""
+    """Refuse what `prune` refuses, before anything is asked; `_refusals` finds methods that do not suit the family."""
     for contender in contenders:
         for ratio in keeps:
             try:
@@ -279,7 +279,7 @@ def _check_arguments(model: Any, contenders: Sequence[Contender], keeps: Sequenc
 def _refusals(
     asker: _Asker, contenders: Sequence[Contender], keeps: Sequence[float | int], question: Question
 ) -> dict[str, str]:
-    """Try each method on one question, and return why those cannot serve the model that cannot."""
+    """Try each method on one question, and return the reason for each that cannot serve the model."""
     inputs = asker.encoded(question)
     with naming(question.place, "cannot be answered"):
         asker.first_token(inputs)

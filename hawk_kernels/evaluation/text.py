@@ -10,11 +10,11 @@ MARK = "<!-- written by hawk-kernels evaluate -->\n"
 """How the Markdown file begins."""
 
 NOTE = (
-    "Relative score: that with the kept visual tokens divided by that with all of them, mean of the tasks, with half "
-    "of its 95 % interval (bootstrap over pictures). Points behind: how far a method's relative score is behind that "
-    "of the first method at the same keep ratio, paired over questions; bold where the interval leaves out zero. "
-    "Tokens and KV cache: of a prompt, mean. Times: median over questions, batch 1, each question asked in all ways in "
-    "turn; in brackets how many times as fast as unpruned."
+    "Relative score: the score with the kept visual tokens divided by the score with all of them, mean of the tasks, "
+    "with half of its 95 % interval (bootstrap over pictures). Points behind: how far a method's relative score is "
+    "behind that of the first method at the same keep ratio, paired over questions; bold where the interval excludes "
+    "zero. Tokens and KV cache: mean of the prompts. Times: median over questions, batch 1, each question asked in all "
+    "ways in turn; the brackets say how many times as fast as unpruned that is."
 )
 
 

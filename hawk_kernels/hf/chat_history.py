@@ -1,7 +1,7 @@
-"""A chat history that `generate` reads over a cache which holds its beginning: the old images are not read again.
+"""Lets `generate` continue a chat history over a cache that holds its beginning, without reading old images again.
 
-transformers takes the tokens of the history that the cache lacks, by the length that the cache tells, and hands on all
-images that it was given.
+transformers takes only the tokens that the cache lacks, going by the length that the cache reports, but passes on all
+images of the history.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ def without_old_images(anatomy: Anatomy, history: torch.Tensor, seen: int, kwarg
     Args:
         anatomy: the model's parts.
         history: the ids that `generate` was called with, `[B, T]`.
-        seen: tokens of a row that the cache stands for.
-        kwargs: arguments of the multimodal model for the tokens after these; may hold the images of the whole history.
+        seen: how many tokens of each row, counted before pruning, the cache stands for.
+        kwargs: arguments of the multimodal model for the tokens after these; they may hold the images of the whole
+            history.
 
     Returns:
-        The arguments with the images of the new tokens alone.
+        The same arguments, with the images of the new tokens alone.
 
     Raises:
         ValueError: the images are neither those of the history nor those of its new part, or old and new ones came as

@@ -1,4 +1,4 @@
-"""Which tokens of a prompt stay: what a method may ask of the prompt, and what becomes of its answer.
+"""Chooses which tokens of a prompt stay: what a method may ask of the prompt, and what is done with its answer.
 
 Nothing here knows which layer the tokens are chosen before: that is told by whoever passes the states that enter it.
 """
@@ -416,7 +416,7 @@ class Chooser:
     def _selected_by_budget(
         self, view: Callable[[list[list[int]]], LayerView], prompt: Prompt, budgets: list[list[int]]
     ) -> Selection:
-        """Select as many tokens of each row or image as its own budget says, by one selection for each budget."""
+        """Select as many tokens of each row or image as its own budget says, with one selection for each budget."""
         _, filled = padded_positions(prompt.visual)
         of_token = np.zeros(filled.shape, dtype=np.int64)
         units = _places(prompt) if self.per_image else [[np.flatnonzero(row)] for row in filled]

@@ -1,10 +1,10 @@
-"""Merging at the projector's input: what the projector makes of sums of the encoder's rows, in place of embeddings.
+"""Merges tokens before the projector, which then runs on sums of the encoder's rows instead of single rows.
 
 The model projects every row before anything is chosen, as it always does. The kept rows are then summed by the merge
 map and go through the projector once more; the results take the places of the kept tokens. Where a projector makes one
 visual token of several patches, as that of Qwen2.5-VL does of four, the row is these patches side by side: a merge
 averages the patches at the same corner of each square. DeepStack features come from projectors of their own, whose
-inputs are not watched; they are merged after these.
+inputs are not recorded, so these features are merged after they were projected.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from hawk_kernels.selection import Merge
 
 
 def check_projector(anatomy: Anatomy, method: str) -> None:
-    """Refuse a family whose projector does more than to turn each row into the embedding of one visual token.
+    """Refuse a family whose projector does more than turn each row into the embedding of one visual token.
 
     Raises:
-        TypeError: such a family.
+        TypeError: the family has such a projector.
     """
     name = anatomy.family.model_type
     why = next((reason for names, reason in NO_ENCODER_STAGE.items() if name in names), None)
@@ -47,18 +47,18 @@ def merged_before_projector(
     recorded: PromptAttention,
     encoder: VisionEncoder,
 ) -> torch.Tensor:
-    """Return the embeddings `[B, T, hidden]` with those of kept visual tokens made of merged rows of the encoder.
+    """Return the embeddings `[B, T, hidden]` with those of kept visual tokens projected from merged rows.
 
-    Gradients reach the projector; the rows themselves were recorded without.
+    Gradients reach the projector but not the encoder, whose rows were recorded without them.
 
     Args:
         inputs_embeds: `[B, T, hidden]`.
         prompt: where visual tokens stand.
         kept: bool `[B, T]`, the tokens that stay.
         counts: how many stay in each row.
-        merge: makes kept tokens sums of visual tokens, by places among the T.
+        merge: the map by which kept tokens become sums of visual tokens; its places count the T tokens.
         recorded: the rows that entered the projector, as "features", and which visual tokens have none.
-        encoder: has the projector.
+        encoder: the vision encoder, which knows its projector.
     """
     rows = recorded.values["features"]
     device = rows.device

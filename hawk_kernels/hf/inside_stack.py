@@ -1,8 +1,8 @@
-"""Stages inside the stack: after which layer which tokens leave a prompt, and by what they are chosen.
+"""Runs the stages inside the stack: after some layers, a method chooses the tokens that stay and the others leave.
 
-One hook before each layer from the first ranking layer on adapts the layer's arguments to the tokens that are left, and
-lets a method choose where a stage begins. How tokens leave is told by `layer_cuts.py`, which drops them, and by
-`layer_masks.py`, which hides them.
+A hook before each layer, from the first ranking layer on, adapts the layer's arguments to the tokens that are left and,
+where a stage begins, runs the method of that stage. `layer_cuts.py` drops the tokens that leave; `layer_masks.py` hides
+them instead.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hawk_kernels.hf.rotary import check_rotates, rotary_of_layer
 from hawk_kernels.selection import Merge
 
 _IMPLEMENTATIONS = ("sdpa", "eager")
-# from this version of transformers on, the hooks of a layer run outside what is computed again
+# since this version of transformers, a layer's hooks run outside the part that gradient checkpointing recomputes
 _HOOKS_OUTSIDE_CHECKPOINTS = (5, 18)
 
 
@@ -56,9 +56,9 @@ class Chosen:
     """What a stage inside the stack has chosen.
 
     Attributes:
-        chooser: what has chosen.
+        chooser: the chooser of the stage.
         prompt: the prompt that it chose from, on the host.
-        choice: in the rows of that prompt.
+        choice: what it chose, in the rows of that prompt.
         kept: bool `[B, T]`, the tokens that stay, in the rows that entered the text model.
         scores: float32 `[B, T]`, likewise.
     """
@@ -72,17 +72,17 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Passage:
-    """What is known of a prompt that is about to enter the text model.
+    """Describes a prompt that is about to enter the text model.
 
     Attributes:
-        prompt: on the host, as it enters.
+        prompt: the prompt on the host, as it enters.
         valid: bool `[B, T]`, its own tokens, False at padding and at guesses after its end.
         original: how many visual tokens each row, or each image of it, had before any were dropped.
         full_length: tokens of a row before any were dropped.
-        chosen: is called with what each stage has chosen.
-        embeds: `[B, T, hidden]`, what enters.
-        known: what each stage keeps, where an earlier step without a cache has chosen it; else None.
-        known_merges: the merge map of each of these stages, by places in the rows that it chose from.
+        chosen: called with what each stage has chosen.
+        embeds: `[B, T, hidden]`, the embeddings that enter.
+        known: what each stage keeps, if an earlier step of a generation without a cache has chosen it; otherwise None.
+        known_merges: the merge map of each of these stages; it counts places in the rows that the stage chose from.
     """
 
     prompt: Prompt
@@ -131,12 +131,12 @@ class InsideStack:
 
     @property
     def chooser(self) -> Chooser:
-        """What chooses at the first stage; all stages share one kind of budget."""
+        """The chooser of the first stage; all stages share one kind of budget."""
         return self._stages[0].chooser
 
     @property
     def served(self) -> str:
-        """The attribute where a cache keeps the record that this serves."""
+        """The name of the cache attribute that holds the kind of record which this object can continue."""
         return (self._cut_records if self._drops else self._masked_records).attribute
 
     @property
@@ -159,8 +159,8 @@ class InsideStack:
         """Prepare for a prompt that is about to enter the text model, and return the text model's arguments for it.
 
         Raises:
-            ValueError: attention that takes no mask over pairs, gradient checkpointing that would compute the layers
-                again as they were, or router logits of rows that differ from layer to layer.
+            ValueError: the attention implementation takes no mask over pairs, gradient checkpointing would recompute
+                the layers with all tokens, or router logits are wanted while rows get shorter from layer to layer.
         """
         self._check_call(kwargs)
         features = None
@@ -173,10 +173,10 @@ class InsideStack:
         return kwargs
 
     def leave(self, cache: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """End the passage of a prompt that has left the text model, and let `cache`, if any, keep what it holds.
+        """Finish a prompt that has left the text model, and note on `cache`, if there is one, which tokens it holds.
 
         Returns:
-            What spreads the last states over the rows that entered, or None where they have these rows.
+            A function that spreads the last states over the rows that entered, or None if they have these rows already.
         """
         prompt, passage = self._thread.prompt, self._thread.passage
         self._thread.begin(None, None)
@@ -192,9 +192,9 @@ class InsideStack:
         """Prepare for a call over `cache` that is about to enter the text model.
 
         Args:
-            cache: that a prompt was read into, or another.
+            cache: any cache; only one that a pruned prompt was read into needs preparation.
             given: the caller's mask.
-            length: new tokens.
+            length: number of new tokens.
 
         Raises:
             ValueError: rows became longer than the model's attention allows.
@@ -223,7 +223,7 @@ class InsideStack:
         while thread.next < len(self._stages) and self._begins(index):
             self._run_stage(thread.next, prompt, index, layer, *made)
             thread.next += 1
-            # what depends on tokens is cut from the rows that entered, the states from the present ones
+            # arguments with an entry for each token are cut from the rows that entered, states from the present rows
             made = prompt.adapted(index, layer, (*made[0][:1], *args[1:]), {**kwargs, **_states_alone(made[1])})
         return made
 
@@ -245,7 +245,7 @@ class InsideStack:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        """Choose the tokens that stay, by what enters the ranking layer, or keep those that are known."""
+        """Choose the tokens that stay from what enters the ranking layer, or keep those that an earlier step chose."""
         stage, passage = self._stages[number], self._thread.passage
         assert passage is not None
         if passage.known is not None:

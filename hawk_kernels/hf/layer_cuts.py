@@ -129,7 +129,7 @@ class PromptCut:
     def adapted(
         self, index: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Make the arguments of a layer for the present rows of those for the rows that entered."""
+        """Turn a layer's arguments for the rows that entered into those for the present rows."""
         if self._waiting is not None and index >= self._waiting[0]:
             args, kwargs = with_states(args, kwargs, self._cut_states(states_of(args, kwargs)))
         if not self._layouts:
@@ -144,7 +144,7 @@ class PromptCut:
         return (*args[:1], *(self._cut("", value) for value in args[1:])), {**others, "attention_mask": mask}
 
     def after(self, index: int, states: torch.Tensor) -> torch.Tensor | None:
-        """Add what the text model adds to the visual tokens after this layer; None where that is nothing."""
+        """Add the features that belong to the visual tokens after this layer; return None if there are none."""
         features = None if self._features is None else self._features.after(index)
         if self._features is None or features is None:
             return None
@@ -162,7 +162,7 @@ class PromptCut:
         return states + torch.where(here.unsqueeze(-1), features.to(device, states.dtype)[row], 0)
 
     def keep_with(self, cache: Any, records: CacheRecords[CutPrompt], full_length: int) -> None:
-        """Let `cache`, which the prompt has filled, keep what its layers hold; None stands for no cache."""
+        """Note on `cache`, which the prompt has filled, which tokens its layers hold; None stands for no cache."""
         if cache is not None and self._layouts:
             grows = not getattr(cache, "is_compileable", False)
             padding = (self._entered_valid.cumsum(1) == 0).sum(1)
@@ -229,7 +229,7 @@ class PromptCut:
         layout = self._layouts[-1]
         length, device = layout.mask.shape[1], states.device
         if not hasattr(layer, "self_attn"):
-            # linear attention and convolutions are told of padding alone
+            # linear attention and convolutions take a mask of padding only
             return None if layout.is_full else layout.mask.to(device, torch.long if given is None else given.dtype)
         width = length if cache is None else int(cache.get_mask_sizes(length, index)[0])
         if given is None and layout.is_full and width == length:
@@ -247,10 +247,10 @@ class PromptCut:
 
 @dataclass
 class CutPrompt:
-    """What the layers of a cache hold of its prompt.
+    """Records which tokens of its prompt the layers of a cache hold.
 
     Attributes:
-        layouts: for each stage the tokens that the layers after it hold.
+        layouts: for each stage, the tokens that the layers after it hold.
         entered: tokens of a row that entered the text model, `T`.
         full_length: tokens of a row before any were dropped.
         padding: int64 `[B]`, tokens of padding before each row.
@@ -276,11 +276,11 @@ class CutPrompt:
 
 
 class Reach(NamedTuple):
-    """How far the tokens of a layer see.
+    """How far back the tokens of a layer see.
 
     Attributes:
-        window: tokens that each sees back, itself included, or None for all.
-        chunk: tokens of a stretch of the row outside which each sees nothing, or None.
+        window: how many tokens each one sees, itself included; None means all before it.
+        chunk: length of the chunks that a row is cut into, where a token sees its own chunk only; None means no chunks.
     """
 
     window: int | None
@@ -305,7 +305,7 @@ class LaterCut:
     def adapted(
         self, index: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Give a layer a mask over the tokens that it holds; None where it needs none, as it was given none."""
+        """Give a layer a mask over the tokens that it holds; return None if its arguments can stay as they are."""
         layout = next((each for each in reversed(self._record.layouts) if each.first <= index), None)
         if layout is None or not hasattr(layer, "self_attn"):
             return None
@@ -369,7 +369,7 @@ class LaterCut:
         return for_attention(self._text, seen, states)
 
     def _with_tail(self, is_token: torch.Tensor, held: Any, length: int) -> torch.Tensor:
-        """Continue the mask of the prompt, bool `[B, P]`, by what the caller's says of the tokens after it."""
+        """Append to the mask of the prompt, bool `[B, P]`, what the caller's mask says of the tokens after it."""
         given = self._given
         if not (isinstance(given, torch.Tensor) and given.dim() == 2):
             if given is not None and self._record.grows:
@@ -399,7 +399,7 @@ def packed_prompt(prompt: Prompt, kept: np.ndarray, length: int) -> Prompt:
     Args:
         prompt: before.
         kept: bool `[B, T]`, the tokens that stayed.
-        length: tokens of a packed row, `P`; its tokens stand at its end.
+        length: length of a packed row, `P`; padding stands before its tokens.
     """
     counts = kept.sum(axis=1, keepdims=True)
     filled = np.arange(length) >= length - counts
@@ -446,6 +446,6 @@ def cut_features(kwargs: dict[str, Any], first: int) -> tuple[dict[str, Any], Vi
 def reaches_of(config: Any, depth: int) -> list[Reach]:
     """Read from the config of a text model how far each of its layers sees."""
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
-    # a model of one kind of layer may not name it
+    # a model whose layers are all of one kind need not list them
     kinds = getattr(config, "layer_types", None) or ["" if window is None else "sliding_attention"] * depth
     return [Reach(window if "sliding" in kind else None, chunk if "chunked" in kind else None) for kind in kinds]

@@ -1,4 +1,4 @@
-"""Hiding tokens inside the stack: the layers after a stage get masks without the dropped tokens.
+"""Hides tokens inside the stack: the layers after a stage get masks without the dropped tokens.
 
 The sequence keeps its length. The layers after a stage get an attention mask in which the columns of the dropped tokens
 are closed, in the prompt and in every later call over its cache. This computes what dropping them computes, and saves
@@ -19,7 +19,7 @@ from hawk_kernels.selection import Merge
 
 
 class PromptMask:
-    """A prompt on its way through the layers, of which each stage hides more tokens.
+    """A prompt on its way through the layers; each stage hides more of its tokens.
 
     Args:
         text: the text model.
@@ -32,12 +32,12 @@ class PromptMask:
         self._entered = prompt
         self.valid = valid
         self._hidden: list[_Hidden] = []
-        # masks that were made for the prompt's layers: the given one, of which kind, and what became of it
+        # masks that were made for the prompt's layers: the mask that came, its kind, and the one made from it
         self._made: list[tuple[Any, Any, torch.Tensor]] = []
 
     @property
     def prompt(self) -> Prompt:
-        """Describe the tokens that are still seen, on the host, which waits for the device where some were hidden."""
+        """Describe the tokens that are still seen, on the host; this waits for the device if some were hidden."""
         if not self._hidden:
             return self._entered
         seen = ~self._hidden[-1].tokens.cpu().numpy()
@@ -92,7 +92,7 @@ class PromptMask:
         return None
 
     def keep_with(self, cache: Any, records: CacheRecords[MaskedPrompt]) -> None:
-        """Let `cache`, which the prompt has filled, keep what is hidden; None stands for no cache."""
+        """Note on `cache`, which the prompt has filled, what is hidden; None stands for no cache."""
         if cache is not None and self._hidden:
             records.keep(cache, MaskedPrompt(list(self._hidden)))
 
@@ -193,7 +193,7 @@ def closed(
 
 
 def for_attention(text: Any, mask: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Make a bool mask one of numbers to add, where the text model's attention is eager."""
+    """Turn a bool mask into numbers to add if the text model's attention is eager, and return it as it is otherwise."""
     if mask.dtype != torch.bool or text.config._attn_implementation != "eager":
         return mask
     lowest = torch.finfo(states.dtype).min
@@ -206,10 +206,10 @@ def is_causal(layer: Any) -> bool:
 
 
 def check_rows(rows: int, states: torch.Tensor) -> None:
-    """Refuse a call over a cache with other rows than the prompt had that was read into it.
+    """Refuse a call that has more or fewer rows than the prompt that was read into its cache.
 
     Raises:
-        ValueError: `states`, `[B, length, hidden]`, has not `rows` rows.
+        ValueError: `states`, `[B, length, hidden]`, does not have `rows` rows.
     """
     if rows != states.shape[0]:
         raise ValueError(

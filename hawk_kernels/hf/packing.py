@@ -1,4 +1,4 @@
-"""Closing the gaps that dropped tokens leave in a call's arguments, and opening them again in its output."""
+"""Closes the gaps that dropped tokens leave in a call's arguments, and opens them again in its output."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Packing:
         return compact(tensor, self._kept.to(device), length=self.length, merge=merge).inputs_embeds
 
     def pack_visual(self, features: torch.Tensor, visual: np.ndarray, counts: list[int]) -> torch.Tensor:
-        """Pack what visual tokens alone have, as the embeddings are packed, and merge it by the same map.
+        """Pack what only visual tokens have, as the embeddings are packed, and merge it by the same map.
 
         Args:
             features: `[S, C]`, one row for each True of `visual`, in order.
@@ -241,7 +241,7 @@ def pack_call(
 
 
 def check_renumbers(anatomy: Anatomy) -> None:
-    """Refuse `positions="packed"` for a family in which it has no meaning, or another one.
+    """Refuse `positions="packed"` for a family in which it has no meaning, or a different one.
 
     Raises:
         TypeError: the position ids of visual tokens tell rows and columns, or windows are measured in the whole prompt.

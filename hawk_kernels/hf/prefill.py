@@ -238,7 +238,7 @@ class CallHooks:
                 thread.generation, thread.uncached = earlier
 
     def _count_for_main(self, output: Any) -> None:
-        """Let the cache of an assistant tell its length before pruning, by which the main model crops it."""
+        """Let the cache of an assistant report its length before pruning, by which the main model crops it."""
         generation, cache = self._thread.generation, getattr(output, "past_key_values", None)
         record = self._records.of(cache)
         if generation is not None and record is not None and record.grows:
@@ -246,7 +246,7 @@ class CallHooks:
             count_dropped(cache, record.num_dropped)
 
     def _begin_history(self, generation: _Generation, arguments: dict[str, Any]) -> None:
-        """Note a cache that holds the beginning of the ids, and let it tell `generate` its length before pruning.
+        """Note a cache that holds the beginning of the ids, and let it report its length before pruning to `generate`.
 
         Raises:
             ValueError: the history has no token after those in the cache.
@@ -335,7 +335,7 @@ class CallHooks:
         return (), {**kwargs, "position_ids": record.in_cache(positions)}
 
     def _over_history(self, kwargs: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
-        """Leave out the images that a cache holds already; tell also whether there were any."""
+        """Leave out the images that a cache holds already, and tell whether there were any."""
         generation, features = self._thread.generation, self._anatomy.family.features
         if generation is None or generation.cache is None or generation.cache is not kwargs.get("past_key_values"):
             return False, kwargs
@@ -349,7 +349,7 @@ class CallHooks:
         return True, without_old_images(self._anatomy, generation.ids, generation.seen, kwargs)
 
     def _read_embeddings(self, kwargs: dict[str, Any]) -> None:
-        """Let a prompt of text through that comes as embeddings alone.
+        """Let a prompt of text through if it comes as embeddings alone.
 
         Raises:
             ValueError: it may hold visual tokens.
@@ -674,7 +674,7 @@ class CallHooks:
 
 
 class _Sources:
-    """What is watched besides the prompt, for a method that asks: the vision encoder, the images, RoPE."""
+    """Watches what a method asks for besides the prompt: the vision encoder, the images, RoPE."""
 
     def __init__(self, anatomy: Anatomy, chooser: Chooser | None, budget: str) -> None:
         self._anatomy = anatomy
@@ -767,7 +767,7 @@ class _Sources:
     def merged_before_projector(
         self, prefill: _Prefill, kept: torch.Tensor, counts: list[int], merge: Merge, inputs_embeds: torch.Tensor
     ) -> torch.Tensor:
-        """Return the embeddings with those of kept visual tokens made of merged rows of the encoder."""
+        """Return the embeddings with those of kept visual tokens projected from merged rows of the encoder."""
         recorder = self._recorder
         assert recorder is not None
         recorded = self._attention(recorder, prefill)
@@ -833,7 +833,7 @@ class _Generation:
     seen: int = 0
 
     def count_dropped(self, counts: bool) -> None:
-        """Let the cache, outside the model, tell its length in the caller's counting."""
+        """Let the cache, outside the model, report its length in the caller's counting."""
         if self.cache is not None:
             count_dropped(self.cache, self.num_dropped if counts else 0)
 

@@ -126,8 +126,8 @@ class Pruning:
 
     The results are those of the last prefill in the calling thread, or of any thread where this one has had none.
     Inside `generate` only the prompt that it was called with counts. The results are None before the first prefill, and
-    stay after the block. Their rows are those that the model saw: `generate`
-    repeats a sample for its beams and return sequences. The object can be entered again.
+    stay after the block. Their rows are those that the model saw: `generate` repeats a sample for its beams and return
+    sequences. The object can be entered again.
     """
 
     def __init__(

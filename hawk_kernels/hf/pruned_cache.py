@@ -1,9 +1,10 @@
-"""What a pruned prompt leaves for the calls that follow, with its cache or without one.
+"""Keeps what the calls after a pruned prompt need to know of it, with its cache or without one.
 
 The caller goes on counting the tokens of the whole prompt: masks and positions have its length. The cache is shorter.
 The record that translates between the two is an attribute of the cache object, so that copies of a cache and several
 caches at once each carry their own. It follows the rows of the cache when the caller reorders, selects or repeats them.
-A cache may carry one record of each kind: of what was dropped before the first layer, and of what inside the stack.
+A cache may carry one record of each kind: what was dropped before the first layer, and what was dropped or hidden
+inside the stack.
 Without a cache every step reads the whole prompt again, and must drop the same tokens.
 """
 
@@ -322,7 +323,7 @@ class CacheRecords(Generic[_Record]):
 
 
 def _records(cache: Any) -> list[RowRecord]:
-    """Collect what is kept with a cache, of each kind."""
+    """Collect the records of all kinds that are kept with a cache."""
     kept = [value for name, value in vars(cache).items() if name.startswith(_ATTRIBUTE)]
     return [record for record in kept if record is not None]
 
@@ -414,7 +415,7 @@ def serve(cache: Any, is_served: bool) -> None:
 
 
 def count_dropped(cache: Any, num_dropped: int) -> None:
-    """Let the length that a guarded cache tells include tokens that were dropped, or, with 0, not any more."""
+    """Let a guarded cache count dropped tokens in the length that it reports; 0 ends that."""
     if isinstance(cache, _Guarded):
         setattr(cache, _NUM_DROPPED, num_dropped)
 
@@ -460,7 +461,7 @@ class _FollowedRows:
 
 @dataclass(frozen=True)
 class _Trace(Generic[_Record]):
-    """What a cache that was built anew from the tensors of another is recognised by.
+    """What identifies a cache that was built anew from the tensors of another.
 
     Attributes:
         record: of the prompt.
@@ -486,7 +487,7 @@ class _Trace(Generic[_Record]):
         return None
 
     def record_of(self, cache: Any) -> _Record | None:
-        """Return the record of a cache all of whose rows are among those of this prompt, else None."""
+        """Return the record of a cache if all of its rows are among those of this prompt, else None."""
         keys = _keys(cache, self.layer) if self.layer < len(cache.layers) else None
         if keys is None or keys.shape[-2] < self.length or keys.shape[1::2] != self.keys.shape[1:]:
             return None

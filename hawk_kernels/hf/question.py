@@ -123,7 +123,7 @@ def released_queries(
 
 
 NAMED_QUERIES = {"release": released_queries}
-"""What finds the text queries for each name that a caller may pass as `query=`."""
+"""The function that finds the text queries, for each name that a caller may pass as `query=`."""
 
 
 class ChatQuestion:

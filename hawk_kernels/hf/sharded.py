@@ -1,4 +1,4 @@
-"""The modules that rank tokens, with whole weights, where tensor parallelism or FSDP spreads these over processes.
+"""Gathers the weights by which tokens are ranked where tensor parallelism or FSDP shards them over processes.
 
 Every process gathers the same few weights and so makes the same choice. Gathering is a collective call: all processes
 have to make it, whatever their prompts hold.
@@ -23,9 +23,9 @@ def whole_modules(layer: Any, modules: list[nn.Module | None], inside: bool) -> 
 
     Args:
         layer: the decoder layer, which FSDP may wrap.
-        modules: of it; None stands for a module that it does not have.
-        inside: whether the layer is about to run, when FSDP2 has gathered its weights already. FSDP1 has not, and does
-            it where only processes that choose tokens would take part.
+        modules: modules of that layer; None stands for one that it does not have.
+        inside: whether the layer is about to run. FSDP2 has gathered its weights by then; FSDP1 has not, and they
+            cannot be gathered here, where only the processes that choose tokens would take part.
 
     Returns:
         The copies in order, or None where the weights cannot be gathered.
@@ -49,12 +49,12 @@ def _unsharded(layer: Any) -> AbstractContextManager[None]:
 
 
 def _whole(module: nn.Module, is_lent: bool) -> nn.Module | None:
-    """Copy a module; None where it holds others, such as an adapter, or a part of a weight that tells no whole."""
+    """Copy a module; None if it contains other modules, such as an adapter, or weights that cannot be gathered."""
     if any(True for _ in module.children()):
         return None
     whole = copy.copy(module)
     vars(whole).update({name: OrderedDict() for name in _HOOKS})
-    # what tensor parallelism puts in place of the class's own, to shard what goes in and out
+    # tensor parallelism sets a `forward` of its own, which shards inputs and outputs
     vars(whole).pop("forward", None)
     parameters: dict[str, Any] = {}
     for name, weight in module._parameters.items():

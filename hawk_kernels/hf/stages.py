@@ -1,4 +1,4 @@
-"""Stages of a pruning that are named one by one: after which layer how much stays, and which method chooses."""
+"""Reads stages that a caller names one by one: after which layer, how much stays, and which method chooses."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def named_stages(stages: Mapping[Any, Any], method: str | Method, options: dict[
     Args:
         stages: for each layer, counted from 1, what stays after it of the original visual tokens, or a method and what
             stays; layer 0 stands for before the first.
-        method: chooses at the stages that name none.
-        options: those of `method`.
+        method: the method of the stages that name none.
+        options: the options of `method`.
 
     Returns:
-        The stages by layer.
+        The stages, in the order of their layers.
 
     Raises:
-        ValueError: no stage, a layer or a number out of range, or a stage that keeps more than the one before it.
-        TypeError: a layer, a number or a method of another type, or options that belong to no stage.
+        ValueError: there is no stage, a layer or number is out of range, or a stage keeps more than the one before it.
+        TypeError: a layer, a number or a method has another type, or options belong to no stage.
     """
     if not stages:
         raise ValueError(f"{_EXPECTED}, got none; {{2: 0.4}} keeps 40 % after layer 2")
@@ -62,7 +62,7 @@ def named_stages(stages: Mapping[Any, Any], method: str | Method, options: dict[
 
 
 def checked_mode(mode: str | None, stages: tuple[Stage, ...]) -> str:
-    """Return what happens to tokens inside the stack: what the caller says, or else the methods.
+    """Return what happens to tokens that leave inside the stack: as the caller says, or else as the methods say.
 
     Raises:
         ValueError: neither "drop" nor "hide", or methods that do not agree.

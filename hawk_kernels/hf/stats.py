@@ -11,7 +11,7 @@ from hawk_kernels.methods.base import Falling, Keep
 
 
 class Stage(NamedTuple):
-    """After which layer how much of the original visual tokens stays, and what chooses it.
+    """Says after which layer how much of the original visual tokens stays, and which method chooses it.
 
     Attributes:
         layer: the last layer that sees what the stage drops, counted from 1; 0 stands for before the first.

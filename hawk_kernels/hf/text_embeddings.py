@@ -1,4 +1,4 @@
-"""Whether embeddings that come without token ids are those of text alone."""
+"""Tells whether embeddings that come without token ids are those of text alone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 @outside_graphs
 @torch.no_grad()
 def are_text(anatomy: Anatomy, inputs_embeds: torch.Tensor) -> bool:
-    """Tell whether each embedding is exactly that of some token which is not visual; no feature of an image is.
+    """Tell whether each embedding equals that of some token which is not visual, bit for bit, as no image feature does.
 
-    This waits for the device. What is not known for certain is not text, such as soft prompts and embeddings in another
-    dtype than the model's own.
+    This waits for the device. Whatever cannot be traced to a token counts as no text: soft prompts, for example, and
+    embeddings in a dtype other than the model's own.
 
     Args:
         anatomy: the model's parts.
@@ -44,6 +44,6 @@ def are_text(anatomy: Anatomy, inputs_embeds: torch.Tensor) -> bool:
 
 
 def _prints(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return a number for the bits of each row of `[N, C]`, int64 `[N]`; other bits give another, but for chance."""
+    """Hash the bits of each row of `[N, C]`, int64 `[N]`; rows that differ have equal hashes only by chance."""
     bits = rows.contiguous().view(_INTEGERS[rows.element_size()]).to(torch.int64)
     return (bits * weights.to(bits.device)).sum(dim=1)

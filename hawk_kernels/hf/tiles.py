@@ -1,9 +1,8 @@
-"""Which tile of its picture each visual token comes from, for budgets of single tiles.
+"""Tells which tile of its picture each visual token comes from, so that each tile can have a budget of its own.
 
 Some processors write text between the tiles. Some encoders return one entry for each tile, and the prompt has these one
-after the other. LLaVA-NeXT and its like lay
-the tiles of a picture out as one grid, line by line, with a newline after each: there the model itself is asked, by
-laying out numbers of tiles as it lays out their features.
+after the other. LLaVA-NeXT and its relatives lay the tiles of a picture out as one grid, line by line, with a newline
+after each line: there the model's own code lays out tile numbers in place of features.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def check_tiles(anatomy: Anatomy) -> None:
     """Refuse a family whose pictures are not cut into tiles.
 
     Raises:
-        TypeError: such a family.
+        TypeError: the family does not cut pictures into tiles.
     """
     if anatomy.family.tiles is None:
         names = ", ".join(family.model_type for family in FAMILIES if family.tiles is not None)
@@ -48,10 +47,10 @@ def with_tiles(anatomy: Anatomy, prompt: Prompt, encoded: dict[str, Encoded]) ->
     Args:
         anatomy: the model's parts.
         prompt: the prompt on the host; `generate` may repeat each sample in several equal rows.
-        encoded: what the vision encoder was told and returned, by kind.
+        encoded: arguments and results of the vision encoder, by kind.
 
     Raises:
-        ValueError: the encoder tells no tiles, or others than the prompt has.
+        ValueError: the encoder reports no tiles, or tiles that do not fit the prompt.
     """
     placeholders = prompt.all_placeholders()
     numbers, separators = np.full(prompt.ids.shape, -1), np.zeros(prompt.ids.shape, dtype=bool)
@@ -85,7 +84,7 @@ def grids_of_tiles(prompt: Prompt, row: int) -> list[tuple[int, int] | None]:
 
     Args:
         prompt: a prompt with `tiles`.
-        row: of the batch.
+        row: index of the row in the batch.
     """
     assert prompt.separators is not None
     lines = np.cumsum(prompt.separators[row])
@@ -145,7 +144,7 @@ def _mosaics(multimodal: Any, run: Encoded) -> list[Layout]:
         tiles = torch.where(row > 0, 1 + (row - 1) * columns + column, 0).numpy()
         newlines = is_newline.numpy() == 1
         before = np.maximum.accumulate(np.where(newlines, 0, np.arange(length)))
-        # tiles of padding alone are cut away
+        # the model cuts tiles of padding away, so the others are numbered without gaps
         _, tiles = np.unique(tiles[before], return_inverse=True)
         made.append((tiles, newlines))
     return made

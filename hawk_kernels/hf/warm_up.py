@@ -55,7 +55,7 @@ _ENCODER_LENGTHS = (4, 16, 20, 64, 576, 4096)
 class Shape(NamedTuple):
     """The shape of a batch of prompts: `batch` rows of visual tokens and then text.
 
-    Where `is_uneven`, the first row has a visual token and a text token less than the others, if it can.
+    If `is_uneven`, the first row has one visual and one text token fewer than the others, where it has them to spare.
     """
 
     batch: int
@@ -76,9 +76,9 @@ def warm_up(
 ) -> WarmUp:
     """Compile ahead every kernel that prompts of this model can need under `prune` with the same arguments.
 
-    After it, no prompt compiles a kernel, whatever its length, its pictures and its budget. Kernels are compiled in
-    parallel, taken from Triton's cache on disk where it has them, and loaded on the model's GPUs; that also makes it
-    safe to prune while another thread captures a CUDA graph. The model is not called.
+    Afterwards no prompt of up to `max_tokens` tokens compiles a kernel, whatever its length, pictures and budget.
+    Kernels are compiled in parallel, taken from Triton's cache on disk where it has them, and loaded on the model's
+    GPUs; that also makes it safe to prune while another thread captures a CUDA graph. The model is not called.
 
     Args:
         model: as for `prune`.
@@ -91,10 +91,10 @@ def warm_up(
         **options: the other arguments of `prune`, such as `head_weights`, `budget` and the options of the method.
 
     Returns:
-        What was compiled. On a CPU and in Triton's interpreter nothing is, and its notes say so.
+        What was compiled. On a CPU and in Triton's interpreter that is nothing, and the notes say so.
 
     Raises:
-        TypeError, ValueError: as `prune`.
+        TypeError, ValueError: as in `prune`.
     """
     pruning = prune(model, keep_ratio, method=method, **options)
     return pruning.warm_up(max_tokens=max_tokens, max_batch=max_batch, progress=progress)
@@ -147,15 +147,15 @@ def launches_of_prune(
 def shapes_up_to(
     max_tokens: int, max_batch: int, class_of: Callable[[int, int], object] | None = None
 ) -> Iterator[Shape]:
-    """Yield shapes of prompts of every class of what a launch is compiled for.
+    """Yield shapes of prompts that together meet every case a launch is compiled for.
 
     Single rows have every length of `lengths_up_to`, a few rows those of `_EDGES`.
 
     Args:
         max_tokens: the most tokens in a row.
         max_batch: the most rows.
-        class_of: tells the launch configurations of so many rows of a length. Whatever batch first meets one is
-            followed too, the lightest of them.
+        class_of: returns the launch configurations for a number of rows of a length. The smallest batch that meets a
+            new one is followed too.
     """
     lengths, met = lengths_up_to(max_tokens), set()
     for batch, length in sorted(product(range(1, max_batch + 1), lengths), key=lambda pair: (pair[0] * pair[1], pair)):

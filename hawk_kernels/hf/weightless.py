@@ -1,4 +1,4 @@
-"""Copies of a model's modules without weights, on which its shapes, strides and dtypes can be followed.
+"""Copies a model's modules without their weights, so that shapes, strides and dtypes can be followed without data.
 
 A copy is made of meta tensors. The model itself is neither called nor changed, so other threads may use it, and what
 watches its modules, such as the hooks of `prune` or of accelerate, is left out of the copy.
@@ -53,7 +53,7 @@ def without_weights(module: nn.Module) -> Any:
 
 
 def layout_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a meta tensor of the same dtype, sizes and strides, whose address is as aligned."""
+    """Return a meta tensor of the same dtype, sizes, strides and alignment."""
     misaligned = 0 if tensor.is_meta else tensor.data_ptr() % _ALIGNMENT
     offset = misaligned // tensor.element_size()
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -65,8 +65,8 @@ class WeightlessProjections(LayerProjections):
     """Does to meta tensors what a layer's projections do to hidden states.
 
     Args:
-        real: of the layer itself; tells which weights the kernels read.
-        bare: of its copy without weights.
+        real: the projections of the layer itself, which tell what weights the kernels read.
+        bare: the projections of its copy without weights.
     """
 
     def __init__(self, real: LayerProjections, bare: LayerProjections) -> None:
@@ -97,9 +97,9 @@ class WeightlessProjections(LayerProjections):
 
 
 def give_layer_weights(layer: Any) -> None:
-    """Give the attention and the norms of a meta model's layer weights of some value, in memory.
+    """Give real weights, all of them 0.5, to the attention and the norms of a meta model's layer.
 
-    What a norm computes is found out by calling it, which needs values.
+    What a norm computes is found by calling it, which needs values.
     """
     norms = [child for child in layer.children() if all(p.dim() == 1 for p in child.parameters())]
     for module in (layer.self_attn, *norms):

@@ -1,6 +1,6 @@
-"""What lmms-eval finds by the entry-point group `lmms_eval.models`: the model `hawk`, any of its own models pruned.
+"""Offers lmms-eval the model `hawk`, any of its own models pruned, by the entry-point group `lmms_eval.models`.
 
-lmms-eval imports this while it is still importing its models, so that nothing of it may be imported here.
+lmms-eval imports this while it is still importing its models, so nothing of lmms-eval may be imported at the top.
 """
 
 from __future__ import annotations

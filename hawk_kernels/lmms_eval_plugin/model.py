@@ -37,7 +37,7 @@ _PRUNE_ARGUMENTS = ("keep_ratio", "method", "head_weights", "budget", "mode")
 
 
 class _Pruned(lmms):  # type: ignore[misc]
-    """Builds a pruned model; none of this class is ever made, since the base takes its place."""
+    """Builds a pruned model; no instance is ever made, since the base takes its place."""
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> Any:

@@ -358,7 +358,7 @@ def attention_of_last_token(view: PrefillView) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Falling:
-    """How much stays after a stage on the way to a budget: the number falls from all tokens to it in equal ratios.
+    """How much stays after a stage on the way to a budget, to which the count falls from all tokens in equal ratios.
 
     Attributes:
         budget: how many tokens stay in the end.

@@ -18,18 +18,18 @@ class EVS(Method):
 
     The score of a token is `1 - cos` between its embedding and that of the same cell in the frame before (Bagrov et
     al., "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference", arXiv 2510.14624,
-    and the code of its authors in vLLM). The budget is that of the whole video. Tokens of a first frame rank above all
+    and the code of its authors in vLLM). One budget covers the whole video. Tokens of a first frame rank above all
     others, and so do those of a frame whose grid differs from the one before.
 
     vLLM never keeps less than the first frame, and leaves still images alone; here a budget is met exactly. Where it is
     smaller than the first frames, which are all that a still image has, an even grid of them stays: cells with even
     line and column first, as in ordered dithering.
 
-    The frames are known of families that tell grids or the number of frames: all that take videos as such but Gemma 4,
-    Perception LM and VideoLLaMA 3, where a video is one frame.
+    The frames are known in families that report grids or the number of frames: all that take videos except Gemma 4,
+    Perception LM and VideoLLaMA 3, where a video counts as one frame.
 
     Args:
-        rounding: "floor" or "ceil"; the release rounds down.
+        rounding: "floor", "ceil" or "nearest" (half to even); the release rounds down.
 
     Raises:
         ValueError: an option that is none of these.
@@ -59,7 +59,7 @@ class EVS(Method):
         same = torch.cosine_similarity(one, other, dim=-1)
         first = torch.from_numpy(3 - dither).to(candidates.device, non_blocking=True)
         scores = first.flatten().scatter_(0, now, (1 - same).clamp(max=2)).view(candidates.shape)
-        # a first frame is compared with nothing, so that NaN would not show
+        # a first frame is compared with nothing, so a NaN in it would not show
         least, largest = torch.aminmax(embeddings, dim=-1)
         scores = scores.masked_fill(~(least.isfinite() & largest.isfinite()), torch.nan)
         return scores.masked_fill(~candidates, -torch.inf)

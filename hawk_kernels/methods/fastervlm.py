@@ -17,7 +17,8 @@ class FasterVLM(Method):
     before the last), averaged over heads (Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token
     Pruning: Make VLM Inference Faster", arXiv 2412.01818, version 1, and github Theia-4869/FasterVLM). An encoder
     without a CLS token ranks by the attention that a token receives from all others, see `PrefillView.cls_attention`.
-    With tiles, as in LLaVA-NeXT, the release keeps the same number of each tile; here all tiles of an image compete.
+    With tiles, as in LLaVA-NeXT, the release keeps the same number of each tile, as `prune(budget="per_tile")` does; by
+    default all tiles of an image compete.
 
     Args:
         cls_layer: encoder layer, counted from 1; None takes that of the visual features.

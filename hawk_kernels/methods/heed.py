@@ -22,9 +22,9 @@ class Heed(JointMethod):
     embeddings that enter that layer, `c[m] = max_n cos(v[m], t[n])`. Both take the maximum over the text, so that one
     word suffices. Both are scaled by minimum and maximum over the image or row, `s(x) = (x - min x + 1e-6) / (max x -
     min x + 1e-6)`. The quality of a token is their mean `g[m] = (s(a)[m] + w s(c)[m]) / (1 + w)`, in which the cosine
-    counts as much as its best match stands out, `w = max c - mean c`. Where the embeddings of images and words have
-    little in common, no match stands out, and attention decides. The kept tokens are the greedy MAP of a determinantal
-    point process with the kernel `L[m, l] = g[m] cos(v[m], v[l]) g[l]`.
+    weighs more the further its best match stands out, `w = max c - mean c`. Where the embeddings of images and words
+    have little in common, no match stands out, and attention decides. The kept tokens are the greedy MAP of a
+    determinantal point process with the kernel `L[m, l] = g[m] cos(v[m], v[l]) g[l]`.
 
     No paper has published this method; it was made here, from three that were. Attention before RoPE is HAWK's (arXiv
     2604.07812), which averages it over the text and weighs the heads; relevance by cosine and the determinantal point

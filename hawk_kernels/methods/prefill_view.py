@@ -1,4 +1,4 @@
-"""What a method may ask about a prompt before the first decoder layer runs."""
+"""What a method may ask about a prompt when it chooses tokens, before the first layer or inside the stack."""
 
 from __future__ import annotations
 

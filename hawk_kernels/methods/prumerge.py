@@ -36,15 +36,15 @@ class PruMerge(Method):
     over the other tokens in their order, so that every part of the picture is represented. The release adds to `n`
     tokens chosen by attention up to `3 n` such samples, which are these shares.
 
-    The authors keep as many tokens as are outliers of the attention, above the third quartile by more than one and a
-    half times the range between the quartiles, another number for each picture. Here `keep_ratio` gives the number: all
-    later shapes follow from it, and counting outliers would make the host wait for the encoder in each call.
+    The authors keep as many tokens as the attention has outliers, those above the third quartile by more than one and a
+    half times the interquartile range, so the number differs from picture to picture. Here `keep_ratio` gives the
+    number: all later shapes follow from it, and counting outliers would make the host wait for the encoder every time.
 
-    The release, github 42Shawn/LLaVA-PruMerge, differs further. It takes neighbours from all other tokens, kept ones
-    too, and adds `a[q] y[q]` to `y[p]` without dividing by anything; `merging="release"` does both. It reads queries
-    and keys of the very last layer (`cls_layer=24` of CLIP-L), whose output LLaVA discards, and takes one softmax over
-    all heads together. It appends one more token, the sum of all dropped ones by their attention, and gives positions
-    anew.
+    The release, github 42Shawn/LLaVA-PruMerge, differs in other ways too. It takes neighbours from all other tokens,
+    kept ones included, and adds `a[q] y[q]` to `y[p]` without dividing by anything; `merging="release"` does both. It
+    reads queries and keys of the very last layer (`cls_layer=24` of CLIP-L), whose output LLaVA discards, and takes one
+    softmax over all heads together. It appends one more token, the sum of all dropped ones weighted by their attention,
+    and numbers positions anew.
 
     Args:
         neighbours: dropped tokens that go into each kept one, at least one.

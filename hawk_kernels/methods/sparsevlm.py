@@ -51,8 +51,9 @@ class SparseVLM(Method):
     cluster. The paper writes a sum, which grows with the cluster. Its clusters come on top of the tokens that a stage
     keeps; here they are part of the budget.
 
-    The release counts as text all that follows the image, here it is the question; and it wants `R[n] > mean(R)`, which
-    leaves a question of one word without raters. In layers with sliding windows the attention is that without windows.
+    The release counts as text all that follows the image, where this package takes the question; and it requires
+    `R[n] > mean(R)`, which leaves a question of one word without raters. In layers with sliding windows, the attention
+    is computed without the windows.
 
     Args:
         rounding: "floor", "ceil" or "nearest" (half to even).
@@ -115,7 +116,7 @@ def recycling(
         states: `[U, L, hidden]`.
         r: fraction of a unit's candidates that is kept, or the budget.
         mask: bool `[U, L]`, True = candidate.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest" (half to even).
 
     Returns:
         `Selection(mask, indices, scores)` with a merge map of one entry for each token of a cluster.

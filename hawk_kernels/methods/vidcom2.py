@@ -32,10 +32,10 @@ class VidCom2(JointMethod):
     may. Here the budget is met exactly: shares are rounded by Webster's method, which gives the counts of the release
     wherever these add up to the budget, and every frame keeps one token if the budget allows. What a full frame cannot
     take goes to the others. A still image is a video of one frame, which keeps its most unusual tokens. Where the
-    frames are not known (see `EVS`), a video is one. Images that share a budget are frames of one video.
+    frames are not known (see `EVS`), a video counts as one. Images that share a budget are frames of one video.
 
     Args:
-        rounding: "floor" or "ceil", for the whole budget.
+        rounding: "floor", "ceil" or "nearest" (half to even), for the whole budget.
 
     Raises:
         ValueError: an option that is none of these.

@@ -30,14 +30,15 @@ class VisPruner(JointMethod):
     Of a budget of `k` tokens, `floor(k / 2)` go to those with the largest attention of CLS, in the encoder layer that
     the visual features come from. The others stand in the order of that attention and are thinned out, 8 at a time,
     until the budget is met: every second of them is compared with all those between, by the cosine of what enters the
-    projector, and those most similar to one of them go. The rest of the compared ones, the least similar last, are set
-    before the ones between (Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token
-    Pruning in VLMs", ICCV 2025, arXiv 2412.01818, and github Theia-4869/VisPruner).
+    projector, and those most similar to one of them go. The rest of the compared ones, the least similar last, are then
+    placed before the ones between (Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective
+    Token Pruning in VLMs", ICCV 2025, arXiv 2412.01818, and github Theia-4869/VisPruner).
 
     The code of the release thins out one image at a time; here those of a batch are thinned out at once, each by
-    itself, and the tiles of an image, such as those of LLaVA-NeXT, compete. An encoder without a CLS token ranks by the
-    attention that a token receives from all others, see `PrefillView.cls_attention`. Memory grows with the square of
-    the number of visual tokens.
+    itself. In the release each tile of an image, such as those of LLaVA-NeXT, has a budget, as with
+    `prune(budget="per_tile")`; by default the tiles compete. An encoder without a CLS token ranks by the attention that
+    a token receives from all others, see `PrefillView.cls_attention`. Memory grows with the square of the number of
+    visual tokens.
 
     Args:
         important: share of the budget that attention takes, in [0, 1].

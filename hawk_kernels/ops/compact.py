@@ -62,7 +62,7 @@ def compact(
             entries of a target, accumulated in float32 (float64 for float64 embeddings) in an order that depends on
             nothing but the map. Its targets ascend in each row, padding comes last; `Merge.ordered` makes that so.
             Kept tokens without an entry are copied. What does not fit is an error on a CPU; on a GPU, where checking
-            it would be a sync, entries with places outside the row or with a dropped target count nothing, and
+            it would be a sync, entries with places outside the row or with a dropped target have no effect, and
             targets out of order give wrong sums.
         backend: `None` chooses; `"triton"` or `"torch"` is used or refused, never replaced.
 

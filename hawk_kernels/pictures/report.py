@@ -1,4 +1,4 @@
-"""One HTML page about a pruned prompt that needs nothing but itself."""
+"""Writes one HTML page about a pruned prompt, which loads no other file."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Benchmarks, and a run over them: what is asked, what an answer is worth, and how hours of asking survive a kill.
+"""Benchmarks and runs over them: what is asked, how answers are scored, and how a long run survives being killed.
 
-A task is samples, prompts and a scorer. It comes from a JSONL file, from lmms-eval or from a function of one's own.
+A task is samples, prompts and a scorer. It comes from a JSONL file, from lmms-eval or from a function of your own.
 `calibrate` and `evaluate` ask the same tasks in the same way.
 """
 

@@ -1,4 +1,4 @@
-"""From a sample to what the model reads: pictures opened, the prompt in its chat template, tensors on its device."""
+"""Turns a sample into what the model reads: opens pictures, fills the chat template, moves tensors to the device."""
 
 from __future__ import annotations
 

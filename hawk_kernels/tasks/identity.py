@@ -1,4 +1,4 @@
-"""What tells one model, and one run of it, from another."""
+"""Identifies a model and a run of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DIGESTED = 64
 
 
 def identify(model: Any) -> dict[str, Any]:
-    """Return what must be equal for scores of one run to be those of another, as JSON holds it."""
+    """Return, ready for JSON, what must be equal for one run to take over the scores of another."""
     import transformers
 
     import hawk_kernels

@@ -1,8 +1,8 @@
-"""What a run over tasks has measured so far, on disk: nothing that was finished is lost, whenever it is killed.
+"""Keeps on disk what a run over tasks has measured so far, so that nothing finished is lost when it is killed.
 
 A journal is a folder with one file for each process. A file is a line that says what is measured, then a line for each
 sample, appended and forced to disk before the next one begins. A last line without its end is what a kill leaves; it is
-dropped and its sample asked again.
+dropped, and its sample is asked again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Goes through the questions of a run once: from a journal what is known, from the model what is not."""
+"""Goes through the questions of a run once: takes known results from a journal and asks the model for the rest."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Survey:
     Attributes:
         work: "calibration" or "evaluation", for messages; the progress bar shows `verb`.
         verb: what the progress bar says.
-        plan: what must be equal for the journal to be this run's, as JSON holds it.
-        folder: of the journal; None keeps nothing, for one process alone.
-        processes: that share the work.
+        plan: what identifies the run, ready for JSON; a journal with another plan is refused.
+        folder: the folder of the journal; None keeps nothing, and works for one process only.
+        processes: the processes that share the work.
         shows_progress: whether this process shows a progress bar.
     """
 
@@ -97,7 +97,7 @@ class Survey:
 
 
 def _adding_to(found: dict[Key, dict[str, Any]]) -> Add:
-    """Return what keeps records in a dict, where there is no journal."""
+    """Return a function that keeps records in a dict, for runs without a journal."""
 
     def add(key: Key, record: Mapping[str, Any]) -> None:
         found[key] = dict(record)

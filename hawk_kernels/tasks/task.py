@@ -1,6 +1,6 @@
 """What a run asks a model: a task is samples, a prompt for each, and a scorer of answers.
 
-A benchmark of one's own is a class with four names, and needs no base class:
+A benchmark of your own is a class with these five names, and needs no base class:
 
     class Digits:
         name = "digits"                   # names the benchmark in results; unique in a run
@@ -40,7 +40,7 @@ class Sample:
 
     Attributes:
         key: names the sample within its task, the same in every run: a journal finds its score by it.
-        question: what is asked, without instructions about the form of the answer; these are the task's `prompt`.
+        question: what is asked, without instructions about the form of the answer, which the task's `prompt` adds.
         answers: every answer that counts as right; tasks whose scorer needs none leave it empty.
         images: in the order in which the model sees them, all before the question.
         videos: likewise, after the images.

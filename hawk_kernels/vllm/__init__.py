@@ -1,4 +1,4 @@
-"""A vLLM plugin: visual tokens are pruned before the first layer by the methods of `prune`. docs/vllm.md is its page.
+"""A vLLM plugin that prunes visual tokens before the first layer, by the methods of `prune`; see docs/vllm.md.
 
 vLLM finds `register` by the entry point group `vllm.general_plugins`. Nothing of vLLM is patched: the plugin adds
 architectures, and `--hf-overrides` chooses one of them:

@@ -1,4 +1,4 @@
-"""Which tokens of one picture or video stay, told from its rows and, for some methods, from the ids of the prompt.
+"""Chooses the tokens of one picture or video that stay, from its rows and, for some methods, from the prompt's ids.
 
 Each picture has a budget and a normalisation of its own. vLLM may read two pictures of a prompt in different steps, and
 a choice that depended on the other picture would depend on how the prompt was cut into steps.
@@ -28,8 +28,8 @@ class Place:
 
     Attributes:
         ids: int64 `[T]`, the whole pruned prompt.
-        start: of its first placeholder.
-        places: placeholders that it has.
+        start: index of its first placeholder.
+        places: number of its placeholders.
     """
 
     ids: NDArray[np.int64]

@@ -1,4 +1,4 @@
-"""What the plugin lays into vLLM's encoder cache: rows of a picture with their positions, as many as placeholders.
+"""Makes what the plugin puts into vLLM's encoder cache: a picture's rows and positions, in one row per placeholder.
 
 vLLM slices a cached item by placeholders, a chunk of the prompt at a time, and hands the slices back. A choice that
 depends on the prompt is not made yet when the item is cached; all `n` rows of the picture are then folded into the `K`
@@ -25,8 +25,8 @@ class Unfolded(NamedTuple):
 
     Attributes:
         rows: `[n, width]`, all rows of the item.
-        start: the first of its `K` places that the slice is about.
-        places: `K`.
+        start: the first of its `K` places that the slice covers.
+        places: `K`, the number of its placeholders.
     """
 
     rows: torch.Tensor

@@ -38,11 +38,11 @@ _CPU_WORKER = "hawk_kernels.vllm.cpu_worker.CPUWorker"
 
 
 class PrunesVisualTokens:
-    """Goes before vLLM's own class of a model among the base classes.
+    """Adds pruning to a model of vLLM; it stands before vLLM's own class among the base classes.
 
     A method that looks at one picture alone chooses when the picture is encoded; vLLM caches the rows that stay. Any
-    other one chooses when the language model is about to read the picture, because only then vLLM tells the prompt.
-    Chunks of a prompt repeat that choice, which is the same each time.
+    other one chooses when the language model is about to read the picture, because vLLM shows the prompt only then.
+    Each chunk of a prompt repeats that choice, with the same result.
     """
 
     supports_multimodal_pruning: ClassVar[bool] = True
@@ -113,7 +113,8 @@ class PrunesVisualTokens:
             num_computed_tokens: where this step begins.
 
         Returns:
-            The rows for each slice, the positions, and what is added to a token's number after the prompt.
+            The rows for each slice, the positions, and what is added to the index of a token after the prompt to get
+            its position.
         """
         length = len(input_ids)
         rows_of_slices = []

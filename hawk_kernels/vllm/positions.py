@@ -17,8 +17,8 @@ class Media(NamedTuple):
     """A picture or video in a prompt.
 
     Attributes:
-        offset: of its first placeholder in the pruned prompt.
-        places: placeholders that it has there, `K`.
+        offset: index of its first placeholder in the pruned prompt.
+        places: number of its placeholders there, `K`.
         frames, height, width: its grid of visual tokens.
         seconds: how far two frames are apart, in steps of the first axis.
     """
@@ -47,7 +47,7 @@ def prompt_positions(length: int, media: Iterable[Media]) -> tuple[NDArray[np.in
 
     Returns:
         int64 `[3, length]`, where each placeholder stands at the corner of its picture until its token is chosen; and
-        what is added to the number of a token to get its position after the prompt.
+        what is added to the index of a token after the prompt to get its position.
     """
     positions = np.empty((3, length), dtype=np.int64)
     done = position = 0

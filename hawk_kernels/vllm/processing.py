@@ -1,4 +1,4 @@
-"""What vLLM's front end needs to know: how many placeholders a pruned picture has, and what may be shared by caches."""
+"""Tells vLLM's front end how many placeholders a pruned picture has, and which prompts may share cached results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hawk_kernels.vllm.settings import Settings, read_settings
 
 
 class PrunedPlaceholders:
-    """Goes before vLLM's own processor of a model among the base classes."""
+    """Adds pruning to a processor of vLLM; it stands before vLLM's own class among the base classes."""
 
     info: Any
 
@@ -42,7 +42,7 @@ class PrunedPlaceholders:
         ]
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """Name each picture for the caches; the names of what was chosen by a prompt hold that prompt's hash.
+        """Name each picture for the caches; where the prompt decides what stays, the name holds that prompt's hash.
 
         The prefix cache finds blocks of keys and values by these names. By the picture's name alone, a second question
         about a picture would silently be answered from the tokens that the first one kept.
@@ -60,8 +60,8 @@ def prompt_hash(ids: Sequence[int]) -> str:
 
 
 class Qwen2VLProcessor(PrunedPlaceholders, Qwen2VLMultiModalProcessor):  # type: ignore[misc]
-    """That of Qwen2-VL."""
+    """Qwen2-VL's processor with pruning."""
 
 
 class Qwen2_5_VLProcessor(PrunedPlaceholders, Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]  # noqa: N801
-    """That of Qwen2.5-VL."""
+    """Qwen2.5-VL's processor with pruning."""

@@ -62,12 +62,12 @@ class Launch(NamedTuple):
 def catch_launches(architecture: str, multiprocessors: int | None = None) -> Iterator[list[Launch]]:
     """Catch the launches that this thread makes on meta tensors in the block, instead of running them.
 
-    Launches of other threads run as ever. Launch configurations are those of the architecture. Blocks of two threads
+    Launches of other threads run as usual. Launch configurations are those of the architecture. Blocks of two threads
     exclude each other, since plans for meta tensors are kept by shape.
 
     Args:
         architecture: as tables are named, for example "sm_90".
-        multiprocessors: of the GPU; None means of the one that the architecture's table was made for.
+        multiprocessors: those of the GPU; None takes those of the GPU that the table was made for.
 
     Returns:
         A list that grows with each launch.

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from hawk_kernels.backends.kernels.launch import PreparedLaunch, launch, on_device
 
-# Slots whose rows a program copies at once, and bytes of each: 16 KiB on their way.
+# Slots whose rows a program copies at once, and bytes of each, which make 16 KiB in flight.
 BLOCK_SLOTS = 16
 _BLOCK_BYTES = 1024
 # Tokens that are numbered at once, and that are counted at once on the way there.

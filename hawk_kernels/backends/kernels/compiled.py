@@ -7,7 +7,7 @@ launch the same compiled kernel:
 
 - The key of a kept kernel says all that Triton distinguishes: the type of each argument; of those that are specialised
   also the alignment of a pointer, and whether an integer is 1 or a multiple of 16; constants and options; the device.
-  A kernel comes into the store only as the one that Triton itself has just chosen for such a key.
+  A kernel enters the store only when Triton itself has just chosen it for such a key.
 - The stream and the current device are asked of Triton's driver at every launch.
 - Whoever watches launches sees them: with a hook set, in debug mode, or with another function in place of
   `JITFunction.run`, every launch takes Triton's ordinary way.
@@ -75,7 +75,7 @@ class Compiled(NamedTuple):
 
 
 def can_launch_directly(kernel: Any) -> bool:
-    """Say whether a launch of this kernel may pass Triton by."""
+    """Say whether a launch of this kernel may bypass Triton's ordinary way."""
     if not _IS_KNOWN or type(kernel) is not JITFunction or JITFunction.run is not _ORDINARY_RUN:
         return False
     runtime = triton.knobs.runtime

@@ -41,7 +41,7 @@ from hawk_kernels.backends.kernels.views import Matrix, Vector, load_tile, row_o
 
 # About two waves on A100 to B200; the interpreter takes milliseconds for each program.
 _PROGRAMS, _PROGRAMS_INTERPRETED = 264, 32
-# Ranges of keys that leave a pair each: a program loads those of its text tokens at once.
+# Each range of keys leaves a pair for each text token; a program loads the pairs of all ranges at once.
 _MOST_SPLITS = 32
 _SUM_BLOCK = 256
 # Tiles of rows that are as long as this do not stay in the registers of the usual number of threads.

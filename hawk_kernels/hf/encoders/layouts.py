@@ -17,7 +17,7 @@ from hawk_kernels.hf.hooks import upload
 
 @dataclass(frozen=True)
 class Tiles:
-    """Statistics, or rows, of the patches of a batch of tiles.
+    """Statistics or rows of the patches of a batch of tiles.
 
     Attributes:
         patches: `[tiles, h, w, S]`.

@@ -1,4 +1,4 @@
-"""Recording what a method asks of the vision encoder: attention that visual tokens receive, and rows of the projector.
+"""Records what a method asks of the vision encoder: attention that visual tokens receive, and the projector's input.
 
 The encoder keeps its own attention implementation: the queries and keys that a layer has just computed go through
 `attention_column_mean` as well. Of the projector's input a reference is kept until its rows are laid out. How tiles and
