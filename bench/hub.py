@@ -10,7 +10,6 @@ kernel of the hub may not depend.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import base64
 import hashlib
@@ -21,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import hawk_kernels
+from bench import cli
 
 PACKAGE = Path(hawk_kernels.__file__).parent
 NAME = "hawk-kernels"
@@ -48,7 +48,7 @@ def sources() -> dict[str, str]:
         HubError: a file imports a part of the package that the kernel does not have.
     """
     exported: dict[str, str] = hawk_kernels._FROM_TORCH
-    entries = {module.split(".")[1] for module in exported.values()} | {"ranking", "validation"}
+    entries = {module.split(".")[1] for module in exported.values()} | {"merge_checks", "ranking", "validation"}
     paths = [PACKAGE / f"{entry}.py" for entry in entries if (PACKAGE / f"{entry}.py").is_file()]
     paths += [path for folder in ("ops", "backends") for path in (PACKAGE / folder).rglob("*.py")]
     names = sorted(path.relative_to(PACKAGE).as_posix() for path in paths)
@@ -194,7 +194,7 @@ def _readme() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the kernel, or check the builds of one; 0 on success, 1 with a message on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m bench.hub", description=__doc__.partition("\n")[0])
+    parser = cli.parser("bench.hub", __doc__)
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the kernel (default: {OUT})")
     parser.add_argument(
         "--check", action="store_true", help="compare the builds there with their digests, write nothing"

@@ -420,9 +420,10 @@ def test_the_cpu_floor_says_what_is_required_of_a_row(num_keys, dtype, required)
 
 COMMANDS = [
     *("__main__", "attention_column_mean", "compact", "cpu_floor", "decode_overhead", "encoder_cost", "few_kernels"),
-    *("gpu", "greedy", "host_cost", "in_stack"),
+    *("gpu", "greedy", "host_cost", "hub", "in_stack"),
     *("model", "plots", "prefill", "report", "score_and_select", "score_peaks", "support_table", "verify"),
     *("tinyvqa.alignment", "tinyvqa.evaluate", "tinyvqa.samples", "tinyvqa.table", "tinyvqa.train"),
+    "vllm_gpu",
 ]
 
 

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import io
+import os
 import re
 import runpy
 import shlex
@@ -229,6 +230,8 @@ def help_of(module: str, commands: tuple[str, ...]) -> tuple[int, str]:
     written, interrupted = io.StringIO(), signal.getsignal(signal.SIGINT)
     with (
         mock.patch.object(sys, "argv", [module, *commands, "--help"]),
+        # bench.host_cost takes Triton's interpreter out of it
+        mock.patch.dict(os.environ),
         redirect_stdout(written),
         redirect_stderr(written),
         warnings.catch_warnings(),

@@ -30,7 +30,10 @@ SIGNATURES = {
     "greedy_dpp": "(features, quality, r, *, mask=None, rounding='floor', backend=None)",
     "greedy_max_min": "(features, r, *, mask=None, rounding='floor', backend=None)",
     "hiprune_select": "(object_attention, deep_attention, r, *, grid, alpha=0.1, rounding='floor')",
-    "prune": "(model, keep_ratio, *, method='hawk', head_weights=None, budget='shared', query=None, **options)",
+    "prune": (
+        "(model, keep_ratio, *, method='hawk', head_weights=None, budget='shared', query=None, mode=None, "
+        "positions='original', recipe=None, **options)"
+    ),
 }
 
 

@@ -298,7 +298,7 @@ def _check_stage(anatomy: Anatomy, stage: InnerStage, drops: bool) -> None:
             f"layer: expected 1 to {depth - 1}, since tokens leave before the layer after it, got {stage.layer} of "
             f"{depth} layers; {remedy}"
         )
-    if method.uses_encoder_attention or method.uses_grids:
+    if method.reads_encoder() or method.uses_grids:
         raise TypeError(
             f"method: expected one that ranks by what enters a layer, got {method.name!r} after layer {stage.layer}; "
             "it reads whole images and can only choose before the first layer, so use it at stage 0"

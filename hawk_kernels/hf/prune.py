@@ -33,16 +33,25 @@ KeepRatio = float | int | Mapping[int, float | int | tuple[str | Method, float |
 """How much is kept: of all visual tokens, or stage by stage."""
 
 
+class Default(str):
+    """The default of an argument: equal to its string, yet told apart from the same string when a caller passes it."""
+
+    __slots__ = ()
+
+
+DEFAULT_METHOD, _SHARED, _ORIGINAL = Default("hawk"), Default("shared"), Default("original")
+
+
 def prune(
     model: nn.Module,
     keep_ratio: KeepRatio,
     *,
-    method: str | Method | None = None,
+    method: str | Method = DEFAULT_METHOD,
     head_weights: str | Path | torch.Tensor | list[float] | None = None,
-    budget: str | None = None,
+    budget: str = _SHARED,
     query: Query | None = None,
     mode: str | None = None,
-    positions: str | None = None,
+    positions: str = _ORIGINAL,
     recipe: str | None = None,
     **options: Any,
 ) -> Pruning:
@@ -103,17 +112,18 @@ def prune(
         from hawk_kernels.recipes import followed
 
         given: dict[str, Any] = {"method": method, "budget": budget, "query": query, "positions": positions}
-        given, options = followed(recipe, given, options)
-        method, budget, query, positions = given["method"], given["budget"], given["query"], given["positions"]
+        said = {name: None if isinstance(value, Default) else value for name, value in given.items()}
+        said, options = followed(recipe, said, options)
+        method, budget, query, positions = (given[name] if said[name] is None else said[name] for name in given)
     pruning = Pruning(
         model,
         keep_ratio,
-        "hawk" if method is None else method,
+        method,
         head_weights,
-        "shared" if budget is None else budget,
+        budget,
         query,
         mode,
-        "original" if positions is None else positions,
+        positions,
         options,
     )
     if keep_ratio == 1 and not isinstance(keep_ratio, float):

@@ -33,7 +33,7 @@ from hawk_kernels.hf.encoders.recorder import PromptAttention, recorder_for
 from hawk_kernels.hf.encoders.tiles import TileEncoder
 from hawk_kernels.hf.packing import Packing
 from hawk_kernels.hf.prompt import Prompt
-from hawk_kernels.hf.prune import KeepRatio, prune, stages_of
+from hawk_kernels.hf.prune import DEFAULT_METHOD, KeepRatio, prune, stages_of
 from hawk_kernels.hf.rotary import rotary_of_first_layer, rotary_of_layer
 from hawk_kernels.hf.weightless import WeightlessProjections, give_layer_weights, without_weights
 from hawk_kernels.methods import Method
@@ -68,7 +68,7 @@ def warm_up(
     model: nn.Module,
     keep_ratio: KeepRatio,
     *,
-    method: str | Method | None = None,
+    method: str | Method = DEFAULT_METHOD,
     max_tokens: int = MOST_TOKENS,
     max_batch: int = MOST_BATCH,
     progress: bool = True,
@@ -83,7 +83,7 @@ def warm_up(
     Args:
         model: as for `prune`.
         keep_ratio: as for `prune`. What is compiled is the same for every ratio and budget.
-        method: name of a method, or a method object; None means "hawk", or that of `recipe`. One of your own is
+        method: name of a method, or a method object. One of your own is
             followed on tensors without data.
         max_tokens: the most tokens in a row of a batch.
         max_batch: the most rows.
