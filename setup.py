@@ -24,6 +24,7 @@ hf = ["transformers>=5.5,<5.24", "pillow>=10.1"]
 plots = ["matplotlib>=3.8"]
 # The plugin names methods of vLLM that other releases may rename; make vllm runs its tests.
 vllm = ["vllm>=0.32,<0.33"]
+serve = ["transformers[serving]"]
 dev = [
     "accelerate>=1.2",
     "hypothesis>=6.100",
@@ -63,7 +64,7 @@ setup(
         "vllm.general_plugins": ["hawk_kernels = hawk_kernels.vllm:register"],
         "lmms_eval.models": ["hawk = hawk_kernels.lmms_eval_plugin:manifest"],
     },
-    extras_require={"hf": hf, "plots": plots, "vllm": hf + vllm, "dev": hf + plots + dev},
+    extras_require={"hf": hf, "plots": plots, "serve": hf + serve, "vllm": hf + vllm, "dev": hf + plots + dev},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.10",
