@@ -158,15 +158,17 @@ def post(url, **body):
     return urllib.request.urlopen(request, timeout=180)
 
 
-def streamed(url, path, text):
-    """The words that the server streams, joined."""
+def ask(url, path, text, **more):
     picture = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
     content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": text}]
     messages = [{"role": "user", "content": content}]
+    return post(f"{url}/v1/chat/completions", messages=messages, temperature=0, max_tokens=NEW_TOKENS, **more)
+
+
+def streamed(url, path, text):
+    """The words that the server streams, joined."""
     said = []
-    with post(
-        f"{url}/v1/chat/completions", messages=messages, temperature=0, max_tokens=NEW_TOKENS, stream=True
-    ) as reply:
+    with ask(url, path, text, stream=True) as reply:
         for line in reply:
             if line.startswith(b"data: {"):
                 (choice,) = json.loads(line[len(b"data: ") :])["choices"]
@@ -179,6 +181,14 @@ def test_twelve_concurrent_streams_answer_as_prune_and_generate_do(address, proc
     with ThreadPoolExecutor(STREAMS) as pool:
         replies = list(pool.map(lambda one: streamed(address, *one), questions()))
     assert replies == text_of(processor, expected)
+
+
+@needs_server
+def test_an_answer_in_one_piece_is_the_same_and_counts_the_prompt_before_pruning(address, processor, expected):
+    with ask(address, *questions()[0]) as reply:
+        told = json.load(reply)
+    assert told["choices"][0]["message"]["content"].strip() == text_of(processor, expected)[0]
+    assert told["usage"]["prompt_tokens"] > 64
 
 
 @needs_server
