@@ -26,6 +26,7 @@ plots = ["matplotlib>=3.8"]
 vllm = ["vllm>=0.32,<0.33"]
 # Likewise of lmms-eval; make lmms runs its tests.
 lmms = ["lmms-eval>=0.7.3,<0.8"]
+serve = ["transformers[serving]"]
 dev = [
     "accelerate>=1.2",
     "hypothesis>=6.100",
@@ -65,7 +66,14 @@ setup(
         "vllm.general_plugins": ["hawk_kernels = hawk_kernels.vllm:register"],
         "lmms_eval.models": ["hawk = hawk_kernels.lmms_eval_plugin:manifest"],
     },
-    extras_require={"hf": hf, "plots": plots, "vllm": hf + vllm, "lmms": hf + lmms, "dev": hf + plots + dev},
+    extras_require={
+        "hf": hf,
+        "plots": plots,
+        "serve": hf + serve,
+        "vllm": hf + vllm,
+        "lmms": hf + lmms,
+        "dev": hf + plots + dev,
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.10",

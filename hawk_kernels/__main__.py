@@ -21,6 +21,7 @@ COMMANDS = {
         "hawk_kernels.commands.evaluate",
         "compare pruning methods and keep ratios on a model and its data: score, tokens, memory, time",
     ),
+    "serve": ("hawk_kernels.commands.serve", "serve a model by OpenAI's protocol, its visual tokens pruned"),
     "weights": ("hawk_kernels.commands.weights", "list, show or check files of head weights"),
     "warm-up": ("hawk_kernels.commands.warm_up", "compile ahead every kernel that a pruned model can need"),
     "tune": ("hawk_kernels.tune", "measure launch configurations on this machine's GPU and write them as a table"),

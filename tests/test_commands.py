@@ -73,7 +73,7 @@ def broken_package(folder, name, text):
 
 
 def test_version_help_and_the_commands():
-    assert set(COMMANDS) == {"info", "demo", "calibrate", "evaluate", "weights", "tune", "warm-up"}
+    assert set(COMMANDS) == {"info", "demo", "calibrate", "evaluate", "serve", "weights", "tune", "warm-up"}
 
 
 def test_version_is_printed(shell):
@@ -81,7 +81,7 @@ def test_version_is_printed(shell):
     assert (done.returncode, done.stdout, done.stderr) == (0, f"hawk_kernels {hawk_kernels.__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["info", "demo", "calibrate", "evaluate", "weights", "tune", "warm-up"])
+@pytest.mark.parametrize("command", ["info", "demo", "calibrate", "evaluate", "serve", "weights", "tune", "warm-up"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

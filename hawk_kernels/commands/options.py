@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+
+from hawk_kernels.commands.guard import CommandError
 
 
 def keep_ratio(text: str) -> float | int:
@@ -41,3 +44,21 @@ def words(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("expected some text, got nothing; leave the option out for the default")
     return text
+
+
+def named_values(pairs: Sequence[str]) -> dict[str, object]:
+    """Read `NAME=VALUE` words; a value that is no JSON is a string, and None is None.
+
+    Raises:
+        CommandError: a word that is no such pair.
+    """
+    values: dict[str, object] = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        if not (name and sign):
+            raise CommandError(f"--option: expected NAME=VALUE, got {pair!r}; for example normalize=softmax")
+        try:
+            values[name] = json.loads(text)
+        except json.JSONDecodeError:
+            values[name] = None if text == "None" else text
+    return values

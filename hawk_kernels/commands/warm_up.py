@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hawk_kernels.checkpoint import CheckpointError
 from hawk_kernels.commands.guard import CommandError, need_packages, one_line, run_guarded
-from hawk_kernels.commands.options import keep_ratio, whole_number
+from hawk_kernels.commands.options import keep_ratio, named_values, whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +101,7 @@ def _warm_up(args: argparse.Namespace) -> list[WarmUp]:
         why_nothing_compiles,
     )
     from hawk_kernels.hf.warm_up import launches_of_config
+    from hawk_kernels.methods import resolve_method
 
     targets = [_target(name) for name in args.target]
     has_gpu = torch.cuda.is_available()
@@ -110,7 +111,8 @@ def _warm_up(args: argparse.Namespace) -> list[WarmUp]:
         return [WarmUp(notes=(f"{reason}{remedy}",))]
     config = load_config(args.model)
     dtype = _dtype(args.dtype, config)
-    arguments = {"keep_ratio": args.keep_ratio, "method": _method(args), "budget": args.budget}
+    method = resolve_method(args.method, named_values(args.option))
+    arguments = {"keep_ratio": args.keep_ratio, "method": method, "budget": args.budget}
     reach, progress = (args.max_tokens, args.max_batch), not args.json
     reports = []
     for target in targets or [None]:
@@ -126,22 +128,6 @@ def _warm_up(args: argparse.Namespace) -> list[WarmUp]:
             report = compile_launches_for(launches, target, progress=progress, jobs=args.jobs)
         reports.append(WarmUp(**{**vars(report), "notes": notes}))
     return reports
-
-
-def _method(args: argparse.Namespace) -> Any:
-    """Make the method from its name and options; a value that is no JSON is a string."""
-    from hawk_kernels.methods import resolve_method
-
-    options: dict[str, object] = {}
-    for pair in args.option:
-        name, sign, text = pair.partition("=")
-        if not (name and sign):
-            raise CommandError(f"--option: expected NAME=VALUE, got {pair!r}; for example normalize=softmax")
-        try:
-            options[name] = json.loads(text)
-        except json.JSONDecodeError:
-            options[name] = None if text == "None" else text
-    return resolve_method(args.method, options)
 
 
 def _target(name: str) -> Any:
