@@ -1,9 +1,9 @@
 """lmms-eval's own command line on a local task, against transformers and `prune` on the same documents."""
 
 import pytest
-from hawk_kernels.calibration.sources import load_tasks
 
 from hawk_kernels import calibration
+from hawk_kernels.tasks.sources import load_tasks
 from tests.on_lmms.local_task import NAME, WRONG_PROMPT
 from tests.on_lmms.runs import BASE, RunError, answers_of_transformers, run_lmms_eval
 
