@@ -236,10 +236,14 @@ class BeforeTheProjector(Given):
 
 
 def test_a_method_that_merges_before_the_projector_cannot_do_so_inside_the_stack():
-    model, inputs = model_of("qwen2_5_vl"), ragged("qwen2_5_vl")
-    refused = pytest.raises(ValueError, match="method 'given': expected a Selection without a merge map")
-    with torch.no_grad(), refused, prune(model, {1: 0.4}, method=BeforeTheProjector(entries(0, 1))):
-        model(**inputs)
+    with pytest.raises(TypeError, match=r"got 'given' after layer 1; .*can only choose before the first layer"):
+        prune(model_of("qwen2_5_vl"), {1: 0.4}, method=BeforeTheProjector(entries(0, 1)))
+
+
+@pytest.mark.parametrize("method", ["fastervlm", "holov", "mmtok", "prumerge", "visionzip", "vispruner"])
+def test_methods_that_read_the_encoder_choose_before_the_first_layer_alone(method):
+    with pytest.raises(TypeError, match=rf"got '{method}' after layer 1; .*can only choose before the first layer"):
+        prune(model_of("qwen2_5_vl"), {1: (method, 0.4)})
 
 
 @pytest.mark.parametrize("method", ["visionzip", "prumerge"])
