@@ -147,7 +147,7 @@ def test_three_turns_without_masks(model):
 
 
 @pytest.mark.parametrize("method", ["hawk", "fastv"])
-@pytest.mark.parametrize("name", ["qwen3_vl", "llava", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava", "gemma3", "lfm2_vl", "qwen3_5", "minicpmv4_6"])
 def test_families_read_a_conversation_as_they_read_its_new_tokens(name, method):
     model = tiny_model(name)
     inputs = batch(name, question(Picture(3, 3)))

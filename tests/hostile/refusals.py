@@ -40,10 +40,6 @@ REFUSALS: dict[str, tuple[type[Exception], str]] = {
     "more stays after a later stage": (ValueError, r"keep_ratio\[\d+\]: expected at most"),
     "head weights of a layer inside the stack": (ValueError, r"head_weights: expected those of layer \d+"),
     "attention that depends on slots": (ValueError, r"input_ids: expected rows of at most \d+ tokens, padding and"),
-    "the whole conversation over a pruned cache": (
-        ValueError,
-        r"(attention_mask|position_ids): expected .*\. A pruned cache cannot take the full history again: pass only",
-    ),
     "masks of other dimensions": (ValueError, r"attention_mask: expected masks of 4 dimensions from the model"),
 }
 """Kinds of errors that are answers: their type, and how their message begins."""
