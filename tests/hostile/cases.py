@@ -168,8 +168,18 @@ def hidden_tokens(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def random_cases(seed: int, families: list[str], methods: list[str], modes: list[str], burst: int) -> Iterator[Case]:
-    """Cases without end, `burst` of them for the model of a family before that of another."""
-    number = 0
+    """Cases without end, `burst` of them for the model of a family before that of another.
+
+    Raises:
+        ValueError: none of the families has an oracle for any of the modes.
+    """
+    able = [family for family in families if modes_of(family, modes)]
+    if not able:
+        raise ValueError(
+            f"modes: expected one that the oracle of {', '.join(families)} can judge, got {', '.join(modes)}; name other "
+            "modes or families"
+        )
+    families, number = able, 0
     while True:
         rng = random.Random(f"{seed} {number}")
         family = rng.choice(families)
@@ -245,14 +255,16 @@ def _padded_on_the_left(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     }
 
 
-def _random_case(rng: random.Random, family: str, attention: str, methods: list[str], modes: list[str]) -> Case:
-    supported = SUPPORTED[family]
+def modes_of(family: str, modes: list[str]) -> list[str]:
+    """List those modes that the family has and that its oracle can judge."""
     lacks = {"beams": ("beams",), "return sequences": ("beams",), "sampling": ()}
-    able = [mode for mode in modes if not {mode, *lacks.get(mode, ())} & set(supported.without)]
+    able = [mode for mode in modes if not {mode, *lacks.get(mode, ())} & set(SUPPORTED[family].without)]
+    return able if BY_NAME[family].hides else [mode for mode in able if mode not in NEEDS_HIDING]
+
+
+def _random_case(rng: random.Random, family: str, attention: str, methods: list[str], modes: list[str]) -> Case:
     hides = BY_NAME[family].hides
-    if not hides:
-        able = [mode for mode in able if mode not in NEEDS_HIDING]
-    mode = rng.choice(able or list(modes))
+    mode = rng.choice(modes_of(family, modes))
     batch_size = (
         1 if mode in ONE_ROW or not (hides or mode in ("forward", "labels", "greedy")) else rng.choice((1, 1, 2, 3))
     )

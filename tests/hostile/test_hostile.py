@@ -1,5 +1,6 @@
 """The fuzzer finds nothing in a few fixed cases, notices a broken package, and ends in order."""
 
+import itertools
 import json
 import re
 
@@ -9,7 +10,7 @@ import torch
 from hawk_kernels.methods import METHODS
 from tests.hostile import __main__ as command
 from tests.hostile import explore
-from tests.hostile.cases import MODES, Case, inputs_of, simpler
+from tests.hostile.cases import MODES, Case, inputs_of, random_cases, simpler
 from tests.hostile.explore import Explorer
 from tests.hostile.mutants import MUTANTS
 from tests.hostile.oracle import Verdict, verdict_of
@@ -120,3 +121,11 @@ def test_only_clear_errors_are_refusals():
     assert refusal_of(TypeError(clear)) is None
     assert refusal_of(ValueError(clear.split(";")[0].replace(", ", " "))) is None
     assert refusal_of(RuntimeError("shape mismatch")) is None
+
+
+def test_a_family_is_only_asked_in_modes_that_its_oracle_can_judge():
+    """Tokens cannot be hidden from convolutions, so a chat of LFM2-VL has nothing to be compared with."""
+    drawn = itertools.islice(random_cases(5, ["lfm2_vl", "llava"], ["hawk"], ["chat"], 1), 20)
+    assert {case.family for case in drawn} == {"llava"}
+    with pytest.raises(ValueError, match="modes: expected one that the oracle of lfm2_vl can judge, got chat"):
+        next(random_cases(5, ["lfm2_vl"], ["hawk"], ["chat"], 1))
