@@ -176,8 +176,8 @@ def random_cases(seed: int, families: list[str], methods: list[str], modes: list
     able = [family for family in families if modes_of(family, modes)]
     if not able:
         raise ValueError(
-            f"modes: expected one that the oracle of {', '.join(families)} can judge, got {', '.join(modes)}; name other "
-            "modes or families"
+            f"modes: expected one that the oracle of {', '.join(families)} can judge, got {', '.join(modes)}; name "
+            "other modes or families"
         )
     families, number = able, 0
     while True:
