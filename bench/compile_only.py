@@ -37,6 +37,7 @@ from hawk_kernels.backends.kernels import (
     compact,
     finish,
     greedy,
+    queries_and_keys,
     score_and_select,
     score_hidden,
     score_peaks,
@@ -220,8 +221,8 @@ def _fused(
     options |= {"ROUNDING": "floor", "INTERPRETED": False, "STRIDE_UNIT": stride_unit(head_dim)}
     pointer = DTYPES[dtype]
     groups = {
-        "tensors": score_and_select.Tensors(q=pointer, k=pointer, w="*fp32"),
-        "strides": score_and_select.Strides("i32", 1, "i32", 1, w=1),
+        "tensors": queries_and_keys.Tensors(q=pointer, k=pointer, w="*fp32"),
+        "strides": queries_and_keys.Strides("i32", 1, "i32", 1, w=1),
         "memory": MEMORY,
         "outputs": OUTPUTS,
     }
@@ -236,8 +237,8 @@ def _peaks(dtype: str, mode: str | None, head_dim: int, num_queries: int, num_ke
     options["STRIDE_UNIT"] = stride_unit(head_dim)
     pointer = DTYPES[dtype]
     groups = {
-        "tensors": score_peaks.Tensors(q=pointer, k=pointer, w="*fp32"),
-        "strides": score_peaks.Strides("i32", 1, "i32", 1, w=1),
+        "tensors": queries_and_keys.Tensors(q=pointer, k=pointer, w="*fp32"),
+        "strides": queries_and_keys.Strides("i32", 1, "i32", 1, w=1),
         "memory": MEMORY,
         "outputs": OUTPUTS,
     }

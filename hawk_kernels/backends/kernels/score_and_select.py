@@ -29,9 +29,10 @@ from hawk_kernels.backends.kernels.launch import (
 )
 from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, draw_ticket, num_counters, wait_for
 from hawk_kernels.backends.kernels.plan import HEADS_PER_PROGRAM, Plan
+from hawk_kernels.backends.kernels.queries_and_keys import Tensors, layout_of
 from hawk_kernels.backends.kernels.radix import Budget, clear_histograms, load_candidates
 from hawk_kernels.backends.kernels.select_topk import keep_arguments
-from hawk_kernels.backends.kernels.views import Matrix, Vector, load_tile, load_vector, row_of, stride_unit
+from hawk_kernels.backends.kernels.views import Matrix, Vector, load_tile, load_vector, row_of
 from hawk_kernels.selection import Selection, max_kept
 
 # One program averages up to so many tiles of a head's queries; more are shared out, at the price of one more phase.
@@ -44,24 +45,6 @@ _VARYING = (
     "batch", "num_queries", "num_keys", "num_query_parts", "queries_per_part", "num_tiles", "keys_per_program",
     "width", "numerator", "denominator", "budget",
 )  # fmt: skip
-
-
-class Tensors(NamedTuple):
-    """What a launch reads, as pointers, beside the masks, whose alignment varies with the prompt."""
-
-    q: Any
-    k: Any
-    w: Any
-
-
-class Strides(NamedTuple):
-    """Strides that a model has, whatever the prompt; those that vary with it are arguments of their own."""
-
-    q_n: Any
-    q_d: Any
-    k_m: Any
-    k_d: Any
-    w: Any
 
 
 class Static(NamedTuple):
@@ -383,13 +366,9 @@ class PreparedCall:
         plan = _plan(k.device, k.dtype, *shape) if config is None else make_plan(*shape, config)
         self._num_floats, self._num_words = plan.num_floats, plan.num_words
         self._num_counters = num_counters(batch)
-        q_strides, k_strides = q.stride(), k.stride()
-        unit = stride_unit(head_dim, *q_strides[:2], *k_strides[:2])
-        strides = Strides(*q_strides[2:], *k_strides[2:], w.stride(0))  # type: ignore[call-arg]
+        strides, varying, unit = layout_of(q, k, w, q_mask, k_mask)
         numbers = (
-            *((0, 0) if q_mask is None else q_mask.stride()),
-            *((0, 0) if k_mask is None else k_mask.stride()),
-            q_strides[0] // unit, q_strides[1] // unit, k_strides[0] // unit, k_strides[1] // unit,
+            *varying,
             *plan.sizes, width, *((1, 1, 0) if r is None else keep_arguments(r, rounding)), scale,
         )  # fmt: skip
 

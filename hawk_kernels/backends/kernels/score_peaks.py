@@ -36,8 +36,9 @@ from hawk_kernels.backends.kernels.launch import (
 )
 from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, draw_ticket, num_counters, wait_for
 from hawk_kernels.backends.kernels.plan import Plan
+from hawk_kernels.backends.kernels.queries_and_keys import Tensors, layout_of
 from hawk_kernels.backends.kernels.radix import Budget, load_candidates
-from hawk_kernels.backends.kernels.views import Matrix, Vector, load_tile, row_of, stride_unit
+from hawk_kernels.backends.kernels.views import Matrix, Vector, load_tile, row_of
 
 # About two waves on A100 to B200; the interpreter takes milliseconds for each program.
 _PROGRAMS, _PROGRAMS_INTERPRETED = 264, 32
@@ -54,24 +55,6 @@ _VARYING = (
     "batch", "num_queries", "num_keys", "num_splits", "keys_per_split", "num_tiles", "parts_per_group",
     "heads_per_part",
 )  # fmt: skip
-
-
-class Tensors(NamedTuple):
-    """What a launch reads, as pointers, beside the masks, whose alignment varies with the prompt."""
-
-    q: Any
-    k: Any
-    w: Any
-
-
-class Strides(NamedTuple):
-    """Strides that a model has, whatever the prompt; those that vary with it are arguments of their own."""
-
-    q_n: Any
-    q_d: Any
-    k_m: Any
-    k_d: Any
-    w: Any
 
 
 class Static(NamedTuple):
@@ -368,13 +351,9 @@ class PreparedCall:
         )  # fmt: skip
         self._num_floats, self._num_words = plan.num_floats, plan.num_words
         self._num_counters = num_counters(batch)
-        q_strides, k_strides = q.stride(), k.stride()
-        unit = stride_unit(head_dim, *q_strides[:2], *k_strides[:2])
-        strides = Strides(*q_strides[2:], *k_strides[2:], w.stride(0))  # type: ignore[call-arg]
+        strides, varying, unit = layout_of(q, k, w, q_mask, k_mask)
         numbers = (
-            *((0, 0) if q_mask is None else q_mask.stride()),
-            *((0, 0) if k_mask is None else k_mask.stride()),
-            q_strides[0] // unit, q_strides[1] // unit, k_strides[0] // unit, k_strides[1] // unit,
+            *varying,
             *plan.sizes, scale,
         )  # fmt: skip
 
