@@ -4,7 +4,6 @@ import base64
 import builtins
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -96,31 +95,12 @@ def test_a_pipeline_inside_prune_answers_as_generate_does(model, processor, expe
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """The shipped model with a tokenizer that says where an answer begins and ends.
-
-    For a Qwen without that, the server looks for the line break after "assistant" in the decoded prompt. This tokenizer
-    has no line breaks, so that the server would repeat the prompt before each answer.
-    """
-    folder = tmp_path_factory.mktemp("checkpoint") / "tinyvqa"
-    shutil.copytree(TINY_MODEL, folder)
-    path = folder / "tokenizer_config.json"
-    template = {
-        "defaults": {"role": "assistant"},
-        "start_anchor": "<|im_start|> assistant",
-        "fields": {"content": {"close": "<|im_end|>", "content": "text"}},
-    }
-    path.write_text(json.dumps({**json.loads(path.read_text()), "response_template": template}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def address(repository, checkpoint, tmp_path_factory):
+def address(repository, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = os.pathsep.join(part for part in (str(repository), os.environ.get("PYTHONPATH")) if part)
-    words = [str(checkpoint), "--keep-ratio", str(KEEP), "--method", OPTIONS["method"]]
+    words = [str(TINY_MODEL), "--keep-ratio", str(KEEP), "--method", OPTIONS["method"]]
     words += ["--option", f"head_weights={OPTIONS['head_weights']}", "--dtype", "float32", "--device", "cpu"]
     words += ["--host", "127.0.0.1", "--port", str(port)]
     log = tmp_path_factory.mktemp("serve") / "log"

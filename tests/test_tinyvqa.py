@@ -235,6 +235,20 @@ def test_the_tokenizer_knows_every_word_of_the_task():
     assert tokenizer("blorp").input_ids == [tokenizer.unk_token_id]
 
 
+def test_the_shipped_tokenizer_is_the_one_that_is_built(shipped):
+    _, processor = shipped
+    tokenizer = build_tokenizer()
+    assert tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert tokenizer.chat_template == processor.tokenizer.chat_template
+    assert tokenizer.response_template == processor.tokenizer.response_template
+
+
+def test_a_server_can_tell_where_an_answer_begins(shipped):
+    _, processor = shipped
+    prompt = processor.tokenizer.decode(processor.tokenizer(chat(processor, "which digit is red?", 1)).input_ids)
+    assert prompt.endswith(processor.tokenizer.response_template["start_anchor"])
+
+
 @pytest.mark.parametrize("layout", [Layout(3, 5), Layout(4, 3, 2, "images")], ids=str)
 def test_training_sees_the_pixels_that_the_image_processor_would_give(encoder, layout):
     batch = draw_batch(rng(), "train", 2, layout)

@@ -60,13 +60,22 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Servers look for the answer of a Qwen after the line break that follows "assistant". This tokenizer has no line break,
+# so it has to say where an answer begins.
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|> assistant",
+    "fields": {"content": {"close": "<|im_end|>", "content": "text"}},
+}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build a word-level tokenizer that lower-cases, splits punctuation off, knows Qwen's special tokens, pads left."""
-    return build_word_tokenizer(
+    tokenizer = build_word_tokenizer(
         SPECIAL_TOKENS, pad="<|endoftext|>", end="<|im_end|>", unknown="<|unk|>", chat_template=CHAT_TEMPLATE
     )
+    tokenizer.response_template = RESPONSE_TEMPLATE
+    return tokenizer
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
