@@ -38,8 +38,8 @@ class Method(ABC):
         cls_layer: the encoder layer of that attention, counted from 1; None means the last one that the visual tokens
             come from, which in LLaVA is the layer before the last.
         uses_local_attention: whether it calls `PrefillView.local_attention`.
-        local_layer: the encoder layer of that attention, counted from 1; None means the one after a quarter of the
-            depth.
+        local_layer: the encoder layer of that attention, counted from 1; None means the last of its first
+            quarter.
         uses_encoder_features: whether it calls `PrefillView.encoder_features`.
         uses_encoder_keys: whether it calls `PrefillView.encoder_keys`, of the layer `cls_layer`.
         stage: where the merge map of its selections applies: "decoder" adds up the embeddings that enter the first

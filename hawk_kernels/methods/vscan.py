@@ -51,17 +51,17 @@ class VScan(Method):
     layers. To set both numbers, name the stages: `prune(model, {0: 0.5, 16: 0.2}, method="vscan")`. Either stage may
     stand alone, or beside another method.
 
-    The paper leaves open how the scans share a token that both want. The release, github Tencent/SelfEvolvingAgent,
-    runs the local scan first and the global one over the rest, as here, so that a budget is met exactly. Its windows
-    have 6 x 6 tokens in LLaVA and 4 x 4 in Qwen2.5-VL, and the last window of a line or column takes what is left over;
-    it merges what the projector made; and it ranks by the layer that follows layer k; all as here. It differs in these:
+    Where the paper is silent, this follows the release, github Tencent/SelfEvolvingAgent. The local scan comes first,
+    and the global one chooses among the rest, so that a token is not counted twice. Windows have 6 x 6 tokens in LLaVA
+    and 4 x 4 in Qwen2.5-VL, and the last one of a line or column takes what is left over. The embeddings that the
+    projector made are merged, not the rows that enter it. Stage two ranks by the layer that follows it.
 
-    - Where the windows do not divide the budget evenly, it keeps fewer tokens than asked for in LLaVA; in Qwen2.5-VL it
-      takes tokens in the order of their attention until each window has the even share rounded up, so that some windows
-      may go without. `allocation="release"` does the latter. Here windows differ by one token at most, which is the
-      paper's even share; those with the highest next attention get one more.
-    - In Qwen2.5-VL it ranks by queries and keys before RoPE in stage two, where the paper's attention has it.
-    - In LLaVA it numbers the kept tokens anew after each stage; here they keep their position ids.
+    The release differs from the paper in three ways. Where the windows do not divide the budget, it keeps fewer tokens
+    than asked for in LLaVA, and in Qwen2.5-VL takes tokens in the order of their attention, from each window at most
+    the even share rounded up, so that the last windows may go without; `allocation="release"` does the latter. Here
+    the shares of windows differ by one token at most, and those with the highest next attention have one more. In
+    Qwen2.5-VL it ranks by queries and keys before RoPE in stage two, which is not the attention of the layer. In LLaVA
+    it numbers the kept tokens anew; here they keep their position ids.
 
     Args:
         second: share of stage one's tokens that stay after the middle layer, in (0, 1]; 1 leaves stage two out.
@@ -70,8 +70,8 @@ class VScan(Method):
         local: share of stage one's budget that the local scan takes, in [0, 1).
         window: visual tokens along the side of a window; None takes 6 where the encoder has CLS, and else 4.
         allocation: "paper" or "release", how windows share the budget of the local scan.
-        local_layer: encoder layer of the local scan, counted from 1; None takes that after a quarter of the depth,
-            which is 6 of 24 and 8 of 32 as in the paper.
+        local_layer: encoder layer of the local scan, counted from 1; None takes the last of its first quarter, 6 of
+            24 and 8 of 32 as in the paper.
         cls_layer: encoder layer of the global scan, counted from 1; None takes that of the visual features.
         rounding: "floor", "ceil" or "nearest" (half to even).
 
@@ -164,9 +164,6 @@ class _MiddleLayer(Method):
     """
 
     name = VScan.name
-    summary = VScan.summary
-    paper = VScan.paper
-    signal = VScan.signal
     uses_positions = True
     inside_only = True
 
