@@ -29,7 +29,7 @@ def cells(grids):
     return sum(t * h * w for t, h, w in grids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     rows=st.lists(st.lists(GRIDS, min_size=1, max_size=3), min_size=1, max_size=3),
     r=st.integers(1, 60) | st.floats(0.05, 1.0),
