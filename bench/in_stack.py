@@ -90,7 +90,7 @@ def measure(
     if "fastv" in methods:
         keeps[HIDING] = keeps["fastv"]
         ways[HIDING] = partial(prune, model, keeps["fastv"], method="fastv", mode="hide")
-    inside = [name for name in methods if METHODS[name].inside_only]
+    inside = [name for name in methods if any(resolve_method(name, {}).stages(keeps[name], depth))]
     differences = {name: check_parity(model, prompt, name, keeps[name]) for name in inside}
 
     def sampler(way: str) -> Callable[[], float]:

@@ -34,7 +34,7 @@ GROUPS = {
 MADE_BY_OTHERS = ("Pruning", "Calibration", "Evaluation", "MethodResult", "TaskResult", "Unpruned", "PrefillView")
 """Classes whose objects a caller is given and never makes, so that their arguments are left out."""
 
-FOR_AUTHORS = ("Method", "PrefillView", "Segments", "EncoderAttention", "LastQuery")
+FOR_AUTHORS = ("Method", "PrefillView", "Segments", "EncoderAttention", "LocalAttention", "LastQuery")
 """What `hawk_kernels.methods` offers to the author of a method."""
 
 _INTRODUCTION = """\

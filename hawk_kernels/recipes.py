@@ -118,6 +118,17 @@ RECIPES: dict[str, Recipe] = {
         ),
         arguments={"query": "release"},
     ),
+    "vscan-release": Recipe(
+        method="vscan",
+        source="github.com/Tencent/SelfEvolvingAgent",
+        differs=(
+            "In LLaVA it numbers the kept tokens anew, keeps fewer than asked for where the windows do not divide the "
+            "budget evenly, and in stage two lets the tiles of a picture compete; in Qwen2.5-VL it ranks in stage two "
+            "before RoPE. Its budgets are two numbers: pass {0: 96, 16: 32} as keep_ratio for those of 64 on average."
+        ),
+        arguments={"budget": "per_tile"},
+        options={"allocation": "release"},
+    ),
 }
 """Every recipe by its name."""
 

@@ -118,6 +118,9 @@ class GivenView(PrefillView):
     def cls_attention(self):
         return self._given["attention"]
 
+    def local_attention(self):
+        return self._given["local"]
+
     def encoder_features(self):
         return self._given["features"]
 

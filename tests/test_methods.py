@@ -12,7 +12,7 @@ from hawk_kernels import prune
 from hawk_kernels.hf.anatomy import dissect
 from hawk_kernels.hf.families import FAMILIES
 from hawk_kernels.hf.rotary import rotary_of_first_layer
-from hawk_kernels.methods import METHODS, JointMethod, Method, register, resolve_method
+from hawk_kernels.methods import METHODS, JointMethod, LocalAttention, Method, register, resolve_method
 from hawk_kernels.selection import kept_count
 from tests.family_checks import model_of, needs, prompts, watched
 from tests.host_reads import HostReads
@@ -141,7 +141,7 @@ def test_no_method_waits_for_the_device(three_layers, method, budget):
 
 @every_budget
 @pytest.mark.parametrize(
-    "method", ["divprune", "cdpruner", "evs", "vidcom2", "mmtok", "fastervlm", "vispruner", "holov"]
+    "method", ["divprune", "cdpruner", "evs", "vidcom2", "mmtok", "fastervlm", "vispruner", "holov", "vscan"]
 )
 def test_everything_stays_on_the_device_of_the_model(method, budget):
     """A tensor of the device "meta" has no values to read, and does not mix with those of the host."""
@@ -153,6 +153,7 @@ def test_everything_stays_on_the_device_of_the_model(method, budget):
         embeddings=torch.empty(2, 20, 6, **meta),
         features=torch.empty(2, 20, 5, **meta),
         attention=torch.empty(2, 20, **meta),
+        local=LocalAttention(torch.empty(2, 20, **meta), [[[(2, 2, 2)], [(1, 3, 4)]], [[(3, 2, 2)]]], True),
         text=(torch.empty(2, 3, 6, **meta), torch.empty(2, 3, dtype=torch.bool, **meta)),
         frames=[[[(2, 2)] * 2, [(3, 4)]], [[(2, 2)] * 3]],
     ).to("meta")

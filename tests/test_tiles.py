@@ -52,6 +52,7 @@ def any_resolution(name, sizes):
         "holov",
         "visionzip",
         "prumerge",
+        "vscan",
     ],
 )
 def test_tiles_of_a_mosaic_keep_their_own_budgets(method):

@@ -440,6 +440,7 @@ def test_permuted_heads_are_the_same_weights_elsewhere():
         ),
         ("SparseVLM", 3, {1: 0.4}, 1.8 / 3),
         ("SparseVLM", 6, {1: 0.4 ** (2 / 3), 3: 0.4}, (1 + 2 * 0.4 ** (2 / 3) + 3 * 0.4) / 6),
+        ("VScan", 3, {1: 0.4}, 1.8 / 3),
     ],
 )
 def test_the_table_says_what_a_method_inside_the_stack_reads(label, depth, stages, mean):
@@ -452,7 +453,7 @@ def test_a_stage_of_the_table_is_the_stage_that_is_pruned():
     subject = table.Subject.load(TINY_MODEL)
     batch = draw_batch(rng(), "held_out", 1, Layout(6, 6), {"colour->digit": 1})
     inputs = evaluate.model_inputs(subject.encoder, batch)
-    for label in ("PyramidDrop", "SparseVLM, recycling", "DART, after layer 2", "VisionZip"):
+    for label in ("PyramidDrop", "SparseVLM, recycling", "DART, after layer 2", "VisionZip", "VScan"):
         contender = next(c for c in CONTENDERS if c.label == label)
         with torch.no_grad(), contender.with_heads({}).block(subject.model, contender.keep(0.2)) as pruning:
             subject.model(**inputs)

@@ -109,6 +109,7 @@ CONTENDERS = (
     Contender("PruMerge, 4 neighbours", "prumerge", {"neighbours": 4}),
     Contender("PruMerge+, 4 neighbours", "prumerge", {"plus": True, "neighbours": 4}),
     Contender("PruMerge+", "prumerge", {"plus": True}),
+    Contender("VScan", "vscan"),
     Contender("MMTok", "mmtok"),
     Contender("EVS", "evs"),
     Contender("VidCom2", "vidcom2"),

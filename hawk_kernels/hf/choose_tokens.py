@@ -26,6 +26,7 @@ from hawk_kernels.methods.prefill_view import (
     HiddenStates,
     LastQuery,
     LayerAttention,
+    LocalAttention,
     PrefillView,
     Segments,
 )
@@ -164,6 +165,12 @@ class LayerView(PrefillView):
         if recorded is None or "cls" not in recorded.values:
             raise ValueError(_undeclared("cls_attention", "uses_cls_attention = True"))
         return self._of_cells(recorded.values["cls"])
+
+    def local_attention(self) -> LocalAttention:
+        recorded = self._context.attention
+        if recorded is None or "local" not in recorded.values:
+            raise ValueError(_undeclared("local_attention", "uses_local_attention = True"))
+        return LocalAttention(self._of_cells(recorded.values["local"]), recorded.grids, recorded.has_cls)
 
     def encoder_features(self) -> torch.Tensor:
         recorded = self._context.attention

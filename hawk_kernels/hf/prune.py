@@ -430,7 +430,7 @@ def stages_of(
     method = resolve_method(method, options)
     text: Any = anatomy.text
     by_layer = method.stages(keep_ratio, len(text.layers))
-    stages = tuple(Stage(layer, method, keep) for layer, keep in sorted(by_layer.items()))
+    stages = tuple(Stage(layer, method.at_layer(layer), keep) for layer, keep in sorted(by_layer.items()))
     if mode is None and list(by_layer) == [0]:
         return stages, "drop"
     from hawk_kernels.hf.stages import checked_mode

@@ -90,6 +90,7 @@ def _stage(layer: object, value: object, common: Method | None) -> Stage:
         name, value = value
         method = resolve_method(name, {})
     assert method is not None
+    method = method.at_layer(number)
     if method.inside_only and number == 0:
         raise TypeError(
             f"method: expected one that can choose before the first layer for stage 0, got {method.name!r}; it reads "

@@ -253,7 +253,7 @@ class WeightlessModel:
         method = self._chooser.method
         measures = [
             *(["received"] if method.uses_encoder_attention else []),
-            *(["from_cls"] if method.uses_cls_attention else []),
+            *(["from_cls"] if method.uses_cls_attention or method.uses_local_attention else []),
         ]
         if not measures:
             return
@@ -303,6 +303,7 @@ class WeightlessModel:
                 "object": received,
                 "deep": received,
                 "cls": received,
+                "local": received,
                 "features": rows,
                 "keys": rows.unsqueeze(1),
             }

@@ -11,7 +11,14 @@ from pkgutil import iter_modules
 from typing import Any
 
 from hawk_kernels.methods.base import METHODS, JointMethod, Method, register, resolve_method
-from hawk_kernels.methods.prefill_view import EncoderAttention, LastQuery, LayerAttention, PrefillView, Segments
+from hawk_kernels.methods.prefill_view import (
+    EncoderAttention,
+    LastQuery,
+    LayerAttention,
+    LocalAttention,
+    PrefillView,
+    Segments,
+)
 
 __all__ = [
     "METHODS",
@@ -19,6 +26,7 @@ __all__ = [
     "JointMethod",
     "LastQuery",
     "LayerAttention",
+    "LocalAttention",
     "Method",
     "PrefillView",
     "Segments",

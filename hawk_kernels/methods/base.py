@@ -37,6 +37,9 @@ class Method(ABC):
         uses_cls_attention: whether it calls `PrefillView.cls_attention`.
         cls_layer: the encoder layer of that attention, counted from 1; None means the last one that the visual tokens
             come from, which in LLaVA is the layer before the last.
+        uses_local_attention: whether it calls `PrefillView.local_attention`.
+        local_layer: the encoder layer of that attention, counted from 1; None means the last of its first
+            quarter.
         uses_encoder_features: whether it calls `PrefillView.encoder_features`.
         uses_encoder_keys: whether it calls `PrefillView.encoder_keys`, of the layer `cls_layer`.
         stage: where the merge map of its selections applies: "decoder" adds up the embeddings that enter the first
@@ -64,6 +67,8 @@ class Method(ABC):
     object_layer: int | None = None
     uses_cls_attention: bool = False
     cls_layer: int | None = None
+    uses_local_attention: bool = False
+    local_layer: int | None = None
     uses_encoder_features: bool = False
     uses_encoder_keys: bool = False
     stage: str = "decoder"
@@ -100,6 +105,14 @@ class Method(ABC):
         """
         return {0: keep_ratio}
 
+    def at_layer(self, layer: int) -> Method:
+        """Return the method that chooses after a layer, counted from 1; layer 0 stands for before the first.
+
+        This is the method itself, unless it ranks by other things inside the stack than before it. The other object
+        has the same name.
+        """
+        return self
+
     def kept_count(self, r: float | int, num_candidates: int) -> int:
         """Return how many of `num_candidates` tokens `select` keeps."""
         return kept_count(r, num_candidates, self.rounding)
@@ -109,6 +122,7 @@ class Method(ABC):
         uses = (
             self.uses_encoder_attention,
             self.uses_cls_attention,
+            self.uses_local_attention,
             self.uses_encoder_features,
             self.uses_encoder_keys,
         )

@@ -41,6 +41,21 @@ class EncoderAttention:
 
 
 @dataclass(frozen=True)
+class LocalAttention:
+    """Attention of the vision encoder's CLS token in a shallow layer, and the grids that its visual tokens stand on.
+
+    Attributes:
+        attention: float32 `[B, M]`, as `PrefillView.cls_attention` gives it; finite but meaningless at padding.
+        grids: for each row, for each of its images, its grids `(t, h, w)`.
+        has_cls: whether the encoder has a CLS token; otherwise the attention is what each token receives.
+    """
+
+    attention: torch.Tensor
+    grids: list[list[list[tuple[int, int, int]]]]
+    has_cls: bool
+
+
+@dataclass(frozen=True)
 class LastQuery:
     """The query of the last token of each prompt and the keys of all tokens in one layer, after RoPE.
 
@@ -155,6 +170,13 @@ class PrefillView(ABC):
         their number, so that images of different sizes compare. Finite but meaningless at padding. Only for a method
         that declares `uses_cls_attention`.
         """
+
+    def local_attention(self) -> LocalAttention:
+        """Return what `cls_attention` gives, in the shallow layer `local_layer`, and where each visual token stands.
+
+        Only for a method that declares `uses_local_attention`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not know shallow layers of the vision encoder")
 
     @abstractmethod
     def encoder_features(self) -> torch.Tensor:

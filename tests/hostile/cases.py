@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hawk_kernels.hf.families import ENCODERS
-from hawk_kernels.methods import METHODS
+from hawk_kernels.methods import METHODS, Method, resolve_method
 from tests.family_checks import SUPPORTED
 from tests.tiny_families import BY_NAME, batch
 from tests.tiny_models import BEGIN, END_OF_TURN, IMAGE, VIDEO, VISION_END, VISION_START, Picture, words
@@ -68,6 +68,11 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "important": (0.0, 0.5),
     "step": (1, 8),
     "layer": (1, 2),
+    "second": (0.5, 1.0),
+    "local": (0.0, 0.5, 0.9),
+    "window": (None, 1, 2),
+    "allocation": ("paper", "release"),
+    "local_layer": (None, 1),
 }
 """Values of the options of methods, by name; a method gets those that it has."""
 
@@ -323,7 +328,7 @@ def _random_pruning(rng: random.Random, family: str, methods: list[str]) -> tupl
     }
     stages: tuple[tuple[int, str, float | int], ...] = ()
     if rng.random() < 0.25:
-        inner = [name for name in methods if not _reads_encoder(name) and not METHODS[name].uses_grids]
+        inner = [name for name in methods if not _reads_images(resolve_method(name, {}).at_layer(1))]
         depth = rng.choice((1, 2))
         first = (depth, rng.choice(inner or able), rng.choice((0.6, 0.4)))
         more = ((0, rng.choice(able), 0.8),) if rng.random() < 0.3 else ()
@@ -335,3 +340,7 @@ def _random_pruning(rng: random.Random, family: str, methods: list[str]) -> tupl
 def _reads_encoder(name: str) -> bool:
     method = METHODS[name]
     return method.uses_encoder_attention or method.uses_cls_attention or method.uses_encoder_features
+
+
+def _reads_images(method: Method) -> bool:
+    return method.reads_encoder() or method.uses_grids

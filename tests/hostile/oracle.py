@@ -51,6 +51,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Arguments of `generate`, by mode."""
 
 KEPT_BY_UPSTREAM = {"rope_deltas", "_compiled_call", "_previous_max_cache_length"}
+MERGING = ("visionzip", "prumerge", "vscan")
+"""Methods whose kept tokens are sums before the first layer; SparseVLM's recycling merges inside the stack."""
 SAME_AS_GREEDY = ("static cache", "use_cache=False", "prompt lookup", "assisted")
 FORWARD = ("forward", "forward without a cache")
 LABELS = {"labels", "gradient"}
@@ -140,8 +142,15 @@ class _Trial:
         if bool(hidden.any()):
             self.inputs["position_ids"] = self._positions_of_caller()
         self.stages = {layer: (method, keep) for layer, method, keep in case.stages} or None
-        self.merges = any(resolve_method(name, {}).stage == "encoder" for name in case.methods)
-        self.in_stack = bool(self.stages) or METHODS[case.method].inside_only
+        self.merges = any(name in MERGING for name in case.methods)
+        self.in_stack = bool(self.stages) or self._chooses_in_stack()
+
+    def _chooses_in_stack(self) -> bool:
+        """Tell whether the method of a case without named stages drops tokens after some layer."""
+        depth = len(dissect(self.model).text.layers)
+        # a method that needs more layers than one refuses such a model
+        stages = resolve_method(self.case.method, dict(self.case.options)).stages(self.case.keep, max(2, depth))
+        return any(stages)
 
     def verdict(self) -> Verdict:
         """Compare, and look for what the block left behind."""
@@ -400,10 +409,13 @@ class _Trial:
             return args, {**kwargs, **changed}
 
         handle = text.register_forward_pre_hook(give, with_kwargs=True)
+        # rows without their dropped tokens are made of these
+        own, self.embeds = self.embeds, whole
         try:
             yield
         finally:
             handle.remove()
+            self.embeds = own
 
     def _with_features(
         self, features: torch.Tensor, merged: torch.Tensor, kept: torch.Tensor, times: int

@@ -36,7 +36,7 @@ REFUSALS: dict[str, tuple[type[Exception], str]] = {
         TypeError,
         r"method: expected one that can choose before the first layer for stage 0, got",
     ),
-    "a text model of one layer": (ValueError, r"method: expected one for a text model of 1 layers, got"),
+    "a text model of one layer": (ValueError, r"(method: expected one|second: expected 1) for a text model of 1 layer"),
     "more stays after a later stage": (ValueError, r"keep_ratio\[\d+\]: expected at most"),
     "head weights of a layer inside the stack": (ValueError, r"head_weights: expected those of layer \d+"),
     "attention that depends on slots": (ValueError, r"input_ids: expected rows of at most \d+ tokens, padding and"),

@@ -36,6 +36,7 @@ class VisionEncoder(ABC):
         deep_layer: the last layer that the visual tokens come from, counted from 1.
         default_object_layer: the layer that HiPrune finds objects in, counted from 1.
         object_layer_source: where that number comes from.
+        default_local_layer: the shallow layer of VScan's local scan, counted from 1.
         has_cls: whether the encoder sees a CLS token before the patches.
         projections: names of the modules in an attention module that make queries and keys; in each group the first
             name that the attention module has counts.
@@ -61,6 +62,8 @@ class VisionEncoder(ABC):
         published = _PUBLISHED.get((kind, self.depth))
         fraction = _OBJECT_DEPTH.get(kind, _USUAL_OBJECT_DEPTH)
         self.default_object_layer = published or max(1, round(self.depth * fraction))
+        # layer 6 of 24 in CLIP and 8 of 32 in Qwen2.5-VL (arXiv 2505.22654)
+        self.default_local_layer = min(self.deep_layer, max(1, round(self.depth / 4)))
         self.object_layer_source = "arXiv 2508.00553" if published else f"{fraction:g} of {self.depth} layers"
 
     def projecting(self, layer: int) -> list[nn.Module]:

@@ -39,15 +39,18 @@ class Recording:
 
     Attributes:
         values: what is known of each visual token that is a cell of a grid, `[cells]` or `[cells, C]`, by name: the
-            attention received in the layers "object" and "deep", the attention of "cls", the "keys" `[cells, H, D]` of
-            the same layer, and the "features" that entered the projector; only what the recorder was asked for.
+            attention received in the layers "object" and "deep", the attention of CLS in its layer, "cls", and in a
+            shallow one, "local", the "keys" `[cells, H, D]` of the layer of "cls", and the "features" that entered the
+            projector; only what the recorder was asked for.
         pieces: what the visual tokens stand for, all of them.
         layers: the layers of the attention, counted from 1, in the order of their names in `values`.
+        has_cls: whether the encoder has a CLS token.
     """
 
     values: dict[str, torch.Tensor]
     pieces: list[Piece]
     layers: tuple[int, ...]
+    has_cls: bool = False
 
 
 class VisionRecorder:
@@ -58,6 +61,7 @@ class VisionRecorder:
         object_layer: counted from 1, or None for the encoder's own.
         cls_layer: counted from 1, or None for the last one that the visual tokens come from.
         reads: what to measure, out of the names in `Recording.values`.
+        local_layer: counted from 1, or None for the encoder's own.
 
     Attributes:
         layers: the layers whose attention is measured, counted from 1, in the order of `reads`.
@@ -74,11 +78,13 @@ class VisionRecorder:
         object_layer: int | None,
         cls_layer: int | None = None,
         reads: Sequence[str] = ("object", "deep"),
+        local_layer: int | None = None,
     ) -> None:
         deep = encoder.deep_layer
-        defaults = {"object": encoder.default_object_layer, "deep": deep, "cls": deep, "keys": deep}
-        chosen = {"object": object_layer, "cls": cls_layer, "keys": cls_layer}
-        for name, layer in (("object", object_layer), ("cls", cls_layer)):
+        shallow = encoder.default_local_layer
+        defaults = {"object": encoder.default_object_layer, "deep": deep, "cls": deep, "local": shallow, "keys": deep}
+        chosen = {"object": object_layer, "cls": cls_layer, "local": local_layer, "keys": cls_layer}
+        for name, layer in (("object", object_layer), ("cls", cls_layer), ("local", local_layer)):
             if layer is not None and layer > encoder.depth:
                 raise ValueError(
                     f"{name}_layer: expected 1 to {encoder.depth}, the layers of the vision encoder, got {layer}; "
@@ -184,7 +190,7 @@ class VisionRecorder:
             # float64 models are measured in float32
             outputs = [x.float() if x.dtype == torch.float64 else x for x in outputs]
             # in a shallow encoder the object layer is the deep one
-            special = {"cls": self.encoder.from_cls, "keys": self.encoder.keys}
+            special = {"cls": self.encoder.from_cls, "local": self.encoder.from_cls, "keys": self.encoder.keys}
             measures = {name: special.get(name, self.encoder.received) for name in names}
             measured = {measure: measure(layer, outputs, arguments) for measure in dict.fromkeys(measures.values())}
         for name, measure in measures.items():
@@ -215,7 +221,7 @@ class VisionRecorder:
             values["keys"] = torch.unflatten(cells, -1, keys.shape[-2:])
         if "features" in self._reads:
             values["features"], pieces = self.encoder.visual_rows(kind, arguments, features, entering)
-        run = Recording(values, pieces, self.layers)
+        run = Recording(values, pieces, self.layers, self.encoder.has_cls)
         self._thread.runs[kind] = run
         setattr(features, _ATTRIBUTE, run)
 
@@ -230,6 +236,7 @@ def recorder_for(anatomy: Anatomy, method: Method) -> VisionRecorder:
     reads = [
         *(("object", "deep") if method.uses_encoder_attention else ()),
         *(("cls",) if method.uses_cls_attention else ()),
+        *(("local",) if method.uses_local_attention else ()),
         *(("keys",) if method.uses_encoder_keys else ()),
         *(("features",) if method.uses_encoder_features or method.stage == "encoder" else ()),
     ]
@@ -241,7 +248,7 @@ def recorder_for(anatomy: Anatomy, method: Method) -> VisionRecorder:
             f"method: expected one that leaves the vision encoder of {anatomy.family.model_type} alone, got "
             f"{method.name!r}, which reads {what}; that method works for {supported}"
         )
-    return VisionRecorder(make(anatomy.multimodal), method.object_layer, method.cls_layer, reads)
+    return VisionRecorder(make(anatomy.multimodal), method.object_layer, method.cls_layer, reads, method.local_layer)
 
 
 class _ThreadState(threading.local):
@@ -262,11 +269,13 @@ class PromptAttention:
             without padding.
         grids: for each row and each of its images (or tiles, where the prompt knows them), the grids in it.
         is_separator: bool `[B, T]`, True at visual tokens that are not cells, such as image newlines.
+        has_cls: whether the encoder has a CLS token.
     """
 
     values: dict[str, torch.Tensor]
     grids: list[list[list[Grid]]]
     is_separator: np.ndarray
+    has_cls: bool = False
 
 
 def attention_of_prompt(recordings: dict[str, Recording], prompt: Prompt, kinds: dict[int, str]) -> PromptAttention:
@@ -324,7 +333,7 @@ def attention_of_prompt(recordings: dict[str, Recording], prompt: Prompt, kinds:
     found = {name: torch.cat([run.values[name] for run in runs]) for name in runs[0].values}
     index = np.concatenate(places)
     ordered = {name: values[upload(index, values.device)] for name, values in found.items()}
-    return PromptAttention(ordered, rows, is_separator)
+    return PromptAttention(ordered, rows, is_separator, runs[0].has_cls)
 
 
 def _grids_of_tiles(prompt: Prompt, row: int, images: list[list[Grid]]) -> list[list[Grid]]:
