@@ -129,15 +129,18 @@ class _Trial:
         self.generates = case.mode in GENERATING and case.mode != "second turn"
         with torch.no_grad(), _or_upstream():
             inputs = inputs_of(case)
+            # some families count positions another way without a mask
+            omits_mask = case.padding == "none" and bool(inputs["attention_mask"].all())
+            given = {name: value for name, value in inputs.items() if name != "attention_mask" or not omits_mask}
             # generate counts positions from the first token, a forward without position ids from the first column
             read = self._generate if self.generates else lambda inputs: self.model(**inputs)
-            _, self.embeds, positions = watched(self.model, lambda: read(inputs))
+            _, self.embeds, positions = watched(self.model, lambda: read(given))
         self.positions, self.raw = positions, inputs
         hidden = hidden_tokens(case, inputs)
         self.visible = inputs["attention_mask"].bool() & ~hidden
         self.visual = ((inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)) & self.visible
         self.inputs = {**inputs, "attention_mask": self.visible.to(getattr(torch, case.mask))}
-        if case.padding == "none" and bool(inputs["attention_mask"].all()):
+        if omits_mask:
             del self.inputs["attention_mask"]
         if bool(hidden.any()):
             self.inputs["position_ids"] = self._positions_of_caller()
