@@ -29,7 +29,9 @@ class Dart(JointMethod):
     Tokens in Multimodal Language Models: Duplication Matters More", EMNLP 2025, arXiv 2502.11494, and github
     ZichenWen1/DART, with four pivots of each kind). The authors prune after the second decoder layer,
     which is `prune(model, {2: ("dart", keep_ratio)})`; without a stage this is done before the first layer. Either way
-    the keys are those of the layer that follows, before RoPE, and the cosines those of the states that enter it.
+    the keys are those of the layer that follows, before RoPE, and the cosines those of the states that enter it. The
+    release takes the keys of the layer before, after RoPE, and the cosines of the states after the model's last norm;
+    its pivots choose in the order of a Python set, as many tokens each as fit into the budget, pivots not counted.
 
     Args:
         pivots: visual pivots, at least one.
