@@ -70,9 +70,9 @@ RECIPES: dict[str, Recipe] = {
         method="fastv",
         source="github.com/pkunlp-icler/FastV",
         differs=(
-            "It expects the system prompt and the image at fixed places. Its code that masks tokens in place of "
-            "dropping them chooses anew for each generated token, and its code for a key-value cache computes the "
-            "prompt with all tokens; here the tokens of the prompt are chosen once."
+            "It expects the system prompt and the image at fixed places, and its demo takes layer=3. Its code that "
+            "masks tokens in place of dropping them chooses anew for each generated token, and its code for a "
+            "key-value cache computes the prompt with all tokens; here the tokens of the prompt are chosen once."
         ),
         options={"layer": 2, "rounding": "nearest"},
     ),
