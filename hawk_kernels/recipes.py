@@ -66,6 +66,18 @@ RECIPES: dict[str, Recipe] = {
         arguments={"budget": "per_tile", "positions": "packed"},
         options={"scale_over": "prompt"},
     ),
+    "dart-release": Recipe(
+        method="dart",
+        source="github.com/ZichenWen1/DART",
+        differs=(
+            "It ranks pivots by the keys of layer 2 after RoPE, here by those of layer 3 before RoPE, and compares "
+            "states that have gone through the model's last norm. Its pivots choose in the order of a Python set, here "
+            "the one with the largest key first. Four of its pivots come on top of the budget, and the rest is a "
+            "multiple of eight: 128 are 132 here. It counts text after the final end of turn too."
+        ),
+        arguments={"query": "release"},
+        options={"layer": 2},
+    ),
     "fastv-release": Recipe(
         method="fastv",
         source="github.com/pkunlp-icler/FastV",
