@@ -10,8 +10,9 @@ def sparsevlm_recycle(scores, states, budget, merging="paper"):
         scores: of the tokens of one image, `[M]`.
         states: `[M, hidden]`.
         budget: how many tokens stay.
-        merging: "paper" = 30 % of what the budget drops, and densities of 5 neighbours; "release" = 30 % of what stays
-            not alone, and one more, and densities of as many tokens as clusters, the token itself among them.
+        merging: "paper" = 30 % of what the budget drops, and densities of 5 neighbours; "release" = 30 % of all but
+            the tokens that stay by themselves, and one more, and densities of as many tokens as clusters, the token
+            itself among them.
 
     Returns:
         The kept tokens in ascending order, and for each centre of a cluster the tokens that it is the mean of.

@@ -119,8 +119,8 @@ RECIPES: dict[str, Recipe] = {
         source="github.com/obananas/HoloV",
         differs=(
             "It hands the tokens of a crop over in the order of their attention, and zero vectors where a share "
-            "exceeds its crop; here tokens stay in the order of the picture, and the surplus goes to other crops. For "
-            "LLaVA it keeps 64 tokens of all images together."
+            "exceeds its crop; here tokens stay in the order of the picture, and the surplus goes to other crops. Of "
+            "a picture for LLaVA it keeps 64 tokens, all tiles together."
         ),
         arguments={"positions": "packed"},
     ),
