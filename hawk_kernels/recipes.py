@@ -140,7 +140,16 @@ RECIPES: dict[str, Recipe] = {
             "It rounds the share of each frame by itself, so that the total may miss the budget; where it does not, "
             "the same tokens stay."
         ),
-        arguments={"positions": "packed"},
+        arguments={"budget": "per_image", "positions": "packed"},
+    ),
+    "evs-release": Recipe(
+        method="evs",
+        source="github.com/vllm-project/vllm",
+        differs=(
+            "It never keeps less than the first frame of a video, and leaves still images alone; here every image and "
+            "video keeps its budget."
+        ),
+        arguments={"budget": "per_image"},
     ),
     "visionzip-release": Recipe(
         method="visionzip",

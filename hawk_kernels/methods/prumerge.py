@@ -42,11 +42,11 @@ class PruMerge(Method):
 
     The release, github 42Shawn/LLaVA-PruMerge, differs in other ways too. It takes neighbours from all other tokens,
     kept ones included, and adds `a[q] y[q]` to `y[p]` without dividing by anything; `merging="release"` does both, with
-    the attention of CLS as it is, divided by its sum only where that is above 1, as without CLS. It reads queries and keys of the
-    very last layer (`cls_layer=24` of CLIP-L), whose output LLaVA discards, and takes one softmax over all heads
-    together. It sets kept tokens in the order of their attention, and after them one more, the sum of all dropped ones
-    weighted by their attention. PruMerge+ samples the grid at equal steps and leaves out what is kept already, where
-    this class samples the other tokens.
+    the attention of CLS as it is, divided by its sum only where that is above 1, as without CLS. It reads queries and
+    keys of the very last layer (`cls_layer=24` of CLIP-L), whose output LLaVA discards, and takes one softmax over all
+    heads together. It sets kept tokens in the order of their attention, and after them one more, the sum of all dropped
+    ones weighted by their attention. PruMerge+ samples the grid at equal steps and leaves out what is kept already,
+    where this class samples the other tokens.
 
     Args:
         neighbours: dropped tokens that go into each kept one, at least one.
