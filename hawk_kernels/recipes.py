@@ -120,7 +120,8 @@ RECIPES: dict[str, Recipe] = {
         differs=(
             "It hands the tokens of a crop over in the order of their attention, and zero vectors where a share "
             "exceeds its crop; here tokens stay in the order of the picture, and the surplus goes to other crops. Of "
-            "a picture for LLaVA it keeps 64 tokens, all tiles together."
+            "a picture for LLaVA it keeps 64 tokens, all tiles together. In Qwen2.5-VL it does not put the attention "
+            "of the encoder's windows back into the order of the picture, which is an error."
         ),
         arguments={"positions": "packed"},
     ),

@@ -44,7 +44,8 @@ class HoloV(JointMethod):
     counts a thousandth in the release, and fully here.
 
     An encoder without a CLS token ranks by the attention that a token receives from all others, see
-    `PrefillView.cls_attention`. Images that share a budget are cut as one.
+    `PrefillView.cls_attention`. So does the release for Qwen2.5-VL, but it leaves that attention in the order of the
+    encoder's windows, so that tokens get the attention of others. Images that share a budget are cut as one.
 
     Args:
         crops: number of crops, at least 1.
