@@ -51,7 +51,8 @@ RECIPES: dict[str, Recipe] = {
         source="github.com/vbdi/divprune",
         differs=(
             "It expects the image after 35 tokens, and rounds the product of binary numbers, so that 0.07 of 150 "
-            "tokens are 11; here they are 10."
+            "tokens are 11; here they are 10. Where fewer tokens differ than the budget has room for, it picks one "
+            "twice and keeps fewer; here the budget is met."
         ),
         arguments={"positions": "packed"},
         options={"rounding": "nearest"},
