@@ -17,7 +17,7 @@ def prumerge_select(attention, keys, r, *, mask, neighbours=32, plus=False, merg
         neighbours: tokens merged into each kept one.
         plus: whether only a quarter of the budget is chosen by attention, and the rest evenly among the others.
         merging: "paper" = average of the token and dropped neighbours by attention; "release" = the token plus its
-            neighbours, kept or not, times their share of the attention.
+            neighbours, kept or not, times their attention, which is divided by its sum where that is above 1.
         rounding: "floor", "ceil" or "nearest" (half to even).
 
     Returns:
@@ -40,7 +40,7 @@ def prumerge_select(attention, keys, r, *, mask, neighbours=32, plus=False, merg
             near = [q for q in candidates if q != p and (merging == "release" or q not in kept)]
             near = sorted(near, key=lambda q, p=p: -cosine(keys[b, p], keys[b, q]))[:neighbours]
             if merging == "release":
-                total = sum(attention[b, q].item() for q in candidates)
+                total = max(1.0, sum(attention[b, q].item() for q in candidates))
                 merged[p] = {p: 1.0, **{q: attention[b, q].item() / total for q in near}}
             else:
                 total = sum(attention[b, q].item() for q in (p, *near))

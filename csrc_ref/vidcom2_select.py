@@ -28,8 +28,8 @@ def vidcom2_select(embeddings, frames, r, *, rounding="floor"):
 
     unique = [-sum(v for v, own in zip(of_video, frame_of, strict=True) if own == t) / n for t, n in enumerate(frames)]
     powers = [math.exp((u - max(unique)) / 0.01) for u in unique]
-    # to 1/4096: the noise of float32 must decide nothing
-    shares = [round(4096 * p / sum(powers)) / 4096 for p in powers]
+    # to 1/65536: the noise of float32 must decide nothing
+    shares = [round(65536 * p / sum(powers)) / 65536 for p in powers]
     weights = [n * (1 + p - 1 / len(frames)) for n, p in zip(frames, shares, strict=True)]
 
     waiting = {

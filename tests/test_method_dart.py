@@ -73,6 +73,10 @@ def test_after_a_layer_it_reads_the_keys_and_states_of_the_next(three_layers):
         )
         assert torch.equal(pruning.keep_mask[row, places], chosen.mask[0])
     assert pruning.stats.samples[0].visual_tokens_by_layer == (36, 36, 7)
+    with prune(three_layers, 0.2, method="dart", layer=2) as same:
+        three_layers(**inputs)
+    assert torch.equal(same.keep_mask, pruning.keep_mask)
+    assert same.stats.samples[0].visual_tokens_by_layer == (36, 36, 7)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +85,7 @@ def test_after_a_layer_it_reads_the_keys_and_states_of_the_next(three_layers):
         ({"pivots": 0}, ValueError, "pivots: expected an int >= 1, got 0"),
         ({"text_pivots": -1}, ValueError, "text_pivots: expected an int >= 0, got -1"),
         ({"pivots": 2.0}, TypeError, "pivots: expected an int >= 1, got float"),
+        ({"layer": 0}, ValueError, "layer: expected the last layer that sees every token, counted from 1, or None"),
     ],
 )
 def test_options_are_checked(options, error, message):

@@ -19,11 +19,12 @@ from tests.merging_checks import check_end_to_end, matrix_of, matrix_of_referenc
     neighbours=st.sampled_from([1, 2, 5, 40]),
     plus=st.booleans(),
     merging=st.sampled_from(["paper", "release"]),
+    scale=st.sampled_from([1.0, 1 / 256]),
     r=st.one_of(st.floats(0.01, 1.0), st.integers(1, 30)),
 )
-def test_the_choice_and_the_map_are_those_of_the_reference(seed, num_tokens, neighbours, plus, merging, r):
+def test_the_choice_and_the_map_are_those_of_the_reference(seed, num_tokens, neighbours, plus, merging, scale, r):
     generator = torch.Generator().manual_seed(seed)
-    attention = torch.rand(3, num_tokens, generator=generator).mul(8).round().add(0.5)
+    attention = torch.rand(3, num_tokens, generator=generator).mul(8).round().add(0.5) * scale
     keys = torch.randn(3, num_tokens, 6, generator=generator)
     mask = torch.rand(3, num_tokens, generator=generator) < 0.8
     options = {"mask": mask, "neighbours": neighbours, "plus": plus, "merging": merging}
@@ -45,6 +46,16 @@ def test_a_hand_made_case():
     released = prumerge_select(attention, keys, 2, mask=torch.ones(1, 5) > 0, neighbours=1, merging="release")
     expected[1, 1], expected[1, 3], expected[4, 4], expected[4, 0] = 1, 2 / 12, 1, 1 / 12
     assert torch.allclose(matrix_of(released.merge, 5)[0], expected)
+
+
+def test_the_release_adds_what_cls_attends_to_as_it_is():
+    """CLS keeps a fifth of its attention for itself, so that what the patches get adds up to less than 1."""
+    attention = torch.tensor([[0.1, 0.4, 0, 0.1, 0.2]])
+    keys = torch.tensor([[[0.0, 2], [1, 0], [-1, -1], [3, 1], [0, 1]]])
+    found = prumerge_select(attention, keys, 2, mask=torch.ones(1, 5) > 0, neighbours=1, merging="release")
+    expected = torch.zeros(5, 5)
+    expected[1, 1], expected[1, 3], expected[4, 4], expected[4, 0] = 1, 0.1, 1, 0.1
+    assert torch.allclose(matrix_of(found.merge, 5)[0], expected)
 
 
 def test_plus_spreads_three_quarters_evenly():

@@ -95,19 +95,25 @@ def test_its_stages_stand_where_those_of_the_release_stand():
     assert SparseVLM().stages(0.125, 32) == pytest.approx({3: 0.5, 7: 0.25, 16: 0.125})
 
 
-@given(seed=st.integers(0, 2**20), num_tokens=st.integers(1, 60), keep=st.integers(1, 60), ties=st.booleans())
-def test_recycled_tokens_are_those_of_the_reference(seed, num_tokens, keep, ties):
+@given(
+    seed=st.integers(0, 2**20),
+    num_tokens=st.integers(1, 60),
+    keep=st.integers(1, 60),
+    ties=st.booleans(),
+    merging=st.sampled_from(["paper", "release"]),
+)
+def test_recycled_tokens_are_those_of_the_reference(seed, num_tokens, keep, ties, merging):
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(2, num_tokens, 6, generator=generator)
     scores = torch.rand(2, num_tokens, generator=generator)
     scores = scores.mul(4).round() if ties else scores
     mask = torch.rand(2, num_tokens, generator=generator) < 0.9
-    found = recycling(scores, states, keep, mask=mask)
+    found = recycling(scores, states, keep, mask=mask, merging=merging)
     target, source, weight = found.merge
     for row in range(2):
         places = mask[row].nonzero().flatten()
         budget = min(keep, len(places))
-        expected, members = sparsevlm_recycle(scores[row, places], states[row, places], budget)
+        expected, members = sparsevlm_recycle(scores[row, places], states[row, places], budget, merging)
         assert found.mask[row].nonzero().flatten().tolist() == places[expected].tolist()
         clusters = {int(places[centre]): set(places[tokens].tolist()) for centre, tokens in members.items()}
         of_target = {
@@ -116,6 +122,23 @@ def test_recycled_tokens_are_those_of_the_reference(seed, num_tokens, keep, ties
         assert of_target == clusters
         for centre, tokens in clusters.items():
             assert weight[row, target[row] == centre].tolist() == pytest.approx([1 / len(tokens)] * len(tokens))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "alone", "clusters"),
+    [(576, 300, 9), (309, 200, 4), (204, 110, 3), (576, 303, 9), (312, 110, 7), (117, 36, 3), (82, 30, 2), (32, 17, 1)],
+)
+def test_a_budget_holds_what_the_release_keeps_and_its_clusters(num_tokens, alone, clusters):
+    """The release clusters `floor(0.3 k) + 1` of the `k` tokens that leave, ten to a cluster, and one cluster more."""
+    scores, states = torch.rand(1, num_tokens), torch.randn(1, num_tokens, 4)
+    mask = torch.ones(1, num_tokens, dtype=torch.bool)
+    found = recycling(scores, states, alone + clusters, mask=mask, merging="release")
+    best = scores.argsort(descending=True)[0, :alone]
+    assert int(found.mask.sum()) == alone + clusters
+    assert found.mask[0, best].all()
+    merged = found.merge.target[0] >= 0
+    assert int(merged.sum()) == int((num_tokens - alone) * 0.3) + 1
+    assert len(set(found.merge.target[0, merged].tolist())) == clusters
 
 
 def test_a_recycled_token_is_the_mean_of_its_cluster():
@@ -210,5 +233,7 @@ def test_hiding_cannot_merge():
 def test_options_are_checked():
     with pytest.raises(TypeError, match="recycle: expected a bool, got int"):
         resolve_method("sparsevlm", {"recycle": 1})
+    with pytest.raises(ValueError, match="merging: expected 'paper' or 'release', got 'sum'"):
+        resolve_method("sparsevlm", {"merging": "sum"})
     with pytest.raises(ValueError, match=re.escape("'nearest' (half to even), got 'up'")):
         resolve_method("sparsevlm", {"rounding": "up"})

@@ -1,5 +1,7 @@
 """VidCom2 keeps what its literal reference keeps, and its rounding is the release's where that adds up."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -80,6 +82,19 @@ def test_shares_are_those_of_the_release_where_these_add_up(seed, frames, size, 
     key = webster_key(-likeness, weights, frame_of, starts, candidates)
     kept = select_topk(key, sum(counts)).mask
     assert kept.view(frames, size).sum(dim=1).tolist() == counts
+
+
+def test_a_share_close_to_a_half_is_rounded_as_in_the_release():
+    """Of 400 tokens each, a quarter of the video is 110.51 and 89.49 tokens, which the release rounds to 111 and 89."""
+    share, size = 0.6051, 400
+    of_video = torch.full((1, 2 * size), 3.0)
+    of_video[0, :size] -= 0.01 * math.log(share / (1 - share))
+    frame_of = torch.arange(2).repeat_interleave(size)[None]
+    candidates = torch.ones_like(frame_of, dtype=torch.bool)
+    weights = frame_weights(of_video, frame_of, 2, candidates)
+    assert release_counts(weights[0].tolist(), 0.25) == [111, 89]
+    key = webster_key(torch.rand(1, 2 * size), weights, frame_of, torch.tensor([[0, size]]), candidates)
+    assert select_topk(key, 0.25).mask.view(2, size).sum(dim=1).tolist() == [111, 89]
 
 
 def test_tokens_that_are_not_finite_come_last_and_equal_ones_in_order():

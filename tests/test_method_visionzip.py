@@ -11,8 +11,19 @@ from csrc_ref.visionzip_select import visionzip_select as reference
 from hawk_kernels import prune
 from hawk_kernels.methods import resolve_method
 from hawk_kernels.methods.visionzip import visionzip_select
+from hawk_kernels.recipes import RECIPES
 from tests.merging_checks import check_end_to_end, matrix_of, matrix_of_reference
 from tests.tiny_families import tiny_model
+
+
+@pytest.mark.parametrize(("budget", "targets"), [(63, 10), (64, 10), (127, 20), (128, 20), (191, 30), (192, 30)])
+def test_the_recipe_has_as_many_contextual_tokens_as_the_release(budget, targets):
+    """The release keeps 54 and 10, 108 and 20, or 162 and 30 of 576 tokens; the first of each is CLS."""
+    recipe = RECIPES["visionzip-release"]
+    mask = torch.ones(1, 576, dtype=torch.bool)
+    found = visionzip_select(torch.rand(1, 576), torch.randn(1, 576, 4), budget, mask=mask, **recipe.options)
+    assert int(found.mask.sum()) == budget
+    assert len(set(found.merge.target[found.merge.target >= 0].tolist())) == targets
 
 
 @given(

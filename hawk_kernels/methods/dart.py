@@ -6,6 +6,7 @@ import torch
 
 from hawk_kernels.methods.base import (
     JointMethod,
+    Keep,
     candidates_of_units,
     checked_int,
     of_rows,
@@ -27,14 +28,19 @@ class Dart(JointMethod):
     are kept; the rest of the budget is divided evenly among all pivots, visual ones first, the largest first; each in
     turn takes the tokens with the smallest cosine to it that are still there (Wen et al., "Stop Looking for Important
     Tokens in Multimodal Language Models: Duplication Matters More", EMNLP 2025, arXiv 2502.11494, and github
-    ZichenWen1/DART, with four pivots of each kind). The authors prune after the second decoder layer,
-    which is `prune(model, {2: ("dart", keep_ratio)})`; without a stage this is done before the first layer. Either way
-    the keys are those of the layer that follows, before RoPE, and the cosines those of the states that enter it.
+    ZichenWen1/DART, with four pivots of each kind). The authors prune after the second decoder layer, as `layer=2`
+    does; by default this is done before the first. Either way the keys are those of the layer that follows, before
+    RoPE, and the cosines those of the states that enter it.
+
+    The release takes the keys of the layer before, after RoPE, and the cosines of the states after the model's last
+    norm. Its pivots choose in the order of a Python set, and each takes an eighth of the budget, rounded down, so that
+    the visual pivots come on top.
 
     Args:
         pivots: visual pivots, at least one.
         text_pivots: text pivots, 0 or more.
         rounding: "floor", "ceil" or "nearest" (half to even).
+        layer: the last layer that reads every token, counted from 1; None drops tokens before the first.
 
     Raises:
         TypeError, ValueError: an option that is none of these.
@@ -45,13 +51,21 @@ class Dart(JointMethod):
     paper = "2502.11494"
     signal = "keys in the first layer; embeddings of the image and of the text"
     uses_text = True
+    stage_options = ("layer",)
 
-    def __init__(self, pivots: int = 4, text_pivots: int = 4, rounding: str = "floor") -> None:
+    def __init__(
+        self, pivots: int = 4, text_pivots: int = 4, rounding: str = "floor", layer: int | None = None
+    ) -> None:
         remedy = "the release takes 4"
         self.pivots = checked_int(pivots, 1, "pivots: expected an int >= 1", remedy)
         self.text_pivots = checked_int(text_pivots, 0, "text_pivots: expected an int >= 0", remedy)
         check_rounding(rounding)
         self.rounding = rounding
+        expected = "layer: expected the last layer that sees every token, counted from 1, or None"
+        self.layer = None if layer is None else checked_int(layer, 1, expected, "the release takes 2")
+
+    def stages(self, keep_ratio: float | int, depth: int) -> dict[int, Keep]:
+        return {self.layer or 0: keep_ratio}
 
     def select(self, view: PrefillView, r: float | int) -> Selection:
         text, text_mask = view.text_embeddings()

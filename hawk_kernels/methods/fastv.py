@@ -16,8 +16,8 @@ class FastV(Method):
     `I[m] = mean over heads of softmax(q_last k^T / sqrt(d))[m]` in layer `layer`, counted from 1, after RoPE (Chen et
     al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024, arXiv 2403.06764, with `K = layer`; the authors take
     K = 2). Layers 1 to K read every token; later layers read the kept ones alone, at their original positions, in the
-    prompt and while they generate. The authors' code can mask the dropped tokens instead, as `prune(mode="hide")` does:
-    this gives the same answers and saves nothing.
+    prompt and while they generate, as in the authors' code that drops tokens. Their code that masks them chooses anew
+    for each generated token; `prune(mode="hide")` masks those that would be dropped, with the same answers.
 
     The method needs sdpa or eager attention. A cache that was filled inside the block must be continued inside one.
 

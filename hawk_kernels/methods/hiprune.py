@@ -19,8 +19,10 @@ class HiPrune(Method):
 
     As in the authors' release, a token's attention is what all query rows of the encoder give it, CLS among them, and
     the deep layer is the last one that the visual tokens come from: 23 of the 24 of CLIP-L in LLaVA, which takes the
-    output of the layer before the last. Unlike the release, a row keeps exactly its budget, counted over all its
-    images. Tokens without a cell in the image, such as the image newlines of LLaVA-NeXT, always stay and do not count.
+    output of the layer before the last. In the release, the neighbours of an anchor at the end of a line are on the
+    next or the previous line, and those of one in the first or last line are the first or last token of the image; here
+    they are what the picture has beside it. A row has one budget for all its images. Tokens without a cell in the
+    image, such as the image newlines of LLaVA-NeXT, always stay and do not count.
 
     Args:
         alpha: share of the budget for anchors and their neighbours, in [0, 5].

@@ -39,11 +39,13 @@ class HoloV(JointMethod):
     The release takes the two means over the crop. Then the variance cancels, and a crop scores 1.09 times its mean
     attention, whatever its diversity. `scale="image"` takes them over the whole image, so that diverse crops get more,
     which is what the paper argues for. Where a share exceeds its crop, the release fills up with zero vectors; here the
-    surplus goes to the tokens of other crops with the largest attention. A crop of one token, which has no variance,
+    surplus goes to the tokens of other crops with the largest attention. The release hands the tokens of a crop over in
+    the order of their attention; here they keep their places. A crop of one token, which has no variance,
     counts a thousandth in the release, and fully here.
 
     An encoder without a CLS token ranks by the attention that a token receives from all others, see
-    `PrefillView.cls_attention`. Images that share a budget are cut as one.
+    `PrefillView.cls_attention`. So does the release for Qwen2.5-VL, but it leaves that attention in the order of the
+    encoder's windows, so that tokens get the attention of others. Images that share a budget are cut as one.
 
     Args:
         crops: number of crops, at least 1.

@@ -41,10 +41,12 @@ class PruMerge(Method):
     number: all later shapes follow from it, and counting outliers would make the host wait for the encoder every time.
 
     The release, github 42Shawn/LLaVA-PruMerge, differs in other ways too. It takes neighbours from all other tokens,
-    kept ones included, and adds `a[q] y[q]` to `y[p]` without dividing by anything; `merging="release"` does both. It
-    reads queries and keys of the very last layer (`cls_layer=24` of CLIP-L), whose output LLaVA discards, and takes one
-    softmax over all heads together. It appends one more token, the sum of all dropped ones weighted by their attention,
-    and numbers positions anew.
+    kept ones included, and adds `a[q] y[q]` to `y[p]` without dividing by anything; `merging="release"` does both, with
+    the attention of CLS as it is, divided by its sum only where that is above 1, as without CLS. It reads queries and
+    keys of the very last layer (`cls_layer=24` of CLIP-L), whose output LLaVA discards, and takes one softmax over all
+    heads together. It sets kept tokens in the order of their attention, and after them one more, the sum of all dropped
+    ones weighted by their attention. PruMerge+ samples the grid at equal steps and leaves out what is kept already,
+    where this class samples the other tokens.
 
     Args:
         neighbours: dropped tokens that go into each kept one, at least one.
@@ -154,8 +156,9 @@ def prumerge_select(
     counting = torch.cat([merges.unsqueeze(2), nearest.values > -torch.inf], dim=2)
     weight = attention.unsqueeze(1).expand(-1, targets.shape[1], -1).gather(2, source).where(counting, 0)
     if merging == "release":
+        # what CLS gives to patches is less than 1 in sum and counts as it is; what tokens receive is 1 on average
         total = attention.masked_fill(~mask, 0).sum(dim=1).view(-1, 1, 1)
-        weight = weight / total
+        weight = weight / total.clamp(min=1)
         weight[:, :, 0] = 1
     else:
         total = weight.sum(dim=2, keepdim=True)

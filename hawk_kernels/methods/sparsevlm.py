@@ -8,6 +8,7 @@ from hawk_kernels.methods.base import (
     Keep,
     Method,
     candidates_of_units,
+    checked_merging,
     checked_scores,
     falling_stages,
     of_rows,
@@ -37,10 +38,11 @@ class SparseVLM(Method):
     the raters, averaged over them and over heads (Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient
     Vision-Language Model Inference", ICML 2025, arXiv 2410.04417).
 
-    The paper lets the rank of the raters' attention matrix decide how many tokens a layer drops; the authors' release
-    has that switched off and keeps fixed numbers after layers 3, 7 and 16 of 32 (300, 200 and 110 of 576). Here the
-    stages stand at these depths, each keeps the same share of what the one before kept, and `keep_ratio` is what is
-    left after the last: 0.19 gives 331, 190 and 109 of 576.
+    The paper lets the rank of the raters' attention matrix decide how many tokens a layer drops, as the authors' first
+    release did (it keeps `rank * scale + bias`). That rank is the number of raters unless their rows depend on each
+    other. Since version 1.5 the release keeps fixed numbers after layers 3, 7 and 16 of 32 (300, 200 and 110 of 576).
+    Here the stages stand at these depths, each keeps the same share of what the one before kept, and `keep_ratio` is
+    what is left after the last: 0.19 gives 331, 190 and 109 of 576.
 
     With `recycle=True` the best of what is dropped comes back as a few merged tokens, as in the paper. Of the tokens
     that a stage drops, the 30 % with the highest scores are clustered by density peaks in the states that enter the
@@ -51,6 +53,12 @@ class SparseVLM(Method):
     cluster. The paper writes a sum, which grows with the cluster. Its clusters come on top of the tokens that a stage
     keeps; here they are part of the budget.
 
+    The release, github Gumpest/SparseVLMs, always recycles. Where `k` tokens leave, it clusters `p = floor(0.3 k) + 1`
+    of them into `floor(p / 10) + 1` means, and takes for `rho` as many of the nearest as there are clusters, the token
+    itself among them; `merging="release"` does so. With it 309, 204 and 113 tokens are the release's 300, 200 and 110
+    and its means. The release clusters the states that leave the layer, adds noise of 1e-6 to `rho`, sets the means
+    after the other visual tokens and numbers positions anew.
+
     The release counts as text all that follows the image, where this package takes the question; and it requires
     `R[n] > mean(R)`, which leaves a question of one word without raters. In layers with sliding windows, the attention
     is computed without the windows.
@@ -59,6 +67,7 @@ class SparseVLM(Method):
         rounding: "floor", "ceil" or "nearest" (half to even).
         recycle: whether the best dropped tokens come back as the means of clusters; only while tokens are dropped, not
             with `mode="hide"`.
+        merging: "paper" or "release", which tokens `recycle=True` clusters and how many clusters it makes.
 
     Raises:
         TypeError, ValueError: an option that is none of these.
@@ -73,11 +82,12 @@ class SparseVLM(Method):
     ranks_by = "last"
     inside_only = True
 
-    def __init__(self, rounding: str = "floor", recycle: bool = False) -> None:
+    def __init__(self, rounding: str = "floor", recycle: bool = False, merging: str = "paper") -> None:
         self.rounding = check_rounding(rounding)
         if not isinstance(recycle, bool):
             raise TypeError(f"recycle: expected a bool, got {type(recycle).__name__}; True merges dropped tokens")
         self.recycle = recycle
+        self.merging = checked_merging(merging)
 
     def stages(self, keep_ratio: float | int, depth: int) -> dict[int, Keep]:
         return falling_stages(keep_ratio, depth, (3 / 32, 7 / 32, 16 / 32), self.name)
@@ -102,12 +112,25 @@ class SparseVLM(Method):
             return super().select(view, r)
         scores = checked_scores(self.name, self.score(view), view.candidates)
         states = of_units(view.visual_embeddings(), view)
-        candidates = candidates_of_units(view)
-        return of_rows(recycling(of_units(scores, view), states, r, mask=candidates, rounding=self.rounding), view)
+        found = recycling(
+            of_units(scores, view),
+            states,
+            r,
+            mask=candidates_of_units(view),
+            merging=self.merging,
+            rounding=self.rounding,
+        )
+        return of_rows(found, view)
 
 
 def recycling(
-    scores: torch.Tensor, states: torch.Tensor, r: float | int, *, mask: torch.Tensor, rounding: str = "floor"
+    scores: torch.Tensor,
+    states: torch.Tensor,
+    r: float | int,
+    *,
+    mask: torch.Tensor,
+    merging: str = "paper",
+    rounding: str = "floor",
 ) -> Selection:
     """Keep the highest scores, and clusters of the best of what is left, as one budget.
 
@@ -116,6 +139,7 @@ def recycling(
         states: `[U, L, hidden]`.
         r: fraction of a unit's candidates that is kept, or the budget.
         mask: bool `[U, L]`, True = candidate.
+        merging: "paper" or "release".
         rounding: "floor", "ceil" or "nearest" (half to even).
 
     Returns:
@@ -123,13 +147,21 @@ def recycling(
     """
     counts = mask.sum(dim=1)
     budget = kept_counts(r, counts, rounding)
-    recycled = (counts - budget) * _RECYCLED // 100
-    clusters = torch.where(recycled > 0, recycled // _PER_CLUSTER + 1, 0).clamp(max=(budget - 1).clamp(min=0))
+    if merging == "release":
+        # the most tokens that leave room for their own clusters: a + floor((3 (n - a) + 10) / 100) + 1 <= budget
+        most = torch.div(100 * budget - 3 * counts - 11, 97, rounding_mode="floor")
+        clusters = torch.where(counts > budget, budget - most.clamp(min=1), 0).clamp(min=0)
+        recycled = (counts - budget + clusters) * _RECYCLED // 100 + 1
+        near = clusters - 1
+    else:
+        recycled = (counts - budget) * _RECYCLED // 100
+        clusters = torch.where(recycled > 0, recycled // _PER_CLUSTER + 1, 0).clamp(max=(budget - 1).clamp(min=0))
+        near = torch.full_like(clusters, _NEIGHBOURS)
     place = rank(order_key(scores, mask))
     alone = (budget - clusters).unsqueeze(1)
     is_alone = mask & (place < alone)
     pool = mask & ~is_alone & (place < alone + torch.where(clusters > 0, recycled, 0).unsqueeze(1))
-    is_centre, nearest = _density_peaks(states, pool, clusters)
+    is_centre, nearest = _density_peaks(states, pool, clusters, near, itself=merging == "release")
     kept = is_alone | is_centre
     own = torch.arange(mask.shape[1], device=mask.device).expand_as(nearest)
     target = torch.where(pool, nearest, -1)
@@ -140,7 +172,7 @@ def recycling(
 
 
 def _density_peaks(
-    states: torch.Tensor, pool: torch.Tensor, clusters: torch.Tensor
+    states: torch.Tensor, pool: torch.Tensor, clusters: torch.Tensor, near: torch.Tensor, *, itself: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cluster the tokens of a pool by density peaks.
 
@@ -148,6 +180,8 @@ def _density_peaks(
         states: `[U, L, hidden]`.
         pool: bool `[U, L]`, the tokens that are clustered, at least as many as clusters.
         clusters: int64 `[U]`, how many.
+        near: int64 `[U]`, how many of the other tokens make up a density.
+        itself: whether the token counts in the mean as well, at distance 0.
 
     Returns:
         Which tokens are centres, bool `[U, L]`, and for each token the centre of its cluster, int64 `[U, L]`.
@@ -155,11 +189,14 @@ def _density_peaks(
     states = states.float()
     distance = torch.cdist(states, states, compute_mode="donot_use_mm_for_euclid_dist") / states.shape[2] ** 0.5
     both = pool.unsqueeze(1) & pool.unsqueeze(2)
-    itself = torch.eye(pool.shape[1], dtype=torch.bool, device=pool.device)
-    among = distance.masked_fill(~both | itself, torch.inf)
-    near = among.topk(min(_NEIGHBOURS, pool.shape[1]), dim=2, largest=False).values
-    is_near = near < torch.inf
-    density = torch.exp(-(near.where(is_near, 0.0) ** 2).sum(dim=2) / is_near.sum(dim=2).clamp(min=1))
+    own = torch.arange(pool.shape[1], device=pool.device)
+    among = distance.masked_fill(~both | (own == own.unsqueeze(1)), torch.inf)
+    # there are never more clusters than this, nor neighbours where their number is that of the clusters
+    most = max(_NEIGHBOURS, pool.shape[1] * _RECYCLED // (100 * _PER_CLUSTER) + 1)
+    nearby = among.topk(min(most, pool.shape[1]), dim=2, largest=False).values
+    is_near = (nearby < torch.inf) & (own[: nearby.shape[2]] < near.view(-1, 1, 1))
+    size = is_near.sum(dim=2) + int(itself)
+    density = torch.exp(-(nearby.where(is_near, 0.0) ** 2).sum(dim=2) / size.clamp(min=1))
     # equal densities are ordered by place, so that only one token has no denser one
     order = rank(order_key(density, pool))
     is_denser = both & (order.unsqueeze(1) < order.unsqueeze(2))
@@ -167,8 +204,7 @@ def _density_peaks(
     to_denser = torch.where(is_denser.any(dim=2), distance.masked_fill(~is_denser, torch.inf).amin(dim=2), longest)
     is_centre = pool & (rank(order_key(density * to_denser, pool)) < clusters.unsqueeze(1))
     nearest = distance.masked_fill(~is_centre.unsqueeze(1), torch.inf).argmin(dim=2)
-    own = torch.arange(pool.shape[1], device=pool.device).expand_as(nearest)
-    return is_centre, torch.where(is_centre, own, nearest)
+    return is_centre, torch.where(is_centre, own.expand_as(nearest), nearest)
 
 
 def raters_of(view: PrefillView) -> torch.Tensor:

@@ -13,6 +13,7 @@ from hawk_kernels.selection import Selection
 from hawk_kernels.validation import check_rounding
 
 _TEMPERATURE = 0.01
+_STEPS = 65536
 _WIDTHS = tuple(2.0**k for k in range(-3, 2))
 
 
@@ -124,20 +125,21 @@ def frame_weights(
 ) -> torch.Tensor:
     """Weigh the frames of each video by their tokens and their uniqueness, float64 `[U, T]`; 0 for no frame.
 
-    Shares are rounded to 1/4096, so that frames which are alike have equal ones, whatever the noise of float32.
+    Shares are rounded to 1/65536, so that frames which are alike have equal ones, whatever the noise of float32.
 
     Args:
         of_video: float32 `[U, L]`, how like its video each token is.
         frame_of, num_frames, candidates: as in `likenesses`.
     """
     counted = candidates & of_video.isfinite()
-    zeros = of_video.new_zeros(len(of_video), num_frames)
-    likeness = zeros.scatter_add(1, frame_of, of_video.masked_fill(~counted, 0))
-    sizes, known = (zeros.scatter_add(1, frame_of, mask.float()) for mask in (candidates, counted))
+    zeros = torch.zeros(len(of_video), num_frames, dtype=torch.float64, device=of_video.device)
+    # in float64 the sums of float32 numbers do not depend on the order of the terms
+    likeness = zeros.scatter_add(1, frame_of, of_video.masked_fill(~counted, 0).double())
+    sizes, known = (zeros.scatter_add(1, frame_of, mask.double()) for mask in (candidates, counted))
     uniqueness = -likeness / known.clamp(min=1)
     share = torch.softmax((uniqueness / _TEMPERATURE).masked_fill(sizes == 0, -torch.inf), dim=1)
     # a unit without tokens has no shares
-    share = (share.nan_to_num(0.0).double() * 4096).round() / 4096
+    share = (share.nan_to_num(0.0) * _STEPS).round() / _STEPS
     evenly = 1 / (sizes > 0).sum(dim=1, keepdim=True).clamp(min=1).double()
     return (sizes * (1 + share - evenly)).masked_fill(sizes == 0, 0)
 

@@ -34,11 +34,11 @@ class VisPruner(JointMethod):
     placed before the ones between (Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective
     Token Pruning in VLMs", ICCV 2025, arXiv 2412.01818, and github Theia-4869/VisPruner).
 
-    The code of the release thins out one image at a time; here those of a batch are thinned out at once, each by
-    itself. In the release each tile of an image, such as those of LLaVA-NeXT, has a budget, as with
-    `prune(budget="per_tile")`; by default the tiles compete. An encoder without a CLS token ranks by the attention that
-    a token receives from all others, see `PrefillView.cls_attention`. Memory grows with the square of the number of
-    visual tokens.
+    The release raises an error where attention leaves an odd number of tokens, or where a round would take more than
+    half of what is left; here any number is thinned out. In the release each tile of an image, such as those of
+    LLaVA-NeXT, has a budget, as with `prune(budget="per_tile")`; by default the tiles compete. An encoder without a CLS
+    token ranks by the attention that a token receives from all others, see `PrefillView.cls_attention`. Memory grows
+    with the square of the number of visual tokens.
 
     Args:
         important: share of the budget that attention takes, in [0, 1].
