@@ -53,7 +53,7 @@ _MOST_PROGRAMS = 2**31 - 1
 # A kernel finds the counters of a row by an int32 offset, after the line of the roll.
 _MOST_ROWS = _MOST_PROGRAMS // LINE.value - 1
 # A program of the selection takes a power of two of columns, and one number of each block of them.
-_MOST_COLUMNS = 2**30
+MOST_COLUMNS = 2**30
 
 
 class _Workspace(NamedTuple):
@@ -170,7 +170,7 @@ def compiler_options(num_warps: int, max_registers: int) -> dict[str, object]:
 def check_limits(num_programs: int, num_columns: int, num_offsets: int, num_rows: int) -> None:
     """Raise ValueError for what a launch cannot number: programs in a grid, the rest in int32."""
     for what, count, limit, remedy in (
-        ("tokens in a row", num_columns, _MOST_COLUMNS, "prune in several parts"),
+        ("tokens in a row", num_columns, MOST_COLUMNS, "prune in several parts"),
         ("programs", num_programs, _MOST_PROGRAMS, "split the batch"),
         ("numbers of queries in the workspace", num_offsets, _MOST_PROGRAMS, "split the batch"),
         ("rows", num_rows, _MOST_ROWS, "split the batch"),

@@ -26,16 +26,10 @@ from hawk_kernels.backends.kernels.head_norms import (
     pair_of_tile,
     reduce_pairs,
 )
-from hawk_kernels.backends.kernels.launch import (
-    PreparedLaunch,
-    check_limits,
-    compiler_options,
-    launch_counters,
-    on_device,
-    workspace,
-)
-from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, draw_ticket, num_counters, wait_for
+from hawk_kernels.backends.kernels.launch import check_limits, compiler_options
+from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, draw_ticket, wait_for
 from hawk_kernels.backends.kernels.plan import Plan
+from hawk_kernels.backends.kernels.prepared import PreparedSelection
 from hawk_kernels.backends.kernels.queries_and_keys import Tensors, layout_of
 from hawk_kernels.backends.kernels.radix import Budget, load_candidates
 from hawk_kernels.backends.kernels.views import Matrix, Vector, load_tile, row_of
@@ -319,8 +313,8 @@ def make_plan(
     )
 
 
-class PreparedCall:
-    """A call of one signature, which can be made again with other tensors of it."""
+class PreparedCall(PreparedSelection):
+    """A call of `score_peaks`."""
 
     def __init__(
         self,
@@ -339,28 +333,22 @@ class PreparedCall:
         """
         _, num_heads, num_queries, _ = q.shape
         batch, num_key_value_heads, num_keys, head_dim = k.shape
-        self._device = k.device
-        self._shape = (*((batch,) if batched else ()), num_keys)
-        self._launch: PreparedLaunch | None = None
-        if batch == 0 or num_keys == 0:
+        super().__init__(k.device, batch, num_keys, None, "floor", batched)
+        if self.is_empty:
             return
         is_interpreted = k.device.type == "cpu"
         plan = make_plan(
             batch, num_heads, num_key_value_heads, num_queries, num_keys, head_dim, k.element_size(), normalize,
             _PROGRAMS_INTERPRETED if is_interpreted else _PROGRAMS,
         )  # fmt: skip
-        self._num_floats, self._num_words = plan.num_floats, plan.num_words
-        self._num_counters = num_counters(batch)
         strides, varying, unit = layout_of(q, k, w, q_mask, k_mask)
-        numbers = (
-            *varying,
-            *plan.sizes, scale,
-        )  # fmt: skip
+        numbers = (*varying, *plan.sizes, scale)
 
         def arrange(
-            q: Any, k: Any, w: Any, floats: Any, words: Any, counters: Any, scores: Any, q_mask: Any, k_mask: Any
-        ) -> tuple[Any, ...]:
-            memory, outputs = Memory(floats, words, counters), Outputs(scores, scores, scores)
+            q: Any, k: Any, w: Any, floats: Any, words: Any, counters: Any, scores: Any, mask: Any, indices: Any,
+            q_mask: Any, k_mask: Any,
+        ) -> tuple[Any, ...]:  # fmt: skip
+            memory, outputs = Memory(floats, words, counters), Outputs(scores, mask, indices)
             return Tensors(q, k, w), strides, memory, outputs, q_mask, k_mask, *numbers
 
         constants = {
@@ -371,7 +359,7 @@ class PreparedCall:
             "STATIC": plan.static,
         }
         # all but the masks are specialised
-        self._launch = PreparedLaunch(plan.grid, arrange, constants, plan.options, num_specialized=7)
+        self.prepare(plan, batch, arrange, constants, num_specialized=9)
 
     def __call__(
         self,
@@ -382,16 +370,8 @@ class PreparedCall:
         k_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return importance, `[B, M]` or `[M]`."""
-        device = self._device
-        scores = torch.empty(self._shape, dtype=torch.float32, device=device)
-        if self._launch is not None:
-            with on_device(device):
-                floats, words = workspace(self._num_floats, self._num_words, device)
-                self._launch(
-                    _score_peaks_kernel, q, k, w, floats, words, launch_counters(self._num_counters, device), scores,
-                    q if q_mask is None else q_mask, k if k_mask is None else k_mask,
-                )  # fmt: skip
-        return scores
+        masks = q if q_mask is None else q_mask, k if k_mask is None else k_mask
+        return self.run(_score_peaks_kernel, (q, k, w), masks).scores
 
 
 def score_peaks(
