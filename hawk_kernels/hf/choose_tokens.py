@@ -31,6 +31,9 @@ from hawk_kernels.methods.prefill_view import (
 )
 from hawk_kernels.selection import Merge, Selection
 
+Kept = tuple[torch.Tensor, list[int]]
+"""The tokens that stay, bool `[B, T]`, and how many those are in each row."""
+
 
 @dataclass(frozen=True)
 class Context:

@@ -197,6 +197,19 @@ def given_ids(arguments: dict[str, Any]) -> torch.Tensor | None:
     return next((ids for ids in given if isinstance(ids, torch.Tensor) and ids.dim() == 2), None)
 
 
+def count_guesses(given: torch.Tensor | None, input_ids: torch.Tensor) -> int:
+    """Count the tokens that assisted decoding reads together with the prompt, after it.
+
+    Args:
+        given: what `generate` was called with, `[B, T]`.
+        input_ids: what the model reads, `[B, T']`.
+    """
+    if given is None or input_ids.shape[0] != given.shape[0] or input_ids.shape[1] <= given.shape[1]:
+        return 0
+    length = given.shape[1]
+    return int(input_ids.shape[1]) - length if torch.equal(input_ids[:, :length], given.to(input_ids)) else 0
+
+
 def check_one_prefill(model: Any, arguments: dict[str, Any], length: int | None) -> None:
     """Refuse a call of `generate` that would read a prompt of `length` tokens in chunks.
 

@@ -15,10 +15,11 @@ from torch import nn
 
 from hawk_kernels.head_weights import resolve_head_weights
 from hawk_kernels.hf.anatomy import Anatomy, dissect
+from hawk_kernels.hf.call_state import Outcome
 from hawk_kernels.hf.choose_tokens import Chooser
 from hawk_kernels.hf.hooks import forget_compiled_call
 from hawk_kernels.hf.packing import check_renumbers
-from hawk_kernels.hf.prefill import CallHooks, Outcome
+from hawk_kernels.hf.prefill import CallHooks
 from hawk_kernels.hf.question import NAMED_QUERIES, ChatQuestion, Query
 from hawk_kernels.hf.stats import PruningStats, PruningTotals, Stage, sample_stats
 from hawk_kernels.methods import Method, resolve_method

@@ -1,11 +1,11 @@
-"""Keeps what the calls after a pruned prompt need to know of it, with its cache or without one.
+"""Keeps with a pruned cache what later calls need to know of its prompt.
 
 The caller goes on counting the tokens of the whole prompt: masks and positions have its length. The cache is shorter.
 The record that translates between the two is an attribute of the cache object, so that copies of a cache and several
 caches at once each carry their own. It follows the rows of the cache when the caller reorders, selects or repeats them.
 A cache may carry one record of each kind: what was dropped before the first layer, and what was dropped or hidden
 inside the stack.
-Without a cache every step reads the whole prompt again, and must drop the same tokens.
+`uncached_prompt.py` does the same where there is no cache.
 """
 
 from __future__ import annotations
@@ -17,21 +17,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
-
-from hawk_kernels.hf.prompt import Prompt
-from hawk_kernels.selection import Merge
 
 _ATTRIBUTE = "_hawk_kernels_prompt_"
 STACK_RECORDS = (f"{_ATTRIBUTE}CutPrompt", f"{_ATTRIBUTE}MaskedPrompt")
 """Attributes where a cache keeps what was dropped or hidden inside the stack."""
 _ROW_METHODS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
-
-
-# the tokens that stay, bool [B, T], and how many those are in each row
-Kept = tuple[torch.Tensor, list[int]]
 
 
 class RowRecord(Protocol):
@@ -200,57 +192,6 @@ class CachedPrompt:
             f"{batch}; call the cache's own batch_select_indices or batch_repeat_interleave, or prefill again with the "
             "rows you need"
         )
-
-
-class UncachedPrompt:
-    """Recognises the next step of a generation without a cache, and drops the tokens that the first step dropped.
-
-    Args:
-        prompt: the prompt on the host.
-        features: its images, held weakly.
-        kept: for each stage the tokens that stayed, bool `[B, T]`, and how many those are in each row.
-        merge: made kept tokens sums of visual tokens, which it does in each step; None means none.
-        inner_merges: the same for each stage inside the stack.
-    """
-
-    def __init__(
-        self,
-        prompt: Prompt,
-        features: tuple[Any, ...],
-        kept: list[Kept],
-        merge: Merge | None = None,
-        inner_merges: list[Merge | None] | None = None,
-    ) -> None:
-        self.merge = merge
-        self.inner_merges = list(inner_merges or [])
-        self._ids = prompt.ids
-        self._features = [weakref.ref(feature) for feature in features]
-        self._kept = list(kept)
-        self._length_now = prompt.ids.shape[1]
-
-    def may_grow_into(self, input_ids: torch.Tensor, features: tuple[Any, ...]) -> bool:
-        """Tell whether shapes and images look like the next step: one token more, about the very same images."""
-        if tuple(input_ids.shape) != (self._ids.shape[0], self._length_now + 1):
-            return False
-        # some models put what they have encoded beside the pixels, to find it there in their next step
-        return bool(features) == bool(self._features) and all(
-            any(held() is feature for feature in features) for held in self._features
-        )
-
-    def grows_into(self, prompt: Prompt) -> bool:
-        """Tell whether `prompt` begins with this one; if so, it becomes the latest step."""
-        grows = np.array_equal(prompt.ids[:, : self._ids.shape[1]], self._ids)
-        self._length_now += int(grows)
-        return grows
-
-    def extended(self, valid: torch.Tensor, host_valid: np.ndarray) -> list[Kept]:
-        """Mark and count what stays after each stage as `kept` does, generated tokens included."""
-        start = self._ids.shape[1]
-        new = host_valid[:, start:].sum(axis=1)
-        return [
-            (torch.cat([kept, valid[:, start:]], dim=1), (np.array(counts) + new).tolist())
-            for kept, counts in self._kept
-        ]
 
 
 _CONTINUE = (

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from hawk_kernels.hf.images import Encoded
 from hawk_kernels.hf.prompt import Prompt
+from hawk_kernels.hf.sources import Encoded
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from hawk_kernels.hf.anatomy import Anatomy
-from hawk_kernels.hf.images import Encoded
 from hawk_kernels.hf.prompt import Prompt
+from hawk_kernels.hf.sources import Encoded
 from hawk_kernels.hf.stats import PruningStats
 from hawk_kernels.methods import Method
 from hawk_kernels.pictures.given import pictures_of

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from hawk_kernels.hf.anatomy import Anatomy
-from hawk_kernels.hf.images import Encoded
 from hawk_kernels.hf.prompt import Prompt
+from hawk_kernels.hf.sources import Encoded
 from hawk_kernels.pictures.entries import Entry, entries_of_row, split_at_text
 from hawk_kernels.pictures.families import GEOMETRIES, Geometry
 from hawk_kernels.pictures.given import Given
