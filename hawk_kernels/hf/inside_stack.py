@@ -24,6 +24,7 @@ from hawk_kernels.hf.hooks import Handle
 from hawk_kernels.hf.layer_cuts import CutPrompt, LaterCut, PromptCut, cut_features, packed_prompt, reaches_of
 from hawk_kernels.hf.layer_masks import LaterMask, MaskedPrompt, PromptMask, states_of
 from hawk_kernels.hf.packing import slot_limit
+from hawk_kernels.hf.projections import check_key_lengths
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.pruned_cache import CacheRecords, check_slots
 from hawk_kernels.hf.rotary import check_rotates, rotary_of_layer
@@ -166,6 +167,9 @@ class InsideStack:
             else anatomy.projections
             for stage in stages
         ]
+        for stage, projections in zip(stages, self._projections, strict=True):
+            if stage.chooser.method.uses_key_lengths:
+                check_key_lengths(projections, anatomy.family.model_type, stage.chooser.method.name)
         self._cut_records = CacheRecords(CutPrompt, text)
         self._masked_records = CacheRecords(MaskedPrompt, text)
         self._thread = _ThreadState()

@@ -16,7 +16,7 @@ from hawk_kernels.hf.choose_tokens import Chooser, Context
 from hawk_kernels.hf.encoder_stage import check_projector, merged_before_projector
 from hawk_kernels.hf.encoders.recorder import PromptAttention, VisionRecorder, attention_of_prompt, recorder_for
 from hawk_kernels.hf.hooks import Handle, WatchedMethod, check_parts_run
-from hawk_kernels.hf.projections import LayerProjections
+from hawk_kernels.hf.projections import LayerProjections, check_key_lengths
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.rotary import check_rotates, rotary_of_first_layer
 from hawk_kernels.selection import Merge
@@ -40,6 +40,8 @@ class Sources:
         self._rotates = method is not None and method.uses_positions
         if method is not None and self._rotates:
             check_rotates(anatomy, method.name)
+        if method is not None and method.uses_key_lengths:
+            check_key_lengths(anatomy.projections, anatomy.family.model_type, method.name)
         self._recorder = None if method is None or not method.reads_encoder() else recorder_for(anatomy, method)
         if method is not None and method.stage == "encoder":
             check_projector(anatomy, method.name)
