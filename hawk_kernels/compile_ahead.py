@@ -322,7 +322,7 @@ def _compiled(
         try:
             bar = tqdm(running, desc="compile", unit="kernel", disable=not progress)
             how = [future.result() for future in bar]
-        except BaseException:
+        except BaseException:  # after Ctrl-C too, nothing that has not begun is waited for
             pool.shutdown(cancel_futures=True)
             raise
     counts = {name: names.count(name) for name in sorted(set(names))}

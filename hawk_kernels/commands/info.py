@@ -116,7 +116,7 @@ def _package(name: str) -> dict[str, str]:
             package["error"] = _reason(error)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:
+        except BaseException as error:  # a broken package may raise anything, SystemExit included
             package["error"] = _reason(error)
     return package
 

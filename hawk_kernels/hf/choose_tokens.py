@@ -92,6 +92,7 @@ class LayerView(PrefillView):
         self._entering: torch.Tensor | None = None
         self._normalized: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    # mypy does not take a cached_property for the attribute that the base class declares
     @cached_property
     def candidates(self) -> torch.Tensor:  # type: ignore[override]
         return upload(self._filled, self._device)

@@ -287,6 +287,8 @@ class _Guarded:
     before. Copies have the same class, and so the same guard.
     """
 
+    # mypy does not know that the class of a cache follows this one, where `super()` finds the methods
+
     def update(self, *args: Any, **kwargs: Any) -> Any:
         state = vars(self)
         if not state[_IS_SERVED]:

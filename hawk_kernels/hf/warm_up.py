@@ -245,8 +245,7 @@ class WeightlessModel:
                 context = self._context(prompt, states, given)
                 choice = self._chooser.choose(states, prompt, self._projections, context, original)
                 kept, counts, merge = choice.kept, choice.counts, choice.merge
-        except Exception as error:
-            # whatever a method of the caller's raises on tensors without data
+        except Exception as error:  # whatever a method of the caller's raises on tensors without data
             self._note_unfollowed(f"method {self._chooser.method.name!r}", error)
         # layers of a stage inside the stack get their position ids cut by other means
         for given in (None,) if self._is_inside else (positions, None):
@@ -278,7 +277,7 @@ class WeightlessModel:
                 for tiles, measure in product((1, 3), measures):
                     try:
                         _encode(bare, getattr(bare, measure), layer, tiles, length, measured)
-                    except Exception as error:
+                    except Exception as error:  # whatever an encoder raises on tensors without data
                         self._note_unfollowed("the vision encoder", error)
 
     def _states(self, batch: int, length: int) -> torch.Tensor:
@@ -291,7 +290,9 @@ class WeightlessModel:
 
     @property
     def _reads_axes(self) -> bool:
-        return getattr(getattr(self._anatomy.text, "rotary_emb", None), "mrope_section", None) is not None
+        # text models without positions have no rotary embedding, and those of one axis no sections
+        rotary = getattr(self._anatomy.text, "rotary_emb", None)
+        return getattr(rotary, "mrope_section", None) is not None
 
     def _context(self, prompt: Prompt, states: torch.Tensor, positions: torch.Tensor | None) -> Context:
         """Make what the method may ask besides the states that enter the scoring layer."""
@@ -370,7 +371,7 @@ def _devices(anatomy: Anatomy) -> list[torch.device]:
     """Return the devices on which kernels may be launched: of the embeddings, the scoring layer, the vision encoder."""
     model: Any = anatomy.multimodal
     _, layer = first_attention_layer(anatomy.text)
-    tower = getattr(model, "visual", None) or getattr(model, "vision_tower", None) or model
+    tower = next((getattr(model, name) for name in ("visual", "vision_tower") if hasattr(model, name)), model)
     found = [
         weight.device
         for module in (model.get_input_embeddings(), layer, tower)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,7 +108,7 @@ def read(pruned: PrunedPrompt | None) -> PrunedPrompt:
         ImportError: Pillow is missing.
     """
     try:
-        import PIL  # noqa: F401
+        import_module("PIL")
     except ImportError as error:
         raise ImportError("drawing a prompt needs pillow, which is not installed: pip install pillow") from error
     if pruned is None:

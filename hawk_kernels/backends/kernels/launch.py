@@ -318,7 +318,7 @@ def _outside_pools(allocate: Callable[[], _Made], device: torch.device) -> _Made
         try:
             with torch.cuda.stream(stream):
                 made.append(allocate())
-        except BaseException as error:
+        except BaseException as error:  # raised again in the thread that asked
             failed.append(error)
 
     thread = threading.Thread(target=run, name="hawk_kernels workspace")
