@@ -1,4 +1,4 @@
-"""What is remembered of a call from one hook to the next, for each thread; it says nothing of how that came about."""
+"""Holds what each thread remembers of a call between one hook and the next. There is only data here, no behaviour."""
 
 from __future__ import annotations
 
@@ -58,12 +58,23 @@ class Outcome:
 class Prefill:
     """A prompt on its way from the multimodal model to the text model and back.
 
-    `is_own` is false for a prompt that is not the one which `generate` was called with. `earlier` is the prompt of
-    which this one is a later step, where there is no cache. At the text model `encoded` is filled in, and what ranks
-    the tokens, `projections`; then `kept`, the tokens that stay after each stage and their number in each row, `merge`,
-    which makes those before the first layer sums, `inner_merges`, which do so at each stage inside the stack, and the
-    `outcome` so far; and where some were dropped or merged before the first layer, how the rest are packed and the
-    position ids of what follows. `logits_to_keep` is how many logits at the end the caller wants, 0 for all.
+    Attributes:
+        prompt: the prompt on the host.
+        valid: bool `[B, T]` on the device, the tokens that are not padding; None where no token is padding.
+        features: its images and videos.
+        arguments: those of the multimodal model.
+        is_own: whether it is the prompt that `generate` was called with, or that of a plain call.
+        earlier: without a cache, the prompt of which this one is a later step; None for a first step.
+        encoded: what the vision encoder was told and returned, by kind; like the fields after it up to `following`, it
+            is filled in at the text model.
+        projections: the queries and keys that rank the tokens.
+        kept: the tokens that stay after each stage, and how many those are in each row.
+        merge: makes the tokens kept before the first layer sums of tokens.
+        inner_merges: the same for each stage inside the stack.
+        outcome: what has been published so far.
+        packing: how the tokens that stay are packed, if some were dropped or merged before the first layer.
+        following: the position ids of what follows the prompt, in the same case.
+        logits_to_keep: how many logits at the end the caller wants, 0 for all.
     """
 
     prompt: Prompt
@@ -100,16 +111,16 @@ class Generation:
 
 @dataclass(eq=False)
 class CallState(threading.local):
-    """What a thread is about, inside the model.
+    """What one thread is doing inside the model.
 
     Attributes:
-        is_reached: whether the multimodal model was reached by the call of the head.
-        is_inside: whether the text model was not reached yet by the call of the multimodal model.
+        is_reached: whether the call of the head has reached the multimodal model.
+        is_inside: whether the multimodal model has been called and has not called the text model yet.
         prefill: the prompt of that call.
         entered: the prompt that the text model reads now.
-        mask: that of the call of the multimodal model.
+        mask: the attention mask that the multimodal model was called with.
         logits_to_keep: how many logits at the end the caller of the head wants, 0 for all.
-        generation: the call of `generate` that runs, or None.
+        generation: the call of `generate` that is running, or None.
         uncached: the prompts of generations without a cache.
     """
 

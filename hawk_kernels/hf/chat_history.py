@@ -65,7 +65,7 @@ def history_of(
     # the length of a cache of fixed size lives on the device
     if getattr(cache, "is_compileable", False) or (record is not None and not record.grows):
         return None
-    # an assistant's may have been counting
+    # the cache of an assistant may still report the length before pruning
     count_dropped(cache, 0)
     dropped = 0 if record is None else record.num_dropped
     seen = int(cache.get_seq_length()) + dropped

@@ -1,4 +1,4 @@
-"""The grids that the visual tokens of each image form, frame by frame, found from what the vision encoder was told.
+"""Finds the grids that the visual tokens of each image form, frame by frame, from what the vision encoder was told.
 
 Processors set images side by side, or break one into rows and frames, so that placeholders alone do not show where an
 image ends.
@@ -25,9 +25,10 @@ _GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 def frames_of_prompt(anatomy: Anatomy, prompt: Prompt, encoded: dict[str, Encoded]) -> list[list[list[Frame]]]:
     """Find, for each row and each of its images, the grids `(h, w)` of its frames.
 
-    A model that is told grids of patches has these divided by the side of a merge. Elsewhere a video has as many frames
-    as its pixels, of equal length, and perhaps one token after them. A frame or image whose grid nothing tells, or some
-    of whose tokens the caller hides, is taken for a square if its number of tokens is one, and else for one line.
+    Where the model is told the grids of patches, their sides are divided by the side of a merge. Elsewhere a video has
+    as many frames as its pixels, all of equal length, and perhaps one token after them. A frame or image whose grid is
+    not known, or some of whose tokens the caller hides, is taken for a square if its number of tokens is a square
+    number, and for a single line otherwise.
 
     Args:
         anatomy: the model's parts.

@@ -396,7 +396,7 @@ def _context(layer: Any, states: torch.Tensor, kwargs: dict[str, Any], valid: to
 
 
 def _seen_by_last(mask: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
-    """Mark which tokens the last valid one of each row sees in a layer with this mask, bool `[B, T]`; all without."""
+    """Mark which tokens the last valid one of each row sees in a layer, bool `[B, T]`; all of them without a mask."""
     if mask is None:
         return valid
     length = valid.shape[1]
@@ -419,7 +419,7 @@ class _ThreadState(threading.local):
         self.begin(None, None)
 
     def begin(self, prompt: PromptCut | PromptMask | None, passage: Passage | None) -> None:
-        """Forget the call before."""
+        """Forget the previous call, and begin with this prompt."""
         self.prompt, self.passage = prompt, passage
         self.later: LaterCut | LaterMask | None = None
         # the next stage that has not chosen yet

@@ -1,10 +1,10 @@
 """The hooks of one call: they read a prompt, choose tokens, pack the rest, unpack the output, and serve later calls.
 
-Three modules are watched. The model that the caller calls tells how many logits are wanted. The multimodal model below
-it sees `input_ids`: there the prompt is read. The text model sees `inputs_embeds`: there tokens are scored, dropped and
-the rest packed, and there the masks of later calls are translated to the shorter cache. For stages inside the stack,
-`inside_stack` watches the layers as well. What happens between two hooks of one call is kept for each thread; what
-outlives a call is kept with the cache.
+Three modules are watched. The model that the caller calls is told how many logits are wanted. The multimodal model
+below it sees `input_ids`, and there the prompt is read. The text model sees `inputs_embeds`: there tokens are scored
+and dropped, the rest are packed, and the masks of later calls are translated to the shorter cache. For stages inside
+the stack, `inside_stack` watches the layers as well. What one hook of a call leaves to the next is kept for each
+thread, in `call_state`; what outlives a call is kept with the cache, in `pruned_cache`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class CallHooks:
         has_chosen: whether tokens of any prompt were chosen.
         left_images_alone: whether images came over a cache that was not empty.
         tiny_budget: how many visual tokens the largest unit had of which a budget kept less than 1 %, or 0.
-        all_nan: on the device, whether the method scored all visual tokens of some row NaN; None where it is known.
+        all_nan: on the device, whether the method scored all visual tokens of some row NaN; None where the host knows.
 
     Raises:
         TypeError: a method that the model's family cannot serve.
@@ -120,7 +120,7 @@ class CallHooks:
         self.all_nan: torch.Tensor | None = None
 
     def __reduce__(self) -> str:
-        # a copy of the model would be pruned for ever: no block of its own would end that
+        # a copy would carry the hooks, and no block would ever take them off
         raise TypeError(
             "cannot copy or save a model inside prune; leave the block first, and prune the copy in a block of its own"
         )
@@ -180,7 +180,7 @@ class CallHooks:
         yield lambda output: None
 
     def options(self) -> dict[str, object]:
-        """Return the layers that the method before the first layer reads instead of the first, where it does."""
+        """Name the layers that the method before the first layer reads, where these are not the first one."""
         return self._sources.options()
 
     @contextmanager
@@ -310,7 +310,7 @@ class CallHooks:
         cache = kwargs.get("past_key_values")
         features = visual_features(kwargs, self._anatomy.family.features)
         generation = self._thread.generation
-        # later calls inside generate are steps, or prompts that a processor of logits compares with
+        # later calls inside generate are decoding steps, or prompts of a logits processor that compares two answers
         is_own = generation is None or not generation.has_begun
         guesses = 0
         if generation is not None:
@@ -350,7 +350,7 @@ class CallHooks:
                 )
             projections = self._anatomy.projections
             if self._chooser is not None and self._chooser.method.reads_layer:
-                # also for a prompt without images, since other processes may have one with some
+                # for a prompt without images too, since all processes must gather together
                 projections = projections.gathered()
                 self._sources.check_gathered(projections)
             if prefill is not None:
@@ -484,7 +484,7 @@ class CallHooks:
             self._publish(prefill.outcome)
 
     def _note_nan(self, scores: torch.Tensor, prompt: Prompt, chooser: Chooser) -> None:
-        """Refuse scores that rank nothing; those on a device are judged on leaving, to make no call wait for it.
+        """Refuse scores that rank nothing; scores on a device are judged when the block ends, so that no call waits.
 
         Raises:
             ValueError: all visual tokens of some row are NaN.

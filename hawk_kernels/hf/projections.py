@@ -1,4 +1,4 @@
-"""Queries and keys of a decoder layer before RoPE."""
+"""Projects hidden states to the queries and keys of a decoder layer, before RoPE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A prompt on the host: where its visual tokens and its text queries stand, and how it is read from a call."""
+"""Reads a prompt from a call to the host: where its visual tokens and its text queries stand."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Prompt:
         return [[len(unit) for unit in self.units(row)] for row in range(len(self.ids))]
 
     def candidates(self) -> Prompt:
-        """Return the same prompt, in which known separators are no visual tokens."""
+        """Return the same prompt, in which known separators do not count as visual tokens."""
         return self if self.separators is None else self.with_separators(self.separators)
 
 

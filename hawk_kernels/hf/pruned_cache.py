@@ -4,8 +4,7 @@ The caller goes on counting the tokens of the whole prompt: masks and positions 
 The record that translates between the two is an attribute of the cache object, so that copies of a cache and several
 caches at once each carry their own. It follows the rows of the cache when the caller reorders, selects or repeats them.
 A cache may carry one record of each kind: what was dropped before the first layer, and what was dropped or hidden
-inside the stack.
-`uncached_prompt.py` does the same where there is no cache.
+inside the stack. `uncached_prompt` serves generations without a cache.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class RowRecord(Protocol):
     """What is kept with a cache, one row for each row of the cache."""
 
     def take_rows(self, rows: torch.Tensor) -> None:
-        """Become the record of these rows, int64 `[B']`, of which some may repeat."""
+        """Keep these rows of the record, int64 `[B']`; a row may come more than once."""
 
     @property
     def num_rows(self) -> int:
@@ -38,12 +37,12 @@ class RowRecord(Protocol):
 
     @property
     def grows(self) -> bool:
-        """Tell whether the cache grows with each token, so that one of length 0 was reset."""
+        """Tell whether the cache grows with each token, so that a cache of length 0 has been reset."""
 
 
 @dataclass
 class CachedPrompt:
-    """Translates calls that follow a pruned prompt from the caller's counting to the cache's.
+    """Translates calls that follow a pruned prompt from how the caller counts tokens to how the cache does.
 
     Attributes:
         full_length: tokens of a row before pruning, padding included, `T`.
@@ -324,7 +323,7 @@ def check_served(cache: Any, attributes: tuple[str, ...]) -> None:
         attributes: where such records would be kept.
 
     Raises:
-        ValueError: there is one.
+        ValueError: the cache has such a record.
     """
     for name in attributes:
         if getattr(cache, name, None) is not None:
@@ -352,7 +351,7 @@ def unguard(cache: Any) -> None:
 
 
 def serve(cache: Any, is_served: bool) -> None:
-    """Tell a guarded cache whether the call that is under way is one of `prune`."""
+    """Tell a guarded cache whether the hooks of `prune` serve the call that is under way."""
     if isinstance(cache, _Guarded):
         setattr(cache, _IS_SERVED, is_served)
 
@@ -374,7 +373,7 @@ def _new_guarded(plain: Any) -> Any:
 
 
 class _FollowedRows:
-    """Stands for a method of one cache that changes its rows, and changes the rows of the cache's record alike.
+    """Replaces a method that changes the rows of one cache by one that changes the rows of its record as well.
 
     It refers to the cache weakly, so that a cache is freed as soon as nobody else uses it.
     """
@@ -458,7 +457,7 @@ def check_slots(limit: int | None, length: int) -> None:
         length: tokens that the rows have, padding included, counted before pruning.
 
     Raises:
-        ValueError: there are more.
+        ValueError: the rows have more tokens.
     """
     if limit is not None and length > limit:
         raise ValueError(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _ATTRIBUTE = "_hawk_kernels_encoded"
 _KINDS = ("image", "video")
-# one entry a token, which describes no image
+# these have one entry for each token and do not describe an image
 _OF_TOKENS = ("input_ids", "attention_mask", "position_ids", "labels", "token_type_ids", "mm_token_type_ids")
 
 
@@ -66,7 +66,7 @@ class Sources:
         """Refuse projections whose weights had to be gathered, where layers come before the one that ranks.
 
         Raises:
-            ValueError: these would run on those ranks alone whose prompts hold images.
+            ValueError: those layers would run only on the ranks whose prompts hold images.
         """
         if self._layers_before and projections is not self._anatomy.projections:
             raise ValueError(
@@ -153,7 +153,7 @@ class Encoded:
 
 
 class EncodingWatch:
-    """Notes what is encoded while it is attached, beside the features, because `generate` hands on features alone.
+    """Notes what the encoder was told about its inputs, because `generate` passes on the features alone.
 
     It keeps references and reads no values, so that it never waits for a device.
 

@@ -31,10 +31,10 @@ def check_text(anatomy: Anatomy, arguments: dict[str, Any]) -> None:
 @outside_graphs
 @torch.no_grad()
 def are_text(anatomy: Anatomy, inputs_embeds: torch.Tensor) -> bool:
-    """Tell whether each embedding equals that of some token which is not visual, bit for bit, as no image feature does.
+    """Tell whether each embedding equals that of some text token bit for bit, which no image feature does.
 
-    This waits for the device. Whatever cannot be traced to a token counts as no text: soft prompts, for example, and
-    embeddings in a dtype other than the model's own.
+    This waits for the device. Embeddings that cannot be traced to a token do not count as text: soft prompts, for
+    example, or embeddings in another dtype than the model's.
 
     Args:
         anatomy: the model's parts.

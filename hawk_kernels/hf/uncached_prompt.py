@@ -1,4 +1,4 @@
-"""Recognises the steps of a generation without a cache: each reads the whole prompt again, and must drop the same."""
+"""Follows a generation without a cache, whose every step reads the whole prompt again and must drop the same tokens."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Compile ahead every kernel that a pruned model can need, so that no prompt waits for a compiler.
 
-The stages of a pruned call that launch kernels are `encoders`, `choose_tokens` and `packing`. They are run on tensors
-without data, for prompts of every class of lengths, by the code that runs in the call itself.
+The stages of a pruned call that launch kernels are `encoders`, `encoder_stage`, `choose_tokens` and `packing`. The code
+of the call itself runs them here on tensors without data, for prompts of every class of lengths.
 """
 
 from __future__ import annotations
@@ -91,8 +91,7 @@ def warm_up(
     Args:
         model: as for `prune`.
         keep_ratio: as for `prune`. What is compiled is the same for every ratio and budget.
-        method: name of a method, or a method object. One of your own is
-            followed on tensors without data.
+        method: name of a method, or a method object. A method of your own is followed on tensors without data.
         max_tokens: the most tokens in a row of a batch.
         max_batch: the most rows.
         progress: whether a bar shows how far it is.
@@ -138,7 +137,7 @@ def launches_of_prune(
         anatomy: the model's parts.
         choosers: what chooses after each layer, counted from 1; 0 stands for before the first.
         architecture: as tables are named.
-        multiprocessors: of the device; None takes what the table says.
+        multiprocessors: how many the device has; None takes what the table says.
         reach: the most tokens in a row, and the most rows.
     """
     notes: list[str] = []
@@ -213,7 +212,7 @@ class WeightlessModel:
         self.notes: list[str] = []
 
     def classes_of(self, architecture: str) -> Callable[[int, int], object]:
-        """Return a function that tells the launch configurations of so many rows of a length."""
+        """Return a function from a number of rows and their length to launch configurations."""
         from hawk_kernels.backends.kernels import configs
 
         kind = configs.dtype_class(self._dtype)
@@ -397,7 +396,7 @@ def _with_weightless_rotary(text: Any) -> Any:
 def _encode(
     encoder: Any, measure: Callable[..., object], layer: int, tiles: int, length: int, dtype: torch.dtype
 ) -> None:
-    """Measure the attention of an encoder's layer in images of so many patches each, by a method of the encoder."""
+    """Measure the attention of an encoder's layer in `tiles` images of `length` patches, by a method of the encoder."""
     attention = encoder.attentions[layer - 1]
     total = tiles * length
     widths = [getattr(attention, group[-1]).weight.shape[0] for group in encoder.projections]
