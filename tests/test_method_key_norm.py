@@ -45,9 +45,7 @@ def test_options_are_checked():
 @pytest.mark.parametrize("keep", [0.5, {1: 0.5}], ids=["before the stack", "inside it"])
 def test_keys_that_are_all_equally_long_are_refused(family, keep):
     needs(family)
-    message = (
-        f"method: expected one that does not rank by the lengths of keys, since a {family} normalises its keys"
-    )
+    message = f"method: expected one that does not rank by the lengths of keys, since a {family} normalises its keys"
     with pytest.raises(TypeError, match=re.escape(message)):
         prune(tiny_model(family), keep, method="key_norm")
 

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, CommandError, RuntimeError, TypeError, ValueError) as error:
         if args.traceback:
             raise
-        # bad samples are listed one a line
+        # bad samples are listed one per line
         print(f"error: {error}", file=sys.stderr)
         return 1
     if is_first_process():

@@ -58,7 +58,7 @@ def task_parser(command: str, description: str, how_it_runs: str, *, seeds: str)
 
 @contextmanager
 def modules_of_this_folder() -> Iterator[None]:
-    """Let tasks be imported from the current folder, in which a console script does not look as `python -m` does."""
+    """Let tasks be imported from the current folder, where `python -m` finds modules and a console script does not."""
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:

@@ -2,7 +2,7 @@
 
 Packed rows are aligned at their ends, so the token of a slot is found by counting kept tokens from the end of the row
 down to the slot: no program needs the count of the whole row, none waits for another, and those near the end stop
-early. The mask is a byte a token, so counting it again in each program is cheap beside the rows that are copied.
+early. The mask has one byte for each token, so counting it again in each program is cheap beside copying the rows.
 
 A merge map is sorted by target, so a program finds the entries of its own slots by bisection, and sums their rows. No
 two programs add to the same slot, so that no atomic is needed and the order of summation never changes.
@@ -18,16 +18,16 @@ import triton.language as tl
 
 from hawk_kernels.backends.kernels.launch import PreparedLaunch, launch, on_device
 
-# Slots whose rows a program copies at once, and bytes of each, which make 16 KiB in flight.
+# A program copies the rows of this many slots at once, and this many bytes of each row: 16 KiB are in flight.
 BLOCK_SLOTS = 16
 _BLOCK_BYTES = 1024
-# Tokens that are numbered at once, and that are counted at once on the way there.
+# A program numbers this many tokens at once, and counts this many at once on the way to them.
 _BLOCK_RANKS = 1024
 _BLOCK_TOKENS = 4096
 _NUM_WARPS = 8
-# Entries of a merge map whose rows a program sums at once.
+# A program sums the rows of this many entries of a merge map at once.
 _BLOCK_ENTRIES = 16
-# About eight for each multiprocessor of H100, so that some count while others copy.
+# About eight programs for each multiprocessor of an H100, so that some count while others copy.
 _PROGRAMS = 1056
 # Bytes that a program moves for each byte of mask that it may have to count.
 _MOVED_PER_COUNTED = 4
@@ -323,7 +323,7 @@ def _may_be_aligned(keep_mask: torch.Tensor) -> bool:
 
 
 class PreparedCall:
-    """A call of one signature and length, which can be made again with other tensors of it."""
+    """A call of one signature and length, which can be repeated with other tensors of that signature."""
 
     def __init__(
         self,

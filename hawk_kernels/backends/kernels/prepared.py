@@ -1,4 +1,4 @@
-"""What prepared calls that score or select have in common: shapes and budget, results, working memory, one launch."""
+"""Holds what all prepared calls that score or select share: shapes and budget, results, working memory, one launch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hawk_kernels.selection import Selection, keep_fraction, max_kept
 
 
 class PreparedSelection:
-    """A call of one signature that scores or selects in one launch, and can be made again with other tensors of it.
+    """A call that scores or selects in one launch, and can be repeated with other tensors of the same signature.
 
     Attributes:
         is_empty: whether there is nothing to score, so that no launch is needed.
@@ -38,7 +38,7 @@ class PreparedSelection:
         rounding: str,
         batched: bool,
     ) -> None:
-        """Settle what the results look like.
+        """Work out the shapes of the results, and the budget.
 
         Args:
             device: of all tensors.

@@ -1,4 +1,4 @@
-"""Queries and keys as kernels take them: pointers in one tuple, the model's strides in another, the rest one by one."""
+"""Lays out queries and keys for kernels: pointers in one tuple, the strides of a model in another, others singly."""
 
 from __future__ import annotations
 

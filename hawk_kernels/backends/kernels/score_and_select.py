@@ -1,4 +1,4 @@
-"""From queries and keys to kept tokens in one launch, whatever the size.
+"""Scores keys by mean queries and selects the best in one launch, whatever the size.
 
 The grid has these phases (see `phases`): average the queries of each head; score the keys of a tile by all heads that
 share them; then those of `finish`. Every phase is spread over many programs, so that none waits for one multiprocessor
@@ -28,7 +28,7 @@ from hawk_kernels.backends.kernels.radix import Budget, clear_histograms, load_c
 from hawk_kernels.backends.kernels.views import Matrix, Vector, load_tile, load_vector, row_of
 from hawk_kernels.selection import Selection
 
-# One program averages up to so many tiles of a head's queries; more are shared out, at the price of one more phase.
+# One program averages up to this many tiles of a head's queries; more are shared out, at the price of one more phase.
 _QUERY_TILES_IN_ONE_PROGRAM = 4
 _MOST_QUERY_PARTS = 32
 _PARTIAL_MEANS, _MEANS, _LOGITS = (tl.constexpr(counter) for counter in range(3))

@@ -1,4 +1,4 @@
-"""From the hidden states before the first layer to kept tokens in one launch: neither queries nor keys are made.
+"""Scores the hidden states before the first layer and selects in one launch, without making their queries or keys.
 
 With `h = x rms(x)^-1 gamma` the logits are `c = q . k = q . (W_k h + b_k)`, and the mean over text commutes with all
 that is linear. So the normalised text is averaged first, the mean meets `W_q` once, and `W_k` and `gamma` are folded

@@ -1,4 +1,4 @@
-"""From queries and keys to scores by the text token that attends to each key most, in one launch.
+"""Scores each key by the text token that attends to it most, in one launch.
 
 The grid has these phases (see `phases`): find what the norm of each text token of each head needs, over some of the
 keys; make the same products again, now with the norms, and take their maximum over the text for the keys of a tile;
@@ -39,7 +39,7 @@ _PROGRAMS, _PROGRAMS_INTERPRETED = 264, 32
 # Each range of keys leaves a pair for each text token; a program loads the pairs of all ranges at once.
 _MOST_SPLITS = 32
 _SUM_BLOCK = 256
-# Tiles of rows that are as long as this do not stay in the registers of the usual number of threads.
+# Tiles of rows this long or longer do not fit in the registers of the usual number of threads.
 _WIDE_BYTES = 512
 _MAX_REGISTERS = 255
 _PAIRS, _LOGITS = (tl.constexpr(counter) for counter in range(2))

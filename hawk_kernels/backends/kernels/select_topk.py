@@ -1,4 +1,4 @@
-"""Top-k of given scores with a defined order, in one launch: one program a row, or many where a row is long."""
+"""Selects the top-k of given scores in a defined order in one launch: a program for each row, or many for a long row."""
 
 from __future__ import annotations
 
