@@ -1,4 +1,4 @@
-"""Selects the top-k of given scores in a defined order in one launch: a program for each row, or many for a long row."""
+"""Selects the top-k of given scores in a defined order in one launch: a program for each row, or many for a long one."""
 
 from __future__ import annotations
 
