@@ -1,4 +1,4 @@
-"""What the vision encoder returned for a row of a batch, entry by entry, and which placeholders stand for it."""
+"""Lists what the vision encoder returned for a row of a batch, entry by entry, with the placeholders of each."""
 
 from __future__ import annotations
 

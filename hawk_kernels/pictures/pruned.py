@@ -1,4 +1,4 @@
-"""A prompt as `prune` left it, for whoever draws it."""
+"""Holds a prompt as `prune` left it, for drawing."""
 
 from __future__ import annotations
 

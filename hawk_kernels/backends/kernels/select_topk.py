@@ -1,4 +1,4 @@
-"""Selects the top-k of given scores in a defined order in one launch: a program for each row, or many for a long one."""
+"""Selects the top-k of given scores in a defined order, in one launch: a program for each row, or several."""
 
 from __future__ import annotations
 
