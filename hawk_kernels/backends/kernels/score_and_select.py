@@ -8,7 +8,7 @@ to do the work of all.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,13 +17,13 @@ import triton.language as tl
 from hawk_kernels.backends.kernels import finish
 from hawk_kernels.backends.kernels.configs import ScoreConfig, score_config
 from hawk_kernels.backends.kernels.exact_dot import exact_dot
-from hawk_kernels.backends.kernels.finish import Logits, Memory, Outputs, histograms_of_row, sum_and_select
+from hawk_kernels.backends.kernels.finish import Logits, histograms_of_row, sum_and_select
 from hawk_kernels.backends.kernels.head_norms import MODES, NO_NORM, merge, neutral_pair, pair_of_tile
 from hawk_kernels.backends.kernels.launch import check_limits, compiler_options
 from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, draw_ticket, wait_for
 from hawk_kernels.backends.kernels.plan import HEADS_PER_PROGRAM, Plan
 from hawk_kernels.backends.kernels.prepared import PreparedSelection
-from hawk_kernels.backends.kernels.queries_and_keys import Tensors, layout_of
+from hawk_kernels.backends.kernels.queries_and_keys import arranging, layout_of
 from hawk_kernels.backends.kernels.radix import Budget, clear_histograms, load_candidates
 from hawk_kernels.backends.kernels.views import Matrix, Vector, load_tile, load_vector, row_of
 from hawk_kernels.selection import Selection
@@ -354,13 +354,6 @@ class PreparedCall(PreparedSelection):
         strides, varying, unit = layout_of(q, k, w, q_mask, k_mask)
         numbers = (*varying, *plan.sizes, *self.budget, scale)
 
-        def arrange(
-            q: Any, k: Any, w: Any, floats: Any, words: Any, counters: Any, scores: Any, mask: Any, indices: Any,
-            q_mask: Any, k_mask: Any,
-        ) -> tuple[Any, ...]:  # fmt: skip
-            memory, outputs = Memory(floats, words, counters), Outputs(scores, mask, indices)
-            return Tensors(q, k, w), strides, memory, outputs, q_mask, k_mask, *numbers
-
         constants = {
             "HAS_Q_MASK": q_mask is not None,
             "HAS_K_MASK": k_mask is not None,
@@ -370,7 +363,7 @@ class PreparedCall(PreparedSelection):
             "STATIC": plan.static,
         }
         # all but the masks are specialised
-        self.prepare(plan, batch, arrange, constants, num_specialized=9)
+        self.prepare(plan, batch, arranging(strides, numbers), constants, num_specialized=9)
 
     def __call__(
         self,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from hawk_kernels.backends.kernels import finish
-from hawk_kernels.backends.kernels.finish import Logits, Memory, Outputs, sum_and_select
+from hawk_kernels.backends.kernels.finish import Logits, sum_and_select
 from hawk_kernels.backends.kernels.head_norms import (
     MODES,
     NO_NORM,
@@ -30,7 +30,7 @@ from hawk_kernels.backends.kernels.launch import check_limits, compiler_options
 from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, draw_ticket, wait_for
 from hawk_kernels.backends.kernels.plan import Plan
 from hawk_kernels.backends.kernels.prepared import PreparedSelection
-from hawk_kernels.backends.kernels.queries_and_keys import Tensors, layout_of
+from hawk_kernels.backends.kernels.queries_and_keys import arranging, layout_of
 from hawk_kernels.backends.kernels.radix import Budget, load_candidates
 from hawk_kernels.backends.kernels.views import Matrix, Vector, load_tile, row_of
 
@@ -344,13 +344,6 @@ class PreparedCall(PreparedSelection):
         strides, varying, unit = layout_of(q, k, w, q_mask, k_mask)
         numbers = (*varying, *plan.sizes, scale)
 
-        def arrange(
-            q: Any, k: Any, w: Any, floats: Any, words: Any, counters: Any, scores: Any, mask: Any, indices: Any,
-            q_mask: Any, k_mask: Any,
-        ) -> tuple[Any, ...]:  # fmt: skip
-            memory, outputs = Memory(floats, words, counters), Outputs(scores, mask, indices)
-            return Tensors(q, k, w), strides, memory, outputs, q_mask, k_mask, *numbers
-
         constants = {
             "HAS_Q_MASK": q_mask is not None,
             "HAS_K_MASK": k_mask is not None,
@@ -359,7 +352,7 @@ class PreparedCall(PreparedSelection):
             "STATIC": plan.static,
         }
         # all but the masks are specialised
-        self.prepare(plan, batch, arrange, constants, num_specialized=9)
+        self.prepare(plan, batch, arranging(strides, numbers), constants, num_specialized=9)
 
     def __call__(
         self,
