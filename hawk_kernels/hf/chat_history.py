@@ -36,6 +36,12 @@ class History:
     num_dropped: int
     seen: int
 
+    def begin(self) -> None:
+        """Let the cache report to `generate` the length before pruning."""
+        if self.num_dropped:
+            guard(self.cache)
+            self.count_dropped(True)
+
     def count_dropped(self, counts: bool) -> None:
         """Let the cache, outside the model, report its length as the caller counts it."""
         count_dropped(self.cache, self.num_dropped if counts else 0)
@@ -44,7 +50,7 @@ class History:
 def history_of(
     records: CacheRecords[CachedPrompt], ids: torch.Tensor | None, arguments: dict[str, Any]
 ) -> History | None:
-    """Find the history that a call of `generate` continues, and let its cache report the length before pruning.
+    """Find the history that a call of `generate` continues.
 
     Args:
         records: of what was dropped before the first layer.
@@ -75,11 +81,7 @@ def history_of(
             f"past_key_values, got {ids.shape[1]} tokens; append the new turn, or pass the new tokens alone with "
             "an attention_mask over the whole conversation"
         )
-    history = History(ids, cache, dropped, seen)
-    if dropped:
-        guard(cache)
-        history.count_dropped(True)
-    return history
+    return History(ids, cache, dropped, seen)
 
 
 def new_images_only(anatomy: Anatomy, history: History, kwargs: dict[str, Any]) -> dict[str, Any] | None:

@@ -199,6 +199,8 @@ class CallHooks:
                     from hawk_kernels.hf.chat_history import history_of
 
                     generation.history = history_of(self._records, ids, arguments)
+                if generation.history is not None:
+                    generation.history.begin()
                 config = arguments.get("generation_config")
                 yield self._count_for_main if getattr(config, "is_assistant", False) else lambda output: None
             finally:
