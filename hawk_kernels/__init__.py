@@ -87,7 +87,7 @@ def __getattr__(name: str) -> Any:
     elif name in _FROM_TRANSFORMERS:
         module = _FROM_TRANSFORMERS[name]
         try:
-            import transformers  # noqa: F401
+            import_module("transformers")
         except ImportError as error:
             raise ImportError(
                 f"hawk_kernels.{name} needs transformers, which is not installed: pip install transformers"

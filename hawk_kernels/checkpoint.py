@@ -76,6 +76,7 @@ class _NoVideos(dict[str, Any]):
 
 
 def _without_videos(family: Any) -> Any:
+    # mypy knows no class that is made while the program runs
     class ImageOnlyProcessor(family):  # type: ignore[misc]
         """The family's processor without its video part."""
 

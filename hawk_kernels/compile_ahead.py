@@ -85,10 +85,14 @@ class _RunOnMeta(TorchDispatchMode):
     """Run operators of this package on meta tensors as their backend does, so that their launches can be caught."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        # the last argument of each operator is the backend that was chosen for it
-        if func.namespace == NAMESPACE and args[-1] == "triton" and args[0].is_meta:
+        if func.namespace == NAMESPACE and args[0].is_meta and args[place_of_backend(func)] == "triton":
             return implementations[func._opname](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def place_of_backend(operator: Any) -> int:
+    """Find the place of the argument that tells an operator of this package which backend was chosen for it."""
+    return [argument.name for argument in operator._schema.arguments].index("backend")
 
 
 @contextmanager
@@ -318,7 +322,7 @@ def _compiled(
         try:
             bar = tqdm(running, desc="compile", unit="kernel", disable=not progress)
             how = [future.result() for future in bar]
-        except BaseException:
+        except BaseException:  # after Ctrl-C too, nothing that has not begun is waited for
             pool.shutdown(cancel_futures=True)
             raise
     counts = {name: names.count(name) for name in sorted(set(names))}

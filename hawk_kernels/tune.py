@@ -171,7 +171,7 @@ def refusal(kernel: str, config: dict[str, int], given: Problem, device: torch.d
             wrong = given.check(given.run(_resolved(kernel, config, device)))
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # compilers and drivers fail in many ways, and each only rules the candidate out
         return " ".join(f"does not run: {type(error).__name__}: {error}".split())[:300]
     if wrong is not None:
         return wrong

@@ -38,7 +38,7 @@ from hawk_kernels.backends import kernels
 from hawk_kernels.backends.choose import PreparedCalls
 from hawk_kernels.backends.kernels import attention_column_mean as columns_kernels
 from hawk_kernels.backends.kernels import compact as compact_kernels
-from hawk_kernels.backends.kernels import compiled, configs
+from hawk_kernels.backends.kernels import compiled, configs, prepared
 from hawk_kernels.backends.kernels import score_and_select as kernels_of_queries
 from hawk_kernels.backends.kernels import score_hidden as kernels_of_hidden
 from hawk_kernels.backends.kernels import score_peaks as kernels_of_peaks
@@ -381,8 +381,7 @@ def test_a_second_call_neither_checks_nor_specialises(name, driver, launched, mo
                 monkeypatch.setattr(module, function, refuse)
     for module in (kernels_of_queries, kernels_of_hidden, kernels_of_peaks, kernels_of_scores):
         monkeypatch.setattr(module, "make_plan", refuse)
-    for module in (kernels_of_queries, kernels_of_hidden, kernels_of_scores):
-        monkeypatch.setattr(module, "keep_arguments", refuse)
+    monkeypatch.setattr(prepared, "keep_arguments", refuse)
     for module in (columns_kernels, compact_kernels):
         monkeypatch.setattr(module, "launch_config", refuse)
     monkeypatch.setattr(compiled._Variants, "key", refuse)

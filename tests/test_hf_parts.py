@@ -13,7 +13,6 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from hawk_kernels.hf.images import EncodingWatch
 from hawk_kernels.hf.packing import Packing
 from hawk_kernels.hf.prompt import Prompt, padded_positions
 from hawk_kernels.hf.question import (
@@ -27,6 +26,7 @@ from hawk_kernels.hf.question import (
     find_markers,
     text_queries,
 )
+from hawk_kernels.hf.sources import EncodingWatch
 
 PAD, START, END, IMAGE, TURN, OTHER_TURN, REPLY_END = 0, 1, 2, 3, 5, 6, 4
 MARKERS = Markers(vision_ends=(END,), turn_ends=(TURN, OTHER_TURN), reply_ends=(REPLY_END,))

@@ -27,7 +27,7 @@ def four_layers():
 def method_of(name):
     """A method that ranks inside the stack of a family; families take turns with those that read its rotation."""
     reading = ("fastv", "pyramiddrop", "sparsevlm")
-    return reading[list(BY_NAME).index(name) % 3] if SUPPORTED[name].plain_rope else "key_norm"
+    return reading[list(BY_NAME).index(name) % 3] if SUPPORTED[name].plain_rope else "dart"
 
 
 def both(model, stages, call, **options):

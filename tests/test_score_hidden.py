@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_map_only
 
 import csrc_ref
 from hawk_kernels import Layer, score_and_select, score_hidden, score_hidden_and_select
+from hawk_kernels.backends.kernels import prepared
 from hawk_kernels.backends.kernels import score_hidden as kernels_of_hidden
 from tests.cases import DTYPES, NORMALIZATIONS, SCORE_TOLERANCE
 
@@ -294,7 +295,7 @@ def test_one_launch(monkeypatch, device):
 
 def test_a_launch_leaves_its_counters_at_zero(monkeypatch, device):
     counters = torch.zeros(1024, dtype=torch.int32, device=device)
-    monkeypatch.setattr(kernels_of_hidden, "launch_counters", lambda count, device: counters)
+    monkeypatch.setattr(prepared, "launch_counters", lambda count, device: counters)
     for num_tokens in (20, 2500):
         case = HiddenCase(1, num_tokens, 24, 2, 1, 8, text=0.05)
         check(case, "triton", device, normalize="l2")

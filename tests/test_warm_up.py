@@ -21,6 +21,8 @@ COVERED = [
     "hiprune:qwen2_5_vl:bfloat16:shared",
     "hiprune:llava:float32:per_image",
     "cdpruner:internvl:bfloat16:shared",
+    "sparsevlm+recycle:llava:bfloat16:shared",
+    "prumerge:llava:bfloat16:shared",
 ]
 # Without rows of more than 2048 tokens, and without batches, whose masks are not aligned.
 TOO_LITTLE = {

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 
 from hawk_kernels import prune
 from hawk_kernels.backends.kernels.caught import distinct
-from hawk_kernels.compile_ahead import following
+from hawk_kernels.compile_ahead import following, place_of_backend
 from hawk_kernels.hf.warm_up import Shape, WeightlessModel, launches_of_config, launches_of_prune
 from hawk_kernels.hf.weightless import layout_of
 from hawk_kernels.methods import METHODS
@@ -36,9 +36,11 @@ class AlsoOnMeta(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "hawk_kernels" and not args[0].is_meta:
-            *others, backend = (layout_of(x) if isinstance(x, torch.Tensor) else x for x in args)
-            assert backend == "torch"
-            implementations[func._opname](*others, "triton")
+            others = [layout_of(x) if isinstance(x, torch.Tensor) else x for x in args]
+            place = place_of_backend(func)
+            assert others[place] == "torch"
+            others[place] = "triton"
+            implementations[func._opname](*others)
         return func(*args, **(kwargs or {}))
 
 
@@ -74,12 +76,14 @@ def check(case: str, num_prompts: int) -> dict[str, object]:
     reach = tuple(map(int, reach)) or (MOST_TOKENS, MOST_BATCH)
     target = GPUTarget("cuda", 90, 32)
     model = tiny_families.tiny_model(family).to(getattr(torch, dtype))
+    method, *switches = method.split("+")
+    options = dict.fromkeys(switches, True)
     weights = {"head_weights": "uniform"} if METHODS[method].uses_head_weights else {}
-    pruning = prune(model, 0.3, method=method, budget=budget, **weights)
+    pruning = prune(model, 0.3, method=method, budget=budget, **weights, **options)
     parts = pruning._anatomy, pruning._choosers
     launches, notes = launches_of_prune(*parts, "sm_90", reach=reach)
     warmed = set(distinct(launches, target))
-    arguments = {"keep_ratio": 0.3, "method": method, "budget": budget}
+    arguments = {"keep_ratio": 0.3, "method": method, "budget": budget, **options}
     by_model, _ = launches_of_prune(*parts, "sm_90", reach=SMALL)
     by_config, _ = launches_of_config(model.config, model.dtype, "sm_90", arguments, reach=SMALL)
     draw = random.Random(0)
@@ -100,7 +104,7 @@ def check(case: str, num_prompts: int) -> dict[str, object]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("case", nargs="+", help="method:family:dtype:budget, and :tokens:rows that are warmed up")
+    parser.add_argument("case", nargs="+", help="method:family:dtype:budget, +option for each that is True")
     parser.add_argument("--prompts", type=int, default=20)
     arguments = parser.parse_args()
     print(json.dumps({case: check(case, arguments.prompts) for case in arguments.case}))

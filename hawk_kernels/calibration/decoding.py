@@ -17,7 +17,7 @@ _MASK_BYTES = 2**30
 def rows_per_pass(batch_size: int, num_heads: int, length: int) -> int:
     """Return the rows of one pass: `batch_size`, or as many as keep the masks of all heads below a gigabyte.
 
-    The number depends on nothing but the prompt, so that a prompt is always read in the same batches.
+    The number depends only on the prompt, so that a prompt is always read in the same batches.
     """
     return max(1, min(batch_size, _MASK_BYTES // (num_heads * length**2)))
 

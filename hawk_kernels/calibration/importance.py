@@ -1,4 +1,4 @@
-"""From drops in score to head importance: the offline equations of HAWK (arXiv 2604.07812), and their uncertainty."""
+"""Turns drops in score into head importance and its uncertainty, by the equations of HAWK (arXiv 2604.07812)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def head_importance(deltas: torch.Tensor) -> torch.Tensor:
         S'[i,j] = dS[i,j] - min_i dS[i,j]
         w[i] = 1/N_d * sum_j S'[i,j] / sum_i S'[i,j]
 
-    A benchmark on which all heads cost the same tells them apart no more than none does: it counts as uniform, 1/H.
+    A benchmark on which all heads cost the same does not tell them apart, so it counts as uniform, 1/H.
 
     Args:
         deltas: `dS[i,j] = S_base[j] - S[i,j]`, float `[H, N_d]`, heads first.

@@ -141,7 +141,7 @@ class MaskedVisualTokens:
         return (), {**kwargs, "attention_mask": self._latest[2].to(hidden_states.device)}
 
     def _keys_of(self, module: Any, cache: Any, length: int) -> int:
-        """Count the keys of a layer in a call of `length` tokens; a sliding window holds fewer than were read."""
+        """Count the keys of a layer in a call of `length` tokens; a sliding window holds fewer keys than were read."""
         if cache is None:
             return length
         text: Any = self._anatomy.text

@@ -1,4 +1,4 @@
-"""One prompt read by many rows at once: the vision encoder sees it once, the text model as often as there are rows."""
+"""Lets many rows read one prompt at once: the vision encoder sees it once, the text model once for each row."""
 
 from __future__ import annotations
 

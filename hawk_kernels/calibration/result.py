@@ -1,4 +1,4 @@
-"""What a calibration found, to and from the weights file that `prune(head_weights=...)` reads.
+"""Holds what a calibration found, and writes and reads it as the weights file of `prune(head_weights=...)`.
 
 People also write such files by hand, so `Calibration.from_dict` checks every field and needs none but `weights`.
 """

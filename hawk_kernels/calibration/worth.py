@@ -1,4 +1,4 @@
-"""Measure what head weights are worth: the same questions, pruned with the weights and with uniform heads."""
+"""Measures what head weights are worth: the same questions, pruned with the weights and with uniform heads."""
 
 from __future__ import annotations
 

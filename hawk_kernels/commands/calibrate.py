@@ -14,41 +14,34 @@ from hawk_kernels.checkpoint import CheckpointError, load_checkpoint
 from hawk_kernels.commands.guard import CommandError, need_packages, run_guarded, stopping_note
 from hawk_kernels.commands.options import whole_number
 from hawk_kernels.commands.task_options import (
-    add_model_and_data,
     checked_samples,
     describe_dry_run,
     device_of_process,
     dry_run,
     modules_of_this_folder,
     refuse,
+    task_parser,
 )
 from hawk_kernels.commands.weights import weights_table
 from hawk_kernels.tasks.processes import is_first_process
-from hawk_kernels.tasks.sources import FORMS, load_tasks
+from hawk_kernels.tasks.sources import load_tasks
 
-_EPILOG = f"""\
-data:
-{FORMS}
-
+_HOW_IT_RUNS = """\
 Every sample is answered once as it is and once for each head. A killed run goes on where it ended when the same command
 is given again: what is finished lies in OUT.journal. OUT replaces nothing but an earlier weights file of the same
 model. Several GPUs share the samples:
-
-  accelerate launch --multi_gpu --num_processes 8 -m hawk_kernels calibrate ...
-
-(or torchrun; --multi_gpu also where there is none, since without it accelerate starts one process on CPUs)."""
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
-        prog="hawk-kernels calibrate",
-        description="Measure how much each attention head matters for looking (HAWK, arXiv 2604.07812): the score of "
-        "each benchmark with the visual tokens masked from one head after the other.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = task_parser(
+        "calibrate",
+        "Measure how much each attention head matters for looking (HAWK, arXiv 2604.07812): the score of each "
+        "benchmark with the visual tokens masked from one head after the other.",
+        _HOW_IT_RUNS,
+        seeds="that draw and of the standard errors",
     )
-    add_model_and_data(parser, "that draw and of the standard errors")
     parser.add_argument("--out", default="weights.json", help="weights file to write (default: weights.json)")
     parser.add_argument(
         "--layers",
@@ -77,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, CommandError, RuntimeError, TypeError, ValueError) as error:
         if args.traceback:
             raise
-        # bad samples are listed one a line
+        # bad samples are listed one per line
         print(f"error: {error}", file=sys.stderr)
         return 1
     if is_first_process():

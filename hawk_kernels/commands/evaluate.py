@@ -14,16 +14,16 @@ from hawk_kernels.checkpoint import CheckpointError, load_checkpoint
 from hawk_kernels.commands.guard import CommandError, need_packages, run_guarded, stopping_note
 from hawk_kernels.commands.options import keep_ratio
 from hawk_kernels.commands.task_options import (
-    add_model_and_data,
     checked_samples,
     describe_dry_run,
     device_of_process,
     dry_run,
     modules_of_this_folder,
     refuse,
+    task_parser,
 )
 from hawk_kernels.tasks.processes import is_first_process
-from hawk_kernels.tasks.sources import FORMS, load_tasks
+from hawk_kernels.tasks.sources import load_tasks
 
 if TYPE_CHECKING:
     from hawk_kernels.evaluation.contenders import Contender
@@ -35,32 +35,25 @@ NAME:{JSON}                       the same with options as a JSON object, such a
 
   Options are those of the method and of prune itself, such as head_weights=FILE and budget=per_image."""
 
-_EPILOG = f"""\
-data:
-{FORMS}
-
+_HOW_IT_RUNS = f"""\
 methods, separated by spaces or commas:
 {_METHODS}
 
 Every question is answered with nothing pruned and with each method at each keep ratio, one after the other. DIR gets
 results.json, results.md, results.png (where matplotlib is installed) and report.html. A killed run continues where it
 stopped when the same command is given again: finished questions are in DIR/journal. Several GPUs share the questions:
-
-  accelerate launch --multi_gpu --num_processes 8 -m hawk_kernels evaluate ...
-
-(or torchrun; --multi_gpu also where there is none, since without it accelerate starts one process on CPUs)."""
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
-        prog="hawk-kernels evaluate",
-        description="Compare pruning methods on a model and its data: how much of the score each keeps at each keep "
-        "ratio, with paired intervals, and how many tokens, how much memory and time it saves.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = task_parser(
+        "evaluate",
+        "Compare pruning methods on a model and its data: how much of the score each keeps at each keep ratio, with "
+        "paired intervals, and how many tokens, how much memory and time it saves.",
+        _HOW_IT_RUNS,
+        seeds="that draw",
     )
-    add_model_and_data(parser, "that draw")
     parser.add_argument(
         "--methods",
         nargs="+",

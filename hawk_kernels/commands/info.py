@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; 0 also where a part of it could not be found out, which the report then says."""
+    """Print the report; return 0 even if a part of it could not be found out, which the report then says."""
     args = build_parser().parse_args(argv)
     report = collect()
     print(json.dumps(report, indent=2) if args.json else describe(report))
@@ -116,7 +116,7 @@ def _package(name: str) -> dict[str, str]:
             package["error"] = _reason(error)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:
+        except BaseException as error:  # a broken package may raise anything, SystemExit included
             package["error"] = _reason(error)
     return package
 

@@ -47,10 +47,10 @@ def words(text: str) -> str:
 
 
 def named_values(pairs: Sequence[str]) -> dict[str, object]:
-    """Read `NAME=VALUE` words; a value that is no JSON is a string, and None is None.
+    """Read `NAME=VALUE` words; a value that is not JSON is a string, and None is None.
 
     Raises:
-        CommandError: a word that is no such pair.
+        CommandError: a word that is not such a pair.
     """
     values: dict[str, object] = {}
     for pair in pairs:

@@ -13,7 +13,7 @@ from hawk_kernels.commands.options import keep_ratio, named_values, whole_number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until Ctrl-C; whoever calls this reports what it raises, as `hawk-kernels` does."""
+    """Serve until Ctrl-C; the caller reports what it raises, as `hawk-kernels` does."""
     parser = argparse.ArgumentParser(prog="hawk-kernels serve", description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("model", help="model id on the Hugging Face Hub, or a folder")
     parser.add_argument("--keep-ratio", type=keep_ratio, default=0.2, help="as in prune (default: %(default)s)")

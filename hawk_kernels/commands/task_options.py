@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hawk_kernels.checkpoint import CheckpointError, find_device
 from hawk_kernels.commands.options import whole_number
 from hawk_kernels.tasks.processes import is_first_process, launched_alone, local_rank
+from hawk_kernels.tasks.sources import FORMS
 
 if TYPE_CHECKING:
     import torch
@@ -20,13 +21,27 @@ if TYPE_CHECKING:
     from hawk_kernels.tasks.task import Task
 
 
-def add_model_and_data(parser: argparse.ArgumentParser, seeds: str) -> None:
-    """Add the options that name a model, its data and the device.
+_SEVERAL_GPUS = """\
+  accelerate launch --multi_gpu --num_processes 8 -m hawk_kernels {command} ...
+
+(or torchrun; --multi_gpu also where there is none, since without it accelerate starts one process on CPUs)."""
+
+
+def task_parser(command: str, description: str, how_it_runs: str, *, seeds: str) -> argparse.ArgumentParser:
+    """Build the parser of a command that asks benchmarks, with the options that name a model, its data and the device.
 
     Args:
-        parser: of the command.
+        command: its name.
+        description: what it does.
+        how_it_runs: what its help says after the forms of data; ends by introducing the command line for several GPUs.
         seeds: what the seed decides.
     """
+    parser = argparse.ArgumentParser(
+        prog=f"hawk-kernels {command}",
+        description=description,
+        epilog=f"data:\n{FORMS}\n\n{how_it_runs}\n{_SEVERAL_GPUS.format(command=command)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", required=True, help="model id on the Hugging Face Hub, or a folder")
     parser.add_argument("--data", required=True, nargs="+", action="extend", metavar="D", help="benchmarks, see below")
     parser.add_argument(
@@ -38,11 +53,12 @@ def add_model_and_data(parser: argparse.ArgumentParser, seeds: str) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check the data and stop; the model is not loaded")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    return parser
 
 
 @contextmanager
 def modules_of_this_folder() -> Iterator[None]:
-    """Let tasks be imported from the current folder, in which a console script does not look as `python -m` does."""
+    """Let tasks be imported from the current folder, where `python -m` finds modules and a console script does not."""
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:

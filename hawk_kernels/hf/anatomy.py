@@ -1,4 +1,4 @@
-"""The parts of one model that pruning touches, found by the facts of its family."""
+"""Finds the parts of one model that pruning touches, by the facts of its family."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def dissect(model: Any) -> Anatomy:
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the transformers model inside wrappers that call it: their calls run its hooks, and so does `generate`.
+    """Return the transformers model inside wrappers whose calls, `generate` included, run the hooks of that model.
 
-    These are `PeftModel`, `DistributedDataParallel`, `DataParallel` on one device, and what `torch.compile(model)`
-    returns.
+    These wrappers are `PeftModel`, `DistributedDataParallel`, `DataParallel` on one device, and what
+    `torch.compile(model)` returns.
 
     Raises:
         TypeError: a `DataParallel` over several devices.
@@ -110,7 +110,7 @@ def _family_of(model: object) -> Family:
 
 
 def _why_not(model: Any, model_type: str | None) -> str:
-    """Say why a model is refused, where that is known; an empty string elsewhere."""
+    """Say why a model is refused; return an empty string if the reason is not known."""
     listed = next((reason for types, reason in OUT_OF_REACH.items() if model_type in types), None)
     if listed is not None:
         return f" ({listed})"

@@ -1,4 +1,4 @@
-"""What enters the first attention layer of a text model whose first layers have none.
+"""Computes what enters the first attention layer of a text model whose first layers have no attention.
 
 Hybrid models begin with layers of linear attention or convolutions. The first attention layer ranks the visual tokens,
 and it reads what these layers make of them, not the embeddings.
@@ -20,8 +20,8 @@ from hawk_kernels.hf.anatomy import Anatomy, first_attention_layer
 def input_of_first_attention(anatomy: Anatomy, arguments: dict[str, Any]) -> torch.Tensor:
     """Run the layers before the first one with attention on a whole prompt, without a cache.
 
-    The text model makes the masks and positions of its layers itself, so it is its own forward that runs, on a shallow
-    copy that ends where attention begins. The model is not touched: other threads may be using it.
+    The text model makes the masks and positions of its layers itself, so its own forward runs, on a shallow copy that
+    ends where attention begins. The model itself is not touched, since other threads may be using it.
 
     Args:
         anatomy: the model's parts.
@@ -35,7 +35,7 @@ def input_of_first_attention(anatomy: Anatomy, arguments: dict[str, Any]) -> tor
     end = _End(layer)
     start: Any = copy.copy(text)
     start._modules = {**text._modules, "layers": nn.ModuleList([*list(text.layers)[:index], end])}
-    # what the caller wants of the whole model is not collected twice
+    # what the caller wants from the whole model must not be collected twice
     without = {"past_key_values": None, "use_cache": False, "output_hidden_states": False, "output_attentions": False}
     router = {"output_router_logits": False} if "output_router_logits" in arguments else {}
     # the function of the class, since accelerate may have bound a forward to the text model itself

@@ -7,14 +7,88 @@ images of the history.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from hawk_kernels.hf.anatomy import Anatomy
+from hawk_kernels.hf.hooks import visual_features
+from hawk_kernels.hf.pruned_cache import CachedPrompt, CacheRecords, count_dropped, guard
 
 _ENCODED = "mm_encoder_outputs"
+
+
+@dataclass(frozen=True)
+class History:
+    """The beginning of a conversation, which a cache holds.
+
+    Attributes:
+        ids: the whole conversation, `[B, T]`.
+        cache: the cache.
+        num_dropped: tokens by which a row of the cache is shorter than what it stands for.
+        seen: tokens of a row that it stood for at the start.
+    """
+
+    ids: torch.Tensor
+    cache: Any
+    num_dropped: int
+    seen: int
+
+    def begin(self) -> None:
+        """Let the cache report to `generate` the length before pruning."""
+        if self.num_dropped:
+            guard(self.cache)
+            self.count_dropped(True)
+
+    def count_dropped(self, counts: bool) -> None:
+        """Let the cache, outside the model, report its length as the caller counts it."""
+        count_dropped(self.cache, self.num_dropped if counts else 0)
+
+
+def history_of(
+    records: CacheRecords[CachedPrompt], ids: torch.Tensor | None, arguments: dict[str, Any]
+) -> History | None:
+    """Find the history that a call of `generate` continues.
+
+    Args:
+        records: of what was dropped before the first layer.
+        ids: the prompt of the call, `[B, T]`.
+        arguments: of the call.
+
+    Returns:
+        The history; None where the cache is of fixed size, or `ids` are the new tokens alone.
+
+    Raises:
+        ValueError: the conversation has no token after those in the cache.
+    """
+    cache, mask = arguments["past_key_values"], arguments.get("attention_mask")
+    # a mask that is longer tells that the ids are the new tokens alone
+    if ids is None or (mask is not None and mask.shape[-1] != ids.shape[1]):
+        return None
+    record = records.of(cache)
+    # the length of a cache of fixed size lives on the device
+    if getattr(cache, "is_compileable", False) or (record is not None and not record.grows):
+        return None
+    # the cache of an assistant may still report the length before pruning
+    count_dropped(cache, 0)
+    dropped = 0 if record is None else record.num_dropped
+    seen = int(cache.get_seq_length()) + dropped
+    if record is not None and ids.shape[1] <= seen:
+        raise ValueError(
+            f"input_ids: expected the whole conversation, of which {seen} tokens, counted before pruning, are in "
+            f"past_key_values, got {ids.shape[1]} tokens; append the new turn, or pass the new tokens alone with "
+            "an attention_mask over the whole conversation"
+        )
+    return History(ids, cache, dropped, seen)
+
+
+def new_images_only(anatomy: Anatomy, history: History, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Leave out the images that the cache of a history holds already; None where there are none to leave out."""
+    if not history.seen or not visual_features(kwargs, anatomy.family.features):
+        return None
+    return without_old_images(anatomy, history.ids, history.seen, kwargs)
 
 
 def without_old_images(anatomy: Anatomy, history: torch.Tensor, seen: int, kwargs: dict[str, Any]) -> dict[str, Any]:

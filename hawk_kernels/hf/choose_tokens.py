@@ -1,6 +1,6 @@
-"""Chooses which tokens of a prompt stay: what a method may ask of the prompt, and what is done with its answer.
+"""Chooses which tokens of a prompt stay: shows a method what it may ask of the prompt, and applies its answer.
 
-Nothing here knows which layer the tokens are chosen before: that is told by whoever passes the states that enter it.
+This module does not know before which layer the tokens are chosen. Its caller passes the states that enter that layer.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from hawk_kernels.methods.prefill_view import (
     Segments,
 )
 from hawk_kernels.selection import Merge, Selection
+
+Kept = tuple[torch.Tensor, list[int]]
+"""The tokens that stay, bool `[B, T]`, and how many those are in each row."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class LayerView(PrefillView):
         self._entering: torch.Tensor | None = None
         self._normalized: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    # mypy does not take a cached_property for the attribute that the base class declares
     @cached_property
     def candidates(self) -> torch.Tensor:  # type: ignore[override]
         return upload(self._filled, self._device)
@@ -354,7 +358,7 @@ class Chooser:
         context: Context,
         original: list[list[int]] | None = None,
     ) -> Choice:
-        """Score the visual tokens of a batch, some row of which has some, and select.
+        """Score and select the visual tokens of a batch in which at least one row has some.
 
         Args:
             states: `[B, T, hidden]`, what enters the scoring layer, or the first layer where `context.states` tells

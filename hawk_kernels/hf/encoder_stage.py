@@ -1,10 +1,10 @@
 """Merges tokens before the projector, which then runs on sums of the encoder's rows instead of single rows.
 
 The model projects every row before anything is chosen, as it always does. The kept rows are then summed by the merge
-map and go through the projector once more; the results take the places of the kept tokens. Where a projector makes one
-visual token of several patches, as that of Qwen2.5-VL does of four, the row is these patches side by side: a merge
-averages the patches at the same corner of each square. DeepStack features come from projectors of their own, whose
-inputs are not recorded, so these features are merged after they were projected.
+map and go through the projector once more; the results take the places of the kept tokens. A projector may make one
+visual token from several patches, as that of Qwen2.5-VL does from four. Its row is then these patches side by side, and
+a merge averages the patches at the same corner of each square. DeepStack features come from projectors of their own,
+whose inputs are not recorded, so these features are merged after they were projected.
 """
 
 from __future__ import annotations

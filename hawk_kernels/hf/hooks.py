@@ -1,4 +1,4 @@
-"""Helpers that all hooks share: how long they act, watched methods, arguments, uploads, code that would skip hooks."""
+"""Holds what all hooks share: their lifetime, watched methods, arguments, uploads, and checks for compiled code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Handle(Protocol):
 
 
 class WatchedMethod:
-    """Replaces a method of one object, which has no hooks of its own, by one that tells of its calls, until removed.
+    """Replaces a method of one object by one that reports its calls, until removed; plain methods have no hooks.
 
     Args:
         owner: the object; its class stays as it is.
@@ -71,7 +71,7 @@ class WatchedMethod:
 
 
 class Lifetime:
-    """Decides for which calls the hooks of a block act: all while it is open, later those that began inside it.
+    """Decides for which calls the hooks of a block act: all calls while it is open, then those that began inside it.
 
     A call that another thread began inside the block would change its meaning halfway if the hooks left with the block.
     They stay for the threads that have such a call, and act in no other thread, until the last of these calls ends.
@@ -154,7 +154,7 @@ class Lifetime:
     def begin_forward(self) -> None:
         """Note that a call of the model begins in this thread."""
         self.was_called = True
-        # a compiled call is always inside one that is not
+        # a compiled call always runs inside one that is not compiled
         if torch.compiler.is_compiling() or self._thread.generates or self._thread.is_in_forward:
             return
         with self._lock:
@@ -162,7 +162,7 @@ class Lifetime:
             self._running.add(threading.current_thread())
 
     def end_forward(self) -> None:
-        """Note that it ended."""
+        """Note that the call has ended."""
         if torch.compiler.is_compiling() or not self._thread.is_in_forward:
             return
         self._thread.is_in_forward = False
@@ -206,7 +206,7 @@ def call_length(kwargs: dict[str, Any]) -> int:
 
 
 def is_paged(kwargs: dict[str, Any]) -> bool:
-    """Tell whether a call is one of continuous batching: rows of several requests in one, over a cache of pages."""
+    """Tell whether a call belongs to continuous batching, which puts several requests in one row over a paged cache."""
     return kwargs.get("cache") is not None and "write_index" in kwargs
 
 

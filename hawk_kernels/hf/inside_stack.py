@@ -18,13 +18,15 @@ import torch
 import transformers
 
 from hawk_kernels.hf.anatomy import Anatomy, first_attention_layer
-from hawk_kernels.hf.choose_tokens import Choice, Chooser, Context
+from hawk_kernels.hf.call_state import Prefill
+from hawk_kernels.hf.choose_tokens import Choice, Chooser, Context, Kept
 from hawk_kernels.hf.hooks import Handle
-from hawk_kernels.hf.layer_cuts import CutPrompt, LaterCut, PromptCut, cut_features, reaches_of
+from hawk_kernels.hf.layer_cuts import CutPrompt, LaterCut, PromptCut, cut_features, packed_prompt, reaches_of
 from hawk_kernels.hf.layer_masks import LaterMask, MaskedPrompt, PromptMask, states_of
 from hawk_kernels.hf.packing import slot_limit
+from hawk_kernels.hf.projections import check_key_lengths
 from hawk_kernels.hf.prompt import Prompt
-from hawk_kernels.hf.pruned_cache import CacheRecords, Kept, check_slots
+from hawk_kernels.hf.pruned_cache import CacheRecords, check_slots
 from hawk_kernels.hf.rotary import check_rotates, rotary_of_layer
 from hawk_kernels.selection import Merge
 
@@ -95,6 +97,46 @@ class Passage:
     known_merges: list[Merge | None]
 
 
+def passage_of(
+    prefill: Prefill,
+    inside: InsideStack,
+    embeds: torch.Tensor,
+    valid: torch.Tensor,
+    chosen: Callable[[Chosen], None],
+) -> Passage:
+    """Describe a prompt after the choice before the first layer, if there was one.
+
+    Args:
+        prefill: the prompt on its way.
+        inside: the stages that it is about to meet.
+        embeds: `[B, P, hidden]`, the embeddings that enter.
+        valid: bool `[B, T]`, the tokens of the whole prompt that are not padding.
+        chosen: called with what each stage has chosen.
+    """
+    whole, packing = prefill.prompt, prefill.packing
+    known = None if prefill.earlier is None else prefill.kept[-inside.num_stages :]
+    # guesses after the prompt are not its own
+    own = torch.nn.functional.pad(valid[:, : whole.length], (0, valid.shape[1] - whole.length))
+    prompt = whole
+    if packing is not None:
+        kept, _ = prefill.kept[0]
+        own = packing.pack(own)
+        if known is None:
+            prompt = packed_prompt(whole, kept.cpu().numpy(), packing.length)
+        else:
+            known = [(packing.pack(kept), counts) for kept, counts in known]
+    return Passage(
+        prompt=prompt,
+        valid=own,
+        original=inside.chooser.lengths(whole.candidates()),
+        full_length=whole.ids.shape[1],
+        chosen=chosen,
+        embeds=embeds,
+        known=known,
+        known_merges=prefill.inner_merges,
+    )
+
+
 class InsideStack:
     """Drops or hides tokens after some layers of a text model while its hooks are attached.
 
@@ -125,6 +167,9 @@ class InsideStack:
             else anatomy.projections
             for stage in stages
         ]
+        for stage, projections in zip(stages, self._projections, strict=True):
+            if stage.chooser.method.uses_key_lengths:
+                check_key_lengths(projections, anatomy.family.model_type, stage.chooser.method.name)
         self._cut_records = CacheRecords(CutPrompt, text)
         self._masked_records = CacheRecords(MaskedPrompt, text)
         self._thread = _ThreadState()
@@ -133,6 +178,11 @@ class InsideStack:
     def chooser(self) -> Chooser:
         """The chooser of the first stage; all stages share one kind of budget."""
         return self._stages[0].chooser
+
+    @property
+    def num_stages(self) -> int:
+        """How many stages there are."""
+        return len(self._stages)
 
     @property
     def served(self) -> str:
@@ -346,7 +396,7 @@ def _context(layer: Any, states: torch.Tensor, kwargs: dict[str, Any], valid: to
 
 
 def _seen_by_last(mask: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
-    """Mark which tokens the last valid one of each row sees in a layer with this mask, bool `[B, T]`; all without."""
+    """Mark which tokens the last valid one of each row sees in a layer, bool `[B, T]`; all of them without a mask."""
     if mask is None:
         return valid
     length = valid.shape[1]
@@ -369,7 +419,7 @@ class _ThreadState(threading.local):
         self.begin(None, None)
 
     def begin(self, prompt: PromptCut | PromptMask | None, passage: Passage | None) -> None:
-        """Forget the call before."""
+        """Forget the previous call, and begin with this prompt."""
         self.prompt, self.passage = prompt, passage
         self.later: LaterCut | LaterMask | None = None
         # the next stage that has not chosen yet

@@ -1,10 +1,10 @@
-"""Dropping tokens inside the stack: the layers after a stage get shorter rows, and their part of the cache is shorter.
+"""Drops tokens inside the stack: the layers after a stage get shorter rows, and their part of the cache is shorter.
 
-In the prompt, a hook before each of these layers cuts the rotary tables, ids and masks that the text model has made for
-the whole row, and the first of them cuts the states as well. A mask over pairs is cut by rows and columns, so that
-windows go on counting the distances of the whole row. In later calls a growing cache holds fewer tokens in these layers
-than in the first; each gets a mask over its own, in which windows are measured by where the tokens stood in the row. So
-the answers are those of a model from whose later layers the dropped tokens are hidden.
+While a prompt is read, a hook before each of these layers cuts the rotary tables, ids and masks that the text model has
+made for the whole row, and the first of them cuts the states as well. A mask over pairs is cut by rows and columns, so
+that windows still measure distances in the whole row. In later calls a growing cache holds fewer tokens in these layers
+than in the first; each gets a mask over its own tokens, in which windows are measured by where the tokens stood in the
+row. So the answers are those of a model from whose later layers the dropped tokens are hidden.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class PromptCut:
         return packing.inputs_embeds
 
     def _cut(self, name: str, value: Any) -> Any:
-        """Cut one argument of a layer; what does not depend on tokens stays."""
+        """Cut one argument of a layer, or return it as it is if it has no entry for each token."""
         if isinstance(value, tuple) and name == "position_embeddings":
             return self._remembered(value, name, lambda: tuple(self._angles(each) for each in value))
         if not isinstance(value, torch.Tensor):

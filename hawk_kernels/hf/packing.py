@@ -70,14 +70,14 @@ class Packing:
         merge: Merge | None = None,
         embeds_are_merged: bool = False,
     ) -> None:
-        # never one column: a call of one token is a decoding step
+        # at least two columns, because a call of one token would be a decoding step
         self.length = max(2, *counts) + extra
         self.total = sum(counts)
         self.merges = merge is not None
         self.is_full = min(counts) == self.length
         self._kept, self._merge = kept, merge
         positions = None if position_ids is None else position_ids.to(kept.device)
-        # some models count seconds of a video, in fractions
+        # some models count the seconds of a video, so that position ids are fractions
         fractions = positions if positions is not None and positions.is_floating_point() else None
         self.inputs_embeds, self.position_ids, self.mask, self.source = compact(
             inputs_embeds,
@@ -346,7 +346,7 @@ def packed_pairs(mask: torch.Tensor | None, packing: Packed, width: int) -> torc
         ValueError: a mask that does not have 4 dimensions.
     """
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 4):
-        # flex_attention has block masks, which are no tensors
+        # flex_attention passes block masks, which are not tensors
         came = f"shape {list(mask.shape)}" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
             f"attention_mask: expected masks of 4 dimensions from the model, got {came}; call "

@@ -1,21 +1,19 @@
 """The hooks of one call: they read a prompt, choose tokens, pack the rest, unpack the output, and serve later calls.
 
-Three modules are watched. The model that the caller calls tells how many logits are wanted. The multimodal model below
-it sees `input_ids`: there the prompt is read. The text model sees `inputs_embeds`: there tokens are scored, dropped and
-the rest packed, and there the masks of later calls are translated to the shorter cache. For stages inside the stack,
-`inside_stack` watches the layers as well. What happens between two hooks of one call is kept for each thread; what
-outlives a call is kept with the cache.
+Three modules are watched. The model that the caller calls is told how many logits are wanted. The multimodal model
+below it sees `input_ids`, and there the prompt is read. The text model sees `inputs_embeds`: there tokens are scored
+and dropped, the rest are packed, and the masks of later calls are translated to the shorter cache. For stages inside
+the stack, `inside_stack` watches the layers as well. What one hook of a call leaves to the next is kept for each
+thread, in `call_state`; what outlives a call is kept with the cache, in `pruned_cache`.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from hawk_kernels.hf.anatomy import Anatomy, first_attention_layer
-from hawk_kernels.hf.choose_tokens import Choice, Chooser, Context
-from hawk_kernels.hf.encoder_stage import check_projector, merged_before_projector
-from hawk_kernels.hf.encoders.recorder import PromptAttention, VisionRecorder, attention_of_prompt, recorder_for
+from hawk_kernels.hf.anatomy import Anatomy
+from hawk_kernels.hf.call_state import CallState, Generation, Outcome, Prefill, no_uncached_prompts
+from hawk_kernels.hf.choose_tokens import Choice, Chooser
 from hawk_kernels.hf.hooks import (
     Handle,
     Lifetime,
@@ -42,16 +39,12 @@ from hawk_kernels.hf.hooks import (
     upload,
     visual_features,
 )
-from hawk_kernels.hf.images import Encoded, EncodingWatch, frames_of_prompt
-from hawk_kernels.hf.packing import Packing, pack_call, slot_limit
-from hawk_kernels.hf.projections import LayerProjections
-from hawk_kernels.hf.prompt import Prompt, check_one_prefill, given_ids, read_prompt
+from hawk_kernels.hf.packing import pack_call, slot_limit
+from hawk_kernels.hf.prompt import Prompt, check_one_prefill, count_guesses, given_ids, read_prompt
 from hawk_kernels.hf.pruned_cache import (
     STACK_RECORDS,
     CachedPrompt,
     CacheRecords,
-    Kept,
-    UncachedPrompt,
     bytes_saved,
     check_served,
     check_slots,
@@ -64,40 +57,11 @@ from hawk_kernels.hf.pruned_cache import (
     unguard,
 )
 from hawk_kernels.hf.question import Query
-from hawk_kernels.hf.rotary import check_rotates, rotary_of_first_layer
-from hawk_kernels.selection import Merge
+from hawk_kernels.hf.sources import Sources
+from hawk_kernels.hf.uncached_prompt import UncachedPrompt
 
 if TYPE_CHECKING:
     from hawk_kernels.hf.inside_stack import Chosen, InsideStack
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What happened to a prompt.
-
-    Attributes:
-        keep_mask: bool `[B, T]`, the tokens that stayed.
-        scores: float32 `[B, T]`, `-inf` where nothing was scored.
-        query_mask: bool `[B, T]`, the text that ranked the visual tokens.
-        prompt: the prompt on the host; None where it was not read.
-        encoded: what the vision encoder was told and returned, by kind.
-        budgets: visual tokens kept, for each row a list with one entry for each image, or a single one for the row;
-            None means all.
-        reason: why the whole call was left alone, or None.
-        by_stage: the budgets of each stage so far; the last ones are `budgets`.
-        cache_bytes_saved: bytes by which the cache is smaller than that of the whole prompt; None without a cache, or
-            where its layers do not tell.
-    """
-
-    keep_mask: torch.Tensor
-    scores: torch.Tensor
-    query_mask: torch.Tensor
-    prompt: Prompt | None
-    encoded: dict[str, Encoded]
-    budgets: list[list[int]] | None
-    reason: str | None
-    by_stage: tuple[list[list[int]], ...] = ()
-    cache_bytes_saved: int | None = None
 
 
 class CallHooks:
@@ -119,7 +83,7 @@ class CallHooks:
         has_chosen: whether tokens of any prompt were chosen.
         left_images_alone: whether images came over a cache that was not empty.
         tiny_budget: how many visual tokens the largest unit had of which a budget kept less than 1 %, or 0.
-        all_nan: on the device, whether the method scored all visual tokens of some row NaN; None where it is known.
+        all_nan: on the device, whether the method scored all visual tokens of some row NaN; None where the host knows.
 
     Raises:
         TypeError: a method that the model's family cannot serve.
@@ -145,18 +109,18 @@ class CallHooks:
         self._inside = inside
         self._spent = spent
         self._renumbers = renumbers
-        self._sources = _Sources(anatomy, chooser, budget)
+        self._sources = Sources(anatomy, chooser, budget)
         self._records = CacheRecords(CachedPrompt, anatomy.text)
         served = None if inside is None else inside.served
         self._unserved = tuple(name for name in STACK_RECORDS if name != served)
-        self._thread = _ThreadState()
+        self._thread = CallState()
         self.lifetime = Lifetime(self._attach, self._watch_generate, ended)
         self.has_chosen = self.left_images_alone = False
         self.tiny_budget = 0
         self.all_nan: torch.Tensor | None = None
 
     def __reduce__(self) -> str:
-        # a copy of the model would be pruned for ever: no block of its own would end that
+        # a copy would carry the hooks, and no block would ever take them off
         raise TypeError(
             "cannot copy or save a model inside prune; leave the block first, and prune the copy in a block of its own"
         )
@@ -216,7 +180,7 @@ class CallHooks:
         yield lambda output: None
 
     def options(self) -> dict[str, object]:
-        """Return the layers that the method before the first layer reads instead of the first, where it does."""
+        """Name the layers that the method before the first layer reads, where these are not the first one."""
         return self._sources.options()
 
     @contextmanager
@@ -228,13 +192,20 @@ class CallHooks:
             check_one_prefill(self._anatomy.head, arguments, None if ids is None else ids.shape[1])
             thread = self._thread
             earlier = thread.generation, thread.uncached
-            thread.generation, thread.uncached = _Generation(ids), _no_uncached_prompts()
+            generation = Generation(ids)
+            thread.generation, thread.uncached = generation, no_uncached_prompts()
             try:
-                self._begin_history(thread.generation, arguments)
+                if arguments.get("past_key_values") is not None:
+                    from hawk_kernels.hf.chat_history import history_of
+
+                    generation.history = history_of(self._records, ids, arguments)
+                if generation.history is not None:
+                    generation.history.begin()
                 config = arguments.get("generation_config")
                 yield self._count_for_main if getattr(config, "is_assistant", False) else lambda output: None
             finally:
-                thread.generation.count_dropped(False)
+                if generation.history is not None:
+                    generation.history.count_dropped(False)
                 thread.generation, thread.uncached = earlier
 
     def _count_for_main(self, output: Any) -> None:
@@ -242,37 +213,8 @@ class CallHooks:
         generation, cache = self._thread.generation, getattr(output, "past_key_values", None)
         record = self._records.of(cache)
         if generation is not None and record is not None and record.grows:
-            generation.cache = None
+            generation.history = None
             count_dropped(cache, record.num_dropped)
-
-    def _begin_history(self, generation: _Generation, arguments: dict[str, Any]) -> None:
-        """Note a cache that holds the beginning of the ids, and let it report its length before pruning to `generate`.
-
-        Raises:
-            ValueError: the history has no token after those in the cache.
-        """
-        ids, cache, mask = generation.ids, arguments.get("past_key_values"), arguments.get("attention_mask")
-        # a mask that is longer tells that the ids are the new tokens alone
-        if ids is None or cache is None or (mask is not None and mask.shape[-1] != ids.shape[1]):
-            return
-        record = self._records.of(cache)
-        # the length of a cache of fixed size lives on the device
-        if getattr(cache, "is_compileable", False) or (record is not None and not record.grows):
-            return
-        # an assistant's may have been counting
-        count_dropped(cache, 0)
-        dropped = 0 if record is None else record.num_dropped
-        seen = int(cache.get_seq_length()) + dropped
-        if record is not None and ids.shape[1] <= seen:
-            raise ValueError(
-                f"input_ids: expected the whole conversation, of which {seen} tokens, counted before pruning, are in "
-                f"past_key_values, got {ids.shape[1]} tokens; append the new turn, or pass the new tokens alone with "
-                "an attention_mask over the whole conversation"
-            )
-        generation.cache, generation.num_dropped, generation.seen = cache, dropped, seen
-        if dropped:
-            guard(cache)
-            generation.count_dropped(True)
 
     def _before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.lifetime.acts():
@@ -336,17 +278,15 @@ class CallHooks:
 
     def _over_history(self, kwargs: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
         """Leave out the images that a cache holds already, and tell whether there were any."""
-        generation, features = self._thread.generation, self._anatomy.family.features
-        if generation is None or generation.cache is None or generation.cache is not kwargs.get("past_key_values"):
+        generation = self._thread.generation
+        history = None if generation is None else generation.history
+        if generation is None or history is None or history.cache is not kwargs.get("past_key_values"):
             return False, kwargs
-        generation.count_dropped(False)
-        if generation.ids is None or generation.has_begun or not generation.seen:
-            return False, kwargs
-        if not visual_features(kwargs, features):
-            return False, kwargs
-        from hawk_kernels.hf.chat_history import without_old_images
+        history.count_dropped(False)
+        from hawk_kernels.hf.chat_history import new_images_only
 
-        return True, without_old_images(self._anatomy, generation.ids, generation.seen, kwargs)
+        changed = None if generation.has_begun else new_images_only(self._anatomy, history, kwargs)
+        return changed is not None, kwargs if changed is None else changed
 
     def _read_embeddings(self, kwargs: dict[str, Any]) -> None:
         """Let a prompt of text through if it comes as embeddings alone.
@@ -354,15 +294,10 @@ class CallHooks:
         Raises:
             ValueError: it may hold visual tokens.
         """
-        from hawk_kernels.hf.text_embeddings import are_text
+        from hawk_kernels.hf.text_embeddings import check_text
 
+        check_text(self._anatomy, kwargs)
         embeds, cache, generation = kwargs["inputs_embeds"], kwargs.get("past_key_values"), self._thread.generation
-        if visual_features(kwargs, self._anatomy.family.features) or not are_text(self._anatomy, embeds):
-            raise ValueError(
-                "input_ids: expected the token ids of the prompt, got inputs_embeds only, which do not tell which "
-                "tokens are visual; pass input_ids and pixel_values, or leave the prune block. Only embeddings of text "
-                "that are exactly those of model.get_input_embeddings() need no ids"
-            )
         forget(cache)
         unguard(cache)
         if generation is None or not generation.has_begun:
@@ -372,16 +307,16 @@ class CallHooks:
             generation.has_begun = True
 
     @outside_graphs
-    def _read(self, kwargs: dict[str, Any], input_ids: torch.Tensor) -> _Prefill | None:
+    def _read(self, kwargs: dict[str, Any], input_ids: torch.Tensor) -> Prefill | None:
         """Read the prompt of a call; None over a cache that is not empty."""
         cache = kwargs.get("past_key_values")
         features = visual_features(kwargs, self._anatomy.family.features)
         generation = self._thread.generation
-        # later calls inside generate are steps, or prompts that a processor of logits compares with
+        # later calls inside generate are decoding steps, or prompts of a logits processor that compares two answers
         is_own = generation is None or not generation.has_begun
         guesses = 0
         if generation is not None:
-            guesses = generation.count_guesses(input_ids) if is_own and cache is not None else 0
+            guesses = count_guesses(generation.ids, input_ids) if is_own and cache is not None else 0
             generation.has_begun = True
         waiting = self._thread.uncached if cache is None else ()
         candidates = [earlier for earlier in waiting if earlier.may_grow_into(input_ids, features)]
@@ -398,7 +333,7 @@ class CallHooks:
         if candidates and grown is None and self._query is not None:
             prompt, valid = read_prompt(self._anatomy, kwargs, self._query, guesses)
             assert prompt is not None
-        return _Prefill(prompt, valid, features, kwargs, is_own, grown)
+        return Prefill(prompt, valid, features, kwargs, is_own, grown)
 
     def _before_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -417,7 +352,7 @@ class CallHooks:
                 )
             projections = self._anatomy.projections
             if self._chooser is not None and self._chooser.method.reads_layer:
-                # also for a prompt without images, since other processes may have one with some
+                # for a prompt without images too, since all processes must gather together
                 projections = projections.gathered()
                 self._sources.check_gathered(projections)
             if prefill is not None:
@@ -439,7 +374,7 @@ class CallHooks:
         mask = record.mask_for(cache, given, *embeds.shape[:2])
         return (), {**kwargs, "attention_mask": mask}
 
-    def _prefill(self, prefill: _Prefill, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    def _prefill(self, prefill: Prefill, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """Choose and pack: the text model's arguments for the tokens that stay, or None where all enter it."""
         embeds = kwargs["inputs_embeds"]
         prefill.encoded = self._sources.encoded(prefill.arguments)
@@ -456,7 +391,7 @@ class CallHooks:
         if earlier is not None:
             prefill.kept = earlier.extended(valid, prompt.valid)
             prefill.merge, prefill.inner_merges = earlier.merge, earlier.inner_merges
-            if prefill.keeps_everything:
+            if _keeps_everything(prefill):
                 return None
         elif not prompt.visual.any():
             prefill.kept = [(valid, prompt.valid.sum(axis=1).tolist())]
@@ -466,9 +401,15 @@ class CallHooks:
         entering = None if self._chooser is None else self._pack_before(self._chooser, prefill, kwargs)
         if self._inside is None:
             return entering
-        return self._enter_stack(self._inside, prefill, kwargs if entering is None else entering, valid)
+        from hawk_kernels.hf.inside_stack import passage_of
 
-    def _pack_before(self, chooser: Chooser, prefill: _Prefill, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        whole_length, entering = prompt.ids.shape[1], kwargs if entering is None else entering
+        check_slots(slot_limit(self._anatomy), max(whole_length, fixed_size(entering.get("past_key_values"))))
+        chosen = partial(self._chosen_inside, prefill)
+        passage = passage_of(prefill, self._inside, entering["inputs_embeds"], valid, chosen)
+        return self._inside.enter(passage, entering)
+
+    def _pack_before(self, chooser: Chooser, prefill: Prefill, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """Choose before the first layer and pack: the arguments for the tokens that stay, or None where all do."""
         prompt = prefill.prompt
         if prefill.earlier is None:
@@ -497,43 +438,7 @@ class CallHooks:
         )
         return packed
 
-    def _enter_stack(
-        self,
-        inside: InsideStack,
-        prefill: _Prefill,
-        kwargs: dict[str, Any],
-        valid: torch.Tensor,
-    ) -> dict[str, Any]:
-        """Prepare the stages inside the stack for the tokens that enter it."""
-        from hawk_kernels.hf.inside_stack import Passage
-        from hawk_kernels.hf.layer_cuts import packed_prompt
-
-        whole, packing = prefill.prompt, prefill.packing
-        known = None if prefill.earlier is None else prefill.kept[0 if self._chooser is None else 1 :]
-        # guesses after the prompt are not its own
-        own = nn.functional.pad(valid[:, : whole.length], (0, valid.shape[1] - whole.length))
-        prompt = whole
-        if packing is not None:
-            kept, _ = prefill.kept[0]
-            own = packing.pack(own)
-            if known is None:
-                prompt = packed_prompt(whole, kept.cpu().numpy(), packing.length)
-            else:
-                known = [(packing.pack(kept), counts) for kept, counts in known]
-        passage = Passage(
-            prompt=prompt,
-            valid=own,
-            original=inside.chooser.lengths(whole.candidates()),
-            full_length=whole.ids.shape[1],
-            chosen=partial(self._chosen_inside, prefill),
-            embeds=kwargs["inputs_embeds"],
-            known=known,
-            known_merges=prefill.inner_merges,
-        )
-        check_slots(slot_limit(self._anatomy), max(whole.ids.shape[1], fixed_size(kwargs.get("past_key_values"))))
-        return inside.enter(passage, kwargs)
-
-    def _chosen_inside(self, prefill: _Prefill, chosen: Chosen) -> None:
+    def _chosen_inside(self, prefill: Prefill, chosen: Chosen) -> None:
         """Note what a stage inside the stack has chosen."""
         if chosen.choice.merge is not None and chosen.chooser.method.stage == "encoder":
             raise ValueError(
@@ -548,7 +453,7 @@ class CallHooks:
 
     def _note(
         self,
-        prefill: _Prefill,
+        prefill: Prefill,
         chooser: Chooser,
         choice: Choice,
         present: Prompt,
@@ -581,7 +486,7 @@ class CallHooks:
             self._publish(prefill.outcome)
 
     def _note_nan(self, scores: torch.Tensor, prompt: Prompt, chooser: Chooser) -> None:
-        """Refuse scores that rank nothing; those on a device are judged on leaving, to make no call wait for it.
+        """Refuse scores that rank nothing; scores on a device are judged when the block ends, so that no call waits.
 
         Raises:
             ValueError: all visual tokens of some row are NaN.
@@ -632,7 +537,7 @@ class CallHooks:
         if output is None or not prefill.kept:
             return None
         prompt, packing, cache = prefill.prompt, prefill.packing, output.past_key_values
-        if cache is not None and not prefill.keeps_everything:
+        if cache is not None and not _keeps_everything(prefill):
             guard(cache)
         if cache is None and prefill.earlier is None:
             self._thread.uncached.append(
@@ -666,201 +571,17 @@ class CallHooks:
         prefill = self._thread.prefill
         self._thread.is_inside, self._thread.prefill, self._thread.mask = False, None, None
         self._thread.logits_to_keep = 0
-        if self._thread.generation is not None:
-            self._thread.generation.count_dropped(True)
+        generation = self._thread.generation
+        if generation is not None and generation.history is not None:
+            generation.history.count_dropped(True)
         self.lifetime.end_forward()
         if prefill is not None and output is not None:
             raise compiled_before()
 
 
-class _Sources:
-    """Watches what a method asks for besides the prompt: the vision encoder, the images, RoPE."""
-
-    def __init__(self, anatomy: Anatomy, chooser: Chooser | None, budget: str) -> None:
-        self._anatomy = anatomy
-        self._chooser = chooser
-        method = None if chooser is None else chooser.method
-        self._rotates = method is not None and method.uses_positions
-        if method is not None and self._rotates:
-            check_rotates(anatomy, method.name)
-        self._recorder = None if method is None or not method.reads_encoder() else recorder_for(anatomy, method)
-        if method is not None and method.stage == "encoder":
-            check_projector(anatomy, method.name)
-        self._encoding = EncodingWatch(anatomy.multimodal)
-        self._layers_before, _ = first_attention_layer(anatomy.text)
-        self._uses_grids = method is not None and method.uses_grids
-        wants_images = self._uses_grids or budget != "shared"
-        self._wants_tiles = budget == "per_tile"
-        self._whole_kinds = anatomy.family.encoded_whole if wants_images else ()
-
-    def attach(self) -> list[Handle]:
-        watches = (self._recorder, self._encoding)
-        return [handle for watch in watches if watch is not None for handle in watch.attach()]
-
-    def check_hooks_run(self) -> None:
-        """Refuse a vision encoder with compiled layers, where the method watches them."""
-        if self._recorder is not None and self._chooser is not None:
-            for part in self._recorder.watched:
-                check_parts_run(part, "the vision encoder", self._chooser.method.name)
-
-    def check_gathered(self, projections: LayerProjections) -> None:
-        """Refuse projections whose weights had to be gathered, where layers come before the one that ranks.
-
-        Raises:
-            ValueError: these would run on those ranks alone whose prompts hold images.
-        """
-        if self._layers_before and projections is not self._anatomy.projections:
-            raise ValueError(
-                f"cannot rank visual tokens by sharded weights in a {self._anatomy.family.model_type}, since each rank "
-                "would run the layers before the first one with attention by itself; load the model whole on each "
-                "rank, or use a method that reads no layer, such as 'divprune'"
-            )
-
-    def start(self) -> None:
-        """Forget what earlier calls of the multimodal model encoded."""
-        if self._recorder is not None:
-            self._recorder.start()
-        self._encoding.start()
-
-    def options(self) -> dict[str, object]:
-        if self._chooser is None:
-            return {}
-        ranking: dict[str, object] = {"ranking_layer": self._layers_before + 1} if self._layers_before else {}
-        return ranking if self._recorder is None else {**ranking, **self._recorder.options()}
-
-    def encoded(self, arguments: dict[str, Any]) -> dict[str, Encoded]:
-        """Collect what was encoded for a call of the multimodal model."""
-        return self._encoding.encoded(arguments)
-
-    def with_images(self, prompt: Prompt, encoded: dict[str, Encoded]) -> Prompt:
-        """Divide the prompt into images as the encoder did, and into tiles where these have budgets of their own."""
-        if self._whole_kinds:
-            lengths = {kind: run.lengths for kind, run in encoded.items() if kind in self._whole_kinds}
-            prompt = prompt.with_images(lengths, self._anatomy.kinds)
-        if self._wants_tiles:
-            from hawk_kernels.hf.tiles import with_tiles
-
-            prompt = with_tiles(self._anatomy, prompt, encoded)
-        return prompt
-
-    def context(self, prefill: _Prefill, text_arguments: dict[str, Any]) -> Context:
-        """Collect what the method may want to know before the first layer.
-
-        Args:
-            prefill: the prompt on its way.
-            text_arguments: those of the text model.
-        """
-        attention = frames = rotary = states = None
-        if self._layers_before:
-            from hawk_kernels.hf.attention_input import input_of_first_attention
-
-            states = partial(input_of_first_attention, self._anatomy, text_arguments)
-        if self._recorder is not None:
-            attention = self._attention(self._recorder, prefill)
-        if self._uses_grids:
-            frames = partial(frames_of_prompt, self._anatomy, prefill.prompt, prefill.encoded)
-        if self._rotates:
-            embeds = text_arguments["inputs_embeds"]
-            rotary = rotary_of_first_layer(self._anatomy, embeds, text_arguments.get("position_ids"))
-        return Context(attention=attention, frames=frames, rotary=rotary, states=states)
-
-    def merged_before_projector(
-        self, prefill: _Prefill, kept: torch.Tensor, counts: list[int], merge: Merge, inputs_embeds: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the embeddings with those of kept visual tokens projected from merged rows of the encoder."""
-        recorder = self._recorder
-        assert recorder is not None
-        recorded = self._attention(recorder, prefill)
-        return merged_before_projector(inputs_embeds, prefill.prompt, kept, counts, merge, recorded, recorder.encoder)
-
-    def _attention(self, recorder: VisionRecorder, prefill: _Prefill) -> PromptAttention:
-        return attention_of_prompt(recorder.recordings(prefill.arguments), prefill.prompt, self._anatomy.kinds)
-
-
-@dataclass
-class _Prefill:
-    """A prompt on its way from the multimodal model to the text model and back.
-
-    `is_own` is false for a prompt that is not the one which `generate` was called with. `earlier` is the prompt of
-    which this one is a later step, where there is no cache. At the text model `encoded` is filled in, and what ranks
-    the tokens, `projections`; then `kept`, the tokens that stay after each stage and their number in each row, `merge`,
-    which makes those before the first layer sums, `inner_merges`, which do so at each stage inside the stack, and the
-    `outcome` so far; and where some were dropped or merged before the first layer, how the rest are packed and the
-    position ids of what follows. `logits_to_keep` is how many logits at the end the caller wants, 0 for all.
-    """
-
-    prompt: Prompt
-    valid: torch.Tensor | None
-    features: tuple[Any, ...]
-    arguments: dict[str, Any]
-    is_own: bool
-    earlier: UncachedPrompt | None
-    encoded: dict[str, Encoded] = field(default_factory=dict)
-    projections: LayerProjections | None = None
-    kept: list[Kept] = field(default_factory=list)
-    merge: Merge | None = None
-    inner_merges: list[Merge | None] = field(default_factory=list)
-    outcome: Outcome | None = None
-    packing: Packing | None = None
-    following: torch.Tensor | None = None
-    logits_to_keep: int = 0
-
-    @property
-    def keeps_everything(self) -> bool:
-        """Tell whether the text model reads the prompt as it came."""
-        if any(merge is not None for merge in (self.merge, *self.inner_merges)):
-            return False
-        counts: list[int] = self.prompt.valid.sum(axis=1).tolist()
-        return self.kept[-1][1] == counts
-
-
-@dataclass
-class _Generation:
-    """A call of `generate`.
-
-    Attributes:
-        ids: the prompt that it was called with, `[B, T]`, or None.
-        has_begun: whether it has read a prompt.
-        cache: holds the beginning of `ids`; None where it is of fixed size, or `ids` are the new tokens alone.
-        num_dropped: tokens by which a row of this cache is shorter than what it stands for.
-        seen: tokens of a row that this cache stood for at the start.
-    """
-
-    ids: torch.Tensor | None
-    has_begun: bool = False
-    cache: Any = None
-    num_dropped: int = 0
-    seen: int = 0
-
-    def count_dropped(self, counts: bool) -> None:
-        """Let the cache, outside the model, report its length in the caller's counting."""
-        if self.cache is not None:
-            count_dropped(self.cache, self.num_dropped if counts else 0)
-
-    def count_guesses(self, input_ids: torch.Tensor) -> int:
-        """Count the tokens that assisted decoding reads together with the prompt, after it."""
-        if self.ids is None or input_ids.shape[0] != self.ids.shape[0] or input_ids.shape[1] <= self.ids.shape[1]:
-            return 0
-        length = self.ids.shape[1]
-        return int(input_ids.shape[1]) - length if torch.equal(input_ids[:, :length], self.ids.to(input_ids)) else 0
-
-
-def _no_uncached_prompts() -> deque[UncachedPrompt]:
-    # several generations without a cache may take turns, such as a question and what it is contrasted with
-    return deque(maxlen=16)
-
-
-class _ThreadState(threading.local):
-    # whether the multimodal model was reached by the call of the head
-    is_reached: bool = False
-    # whether the text model was not reached yet by the call of the multimodal model, and the prompt of that call
-    is_inside: bool = False
-    prefill: _Prefill | None = None
-    # the prompt that the text model reads now
-    entered: _Prefill | None = None
-    mask: Any = None
-    logits_to_keep: int = 0
-    generation: _Generation | None = None
-
-    def __init__(self) -> None:
-        self.uncached = _no_uncached_prompts()
+def _keeps_everything(prefill: Prefill) -> bool:
+    """Tell whether the text model reads the prompt as it came."""
+    if any(merge is not None for merge in (prefill.merge, *prefill.inner_merges)):
+        return False
+    counts: list[int] = prefill.prompt.valid.sum(axis=1).tolist()
+    return prefill.kept[-1][1] == counts

@@ -1,4 +1,4 @@
-"""Queries and keys of a decoder layer before RoPE."""
+"""Projects hidden states to the queries and keys of a decoder layer, before RoPE."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ class LayerProjections(ABC):
     Attributes:
         num_heads: query heads `H`.
         affine_queries: whether a query is an affine map of the normalised hidden state, so that averaging commutes.
+        keys_are_equally_long: whether the last thing that happens to a key is a norm without learned weights.
     """
 
     num_heads: int
     affine_queries: bool
+    keys_are_equally_long: bool = False
 
     @abstractmethod
     def device(self, default: torch.device) -> torch.device:
@@ -79,6 +81,8 @@ class SeparateProjections(LayerProjections):
         self._head_dim: int = attention.head_dim
         self.num_heads = attention.config.num_attention_heads
         self.affine_queries = self._query_norm is None
+        # with learned weights, which stretch some directions, lengths still differ
+        self.keys_are_equally_long = self._key_norm is not None and not any(True for _ in self._key_norm.parameters())
         is_plain = self.affine_queries and self._key_norm is None and not self._is_sharded()
         self._rms_norm = recognised_rms_norm(self._norm) if is_plain else None
 
@@ -164,6 +168,19 @@ class LatentProjections(LayerProjections):
         keys = attention.kv_b_proj(attention.kv_a_layernorm(latent)).unflatten(-1, (self.num_heads, -1))
         keys = keys[..., : attention.qk_nope_head_dim]
         return torch.cat([keys, rotary.unsqueeze(-2).expand(*keys.shape[:-1], -1)], dim=-1)
+
+
+def check_key_lengths(projections: LayerProjections, model_type: str, method: str) -> None:
+    """Refuse a layer whose keys are all equally long, for a method that ranks by their lengths.
+
+    Raises:
+        TypeError: the lengths differ by rounding alone.
+    """
+    if projections.keys_are_equally_long:
+        raise TypeError(
+            f"method: expected one that does not rank by the lengths of keys, since a {model_type} normalises its keys "
+            f"to one length, got {method!r}; use 'divprune', or 'dart', which ranks by directions"
+        )
 
 
 def _is_sharded(layer: nn.Module, *modules: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""A prompt on the host: where its visual tokens and its text queries stand, and how it is read from a call."""
+"""Reads a prompt from a call to the host: where its visual tokens and its text queries stand."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Prompt:
         return [[len(unit) for unit in self.units(row)] for row in range(len(self.ids))]
 
     def candidates(self) -> Prompt:
-        """Return the same prompt, in which known separators are no visual tokens."""
+        """Return the same prompt, in which known separators do not count as visual tokens."""
         return self if self.separators is None else self.with_separators(self.separators)
 
 
@@ -195,6 +195,19 @@ def given_ids(arguments: dict[str, Any]) -> torch.Tensor | None:
     """Return the ids of the prompt that `generate` is called with, `[B, T]`; None where it gets none."""
     given = (arguments.get(name) for name in ("inputs", "input_ids"))
     return next((ids for ids in given if isinstance(ids, torch.Tensor) and ids.dim() == 2), None)
+
+
+def count_guesses(given: torch.Tensor | None, input_ids: torch.Tensor) -> int:
+    """Count the tokens that assisted decoding reads together with the prompt, after it.
+
+    Args:
+        given: what `generate` was called with, `[B, T]`.
+        input_ids: what the model reads, `[B, T']`.
+    """
+    if given is None or input_ids.shape[0] != given.shape[0] or input_ids.shape[1] <= given.shape[1]:
+        return 0
+    length = given.shape[1]
+    return int(input_ids.shape[1]) - length if torch.equal(input_ids[:, :length], given.to(input_ids)) else 0
 
 
 def check_one_prefill(model: Any, arguments: dict[str, Any], length: int | None) -> None:

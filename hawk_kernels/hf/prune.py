@@ -15,10 +15,11 @@ from torch import nn
 
 from hawk_kernels.head_weights import resolve_head_weights
 from hawk_kernels.hf.anatomy import Anatomy, dissect
+from hawk_kernels.hf.call_state import Outcome
 from hawk_kernels.hf.choose_tokens import Chooser
 from hawk_kernels.hf.hooks import forget_compiled_call
 from hawk_kernels.hf.packing import check_renumbers
-from hawk_kernels.hf.prefill import CallHooks, Outcome
+from hawk_kernels.hf.prefill import CallHooks
 from hawk_kernels.hf.question import NAMED_QUERIES, ChatQuestion, Query
 from hawk_kernels.hf.stats import PruningStats, PruningTotals, Stage, sample_stats
 from hawk_kernels.methods import Method, resolve_method
@@ -34,7 +35,7 @@ KeepRatio = float | int | Mapping[int, float | int | tuple[str | Method, float |
 
 
 class Default(str):
-    """The default of an argument: equal to its string, yet told apart from the same string when a caller passes it."""
+    """The default of an argument: it equals its string, but can be told from the same string passed by a caller."""
 
     __slots__ = ()
 
@@ -79,7 +80,7 @@ def prune(
             `DistributedDataParallel` or what `torch.compile(model)` returns.
         keep_ratio: float in (0, 1], the fraction of the visual tokens that is kept, at least one; or an int, how many.
             A row with fewer tokens than that keeps them all, as in `score_and_select` with a mask. Or stages
-            `{layer: keep}` or `{layer: (method, keep)}`: after this layer, counted from 1, so much of the original
+            `{layer: keep}` or `{layer: (method, keep)}`: after this layer, counted from 1, that much of the original
             visual tokens is left; layer 0 stands for before the first. Some methods have stages of their own, such as
             "fastv" after layer 2.
         method: name of a method, or a method object; None means "hawk".
@@ -98,7 +99,8 @@ def prune(
             numbered anew, as in a prompt that never had the others, which is what releases for LLaVA do. For tokens
             that leave before the first layer, in families whose position ids do not tell rows and columns.
         recipe: name of a recipe, such as "divprune-release", which sets the method, its options, `budget`, `query` and
-            `positions` as the authors' release does; what you pass beside it counts more. docs/methods.md lists them.
+            `positions` as the authors' release does; what you pass yourself takes precedence. docs/methods.md lists
+            them.
         **options: the method's own, such as `normalize="l2"` and `rounding="floor"` of "hawk".
 
     Returns:
@@ -209,7 +211,7 @@ class Pruning:
 
     @property
     def stats(self) -> PruningStats:
-        """Tell sample by sample how many tokens came and stayed, with which budget, and why any were left alone."""
+        """Report for each sample how many tokens came and stayed, with which budget, and why any were left alone."""
         outcome, stages = self._outcome, tuple(stage.stats() for stage in self._stages)
         if outcome is None:
             return replace(self._no_stats, stages=stages)
@@ -226,7 +228,7 @@ class Pruning:
 
     @property
     def totals(self) -> PruningTotals:
-        """Tell sums over all prompts so far, of all threads and blocks of this object."""
+        """Return sums over all prompts so far, of all threads and blocks of this object."""
         return self._totals
 
     def overlay(self, image: Any, *, row: int = 0, processor: Any = None, title: str | None = None) -> Any:
@@ -244,7 +246,7 @@ class Pruning:
 
         Raises:
             ValueError: nothing was pruned yet, another number of pictures, or one that cannot be the encoded one.
-            TypeError: `image` is no picture.
+            TypeError: `image` is not a picture.
         """
         from hawk_kernels.pictures.pruned import overlay
 
@@ -399,7 +401,7 @@ class Pruning:
             return
         counts = _counts(outcome)
         if earlier is not None and earlier.prompt is outcome.prompt:
-            # a later word on the same prompt takes the place of the earlier one
+            # a later report of the same prompt replaces the earlier one
             counts -= _counts(earlier)
         self._add(*counts.tolist(), 0.0)
 

@@ -1,11 +1,10 @@
-"""Keeps what the calls after a pruned prompt need to know of it, with its cache or without one.
+"""Keeps with a pruned cache what later calls need to know of its prompt.
 
 The caller goes on counting the tokens of the whole prompt: masks and positions have its length. The cache is shorter.
 The record that translates between the two is an attribute of the cache object, so that copies of a cache and several
 caches at once each carry their own. It follows the rows of the cache when the caller reorders, selects or repeats them.
 A cache may carry one record of each kind: what was dropped before the first layer, and what was dropped or hidden
-inside the stack.
-Without a cache every step reads the whole prompt again, and must drop the same tokens.
+inside the stack. `uncached_prompt` serves generations without a cache.
 """
 
 from __future__ import annotations
@@ -17,12 +16,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
-
-from hawk_kernels.hf.prompt import Prompt
-from hawk_kernels.selection import Merge
 
 _ATTRIBUTE = "_hawk_kernels_prompt_"
 STACK_RECORDS = (f"{_ATTRIBUTE}CutPrompt", f"{_ATTRIBUTE}MaskedPrompt")
@@ -30,15 +25,11 @@ STACK_RECORDS = (f"{_ATTRIBUTE}CutPrompt", f"{_ATTRIBUTE}MaskedPrompt")
 _ROW_METHODS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 
 
-# the tokens that stay, bool [B, T], and how many those are in each row
-Kept = tuple[torch.Tensor, list[int]]
-
-
 class RowRecord(Protocol):
     """What is kept with a cache, one row for each row of the cache."""
 
     def take_rows(self, rows: torch.Tensor) -> None:
-        """Become the record of these rows, int64 `[B']`, of which some may repeat."""
+        """Keep these rows of the record, int64 `[B']`; a row may come more than once."""
 
     @property
     def num_rows(self) -> int:
@@ -46,12 +37,12 @@ class RowRecord(Protocol):
 
     @property
     def grows(self) -> bool:
-        """Tell whether the cache grows with each token, so that one of length 0 was reset."""
+        """Tell whether the cache grows with each token, so that a cache of length 0 has been reset."""
 
 
 @dataclass
 class CachedPrompt:
-    """Translates calls that follow a pruned prompt from the caller's counting to the cache's.
+    """Translates calls that follow a pruned prompt from how the caller counts tokens to how the cache does.
 
     Attributes:
         full_length: tokens of a row before pruning, padding included, `T`.
@@ -202,57 +193,6 @@ class CachedPrompt:
         )
 
 
-class UncachedPrompt:
-    """Recognises the next step of a generation without a cache, and drops the tokens that the first step dropped.
-
-    Args:
-        prompt: the prompt on the host.
-        features: its images, held weakly.
-        kept: for each stage the tokens that stayed, bool `[B, T]`, and how many those are in each row.
-        merge: made kept tokens sums of visual tokens, which it does in each step; None means none.
-        inner_merges: the same for each stage inside the stack.
-    """
-
-    def __init__(
-        self,
-        prompt: Prompt,
-        features: tuple[Any, ...],
-        kept: list[Kept],
-        merge: Merge | None = None,
-        inner_merges: list[Merge | None] | None = None,
-    ) -> None:
-        self.merge = merge
-        self.inner_merges = list(inner_merges or [])
-        self._ids = prompt.ids
-        self._features = [weakref.ref(feature) for feature in features]
-        self._kept = list(kept)
-        self._length_now = prompt.ids.shape[1]
-
-    def may_grow_into(self, input_ids: torch.Tensor, features: tuple[Any, ...]) -> bool:
-        """Tell whether shapes and images look like the next step: one token more, about the very same images."""
-        if tuple(input_ids.shape) != (self._ids.shape[0], self._length_now + 1):
-            return False
-        # some models put what they have encoded beside the pixels, to find it there in their next step
-        return bool(features) == bool(self._features) and all(
-            any(held() is feature for feature in features) for held in self._features
-        )
-
-    def grows_into(self, prompt: Prompt) -> bool:
-        """Tell whether `prompt` begins with this one; if so, it becomes the latest step."""
-        grows = np.array_equal(prompt.ids[:, : self._ids.shape[1]], self._ids)
-        self._length_now += int(grows)
-        return grows
-
-    def extended(self, valid: torch.Tensor, host_valid: np.ndarray) -> list[Kept]:
-        """Mark and count what stays after each stage as `kept` does, generated tokens included."""
-        start = self._ids.shape[1]
-        new = host_valid[:, start:].sum(axis=1)
-        return [
-            (torch.cat([kept, valid[:, start:]], dim=1), (np.array(counts) + new).tolist())
-            for kept, counts in self._kept
-        ]
-
-
 _CONTINUE = (
     "Only generate over a cache that grows can take the full history again: pass only the new tokens as input_ids, "
     "with an attention_mask over the whole conversation before pruning, or start with a new cache"
@@ -346,6 +286,8 @@ class _Guarded:
     before. Copies have the same class, and so the same guard.
     """
 
+    # mypy does not know that the class of a cache follows this one, where `super()` finds the methods
+
     def update(self, *args: Any, **kwargs: Any) -> Any:
         state = vars(self)
         if not state[_IS_SERVED]:
@@ -381,7 +323,7 @@ def check_served(cache: Any, attributes: tuple[str, ...]) -> None:
         attributes: where such records would be kept.
 
     Raises:
-        ValueError: there is one.
+        ValueError: the cache has such a record.
     """
     for name in attributes:
         if getattr(cache, name, None) is not None:
@@ -409,7 +351,7 @@ def unguard(cache: Any) -> None:
 
 
 def serve(cache: Any, is_served: bool) -> None:
-    """Tell a guarded cache whether the call that is under way is one of `prune`."""
+    """Tell a guarded cache whether the hooks of `prune` serve the call that is under way."""
     if isinstance(cache, _Guarded):
         setattr(cache, _IS_SERVED, is_served)
 
@@ -431,7 +373,7 @@ def _new_guarded(plain: Any) -> Any:
 
 
 class _FollowedRows:
-    """Stands for a method of one cache that changes its rows, and changes the rows of the cache's record alike.
+    """Replaces a method that changes the rows of one cache by one that changes the rows of its record as well.
 
     It refers to the cache weakly, so that a cache is freed as soon as nobody else uses it.
     """
@@ -515,7 +457,7 @@ def check_slots(limit: int | None, length: int) -> None:
         length: tokens that the rows have, padding included, counted before pruning.
 
     Raises:
-        ValueError: there are more.
+        ValueError: the rows have more tokens.
     """
     if limit is not None and length > limit:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Statistics of what pruning did to a prompt, for people and for logs."""
+"""Describes what pruning did to a prompt, for people and for logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tells whether embeddings that come without token ids are those of text alone."""
+"""Lets embeddings that come without token ids through if they are those of text alone."""
 
 from __future__ import annotations
 
@@ -7,19 +7,34 @@ from typing import Any
 import torch
 
 from hawk_kernels.hf.anatomy import Anatomy
-from hawk_kernels.hf.hooks import outside_graphs
+from hawk_kernels.hf.hooks import outside_graphs, visual_features
 
 _ROWS_AT_ONCE = 2048
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def check_text(anatomy: Anatomy, arguments: dict[str, Any]) -> None:
+    """Refuse a call of the multimodal model by embeddings that may be those of visual tokens.
+
+    Raises:
+        ValueError: images came too, or an embedding is not that of a text token.
+    """
+    embeds = arguments["inputs_embeds"]
+    if visual_features(arguments, anatomy.family.features) or not are_text(anatomy, embeds):
+        raise ValueError(
+            "input_ids: expected the token ids of the prompt, got inputs_embeds only, which do not tell which "
+            "tokens are visual; pass input_ids and pixel_values, or leave the prune block. Only embeddings of text "
+            "that are exactly those of model.get_input_embeddings() need no ids"
+        )
+
+
 @outside_graphs
 @torch.no_grad()
 def are_text(anatomy: Anatomy, inputs_embeds: torch.Tensor) -> bool:
-    """Tell whether each embedding equals that of some token which is not visual, bit for bit, as no image feature does.
+    """Tell whether each embedding equals that of some text token bit for bit, which no image feature does.
 
-    This waits for the device. Whatever cannot be traced to a token counts as no text: soft prompts, for example, and
-    embeddings in a dtype other than the model's own.
+    This waits for the device. Embeddings that cannot be traced to a token do not count as text: soft prompts, for
+    example, or embeddings in another dtype than the model's.
 
     Args:
         anatomy: the model's parts.

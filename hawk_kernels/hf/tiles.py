@@ -17,8 +17,8 @@ import torch
 
 from hawk_kernels.hf.anatomy import Anatomy
 from hawk_kernels.hf.families import FAMILIES
-from hawk_kernels.hf.images import Encoded
 from hawk_kernels.hf.prompt import Prompt
+from hawk_kernels.hf.sources import Encoded
 
 Layout = tuple[np.ndarray, np.ndarray]
 """The visual tokens of a picture: int64 `[tokens]`, the number of each one's tile, and bool `[tokens]`, True at

@@ -1,12 +1,13 @@
 """Compile ahead every kernel that a pruned model can need, so that no prompt waits for a compiler.
 
-The stages of a pruned call that launch kernels are `encoders`, `choose_tokens` and `packing`. They are run on tensors
-without data, for prompts of every class of lengths, by the code that runs in the call itself.
+The stages of a pruned call that launch kernels are `encoders`, `encoder_stage`, `choose_tokens` and `packing`. The code
+of the call itself runs them here on tensors without data, for prompts of every class of lengths.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import product
@@ -29,8 +30,10 @@ from hawk_kernels.compile_ahead import (
 )
 from hawk_kernels.hf.anatomy import Anatomy, dissect, first_attention_layer
 from hawk_kernels.hf.choose_tokens import Chooser, Context
+from hawk_kernels.hf.encoders import VisionEncoder
 from hawk_kernels.hf.encoders.recorder import PromptAttention, recorder_for
 from hawk_kernels.hf.encoders.tiles import TileEncoder
+from hawk_kernels.hf.families import VISUAL_FEATURES
 from hawk_kernels.hf.packing import Packing
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.prune import DEFAULT_METHOD, KeepRatio, prune, stages_of
@@ -38,6 +41,8 @@ from hawk_kernels.hf.rotary import rotary_of_first_layer, rotary_of_layer
 from hawk_kernels.hf.weightless import WeightlessProjections, give_layer_weights, without_weights
 from hawk_kernels.methods import Method
 from hawk_kernels.ops.attention_column_mean import attention_column_mean
+from hawk_kernels.ops.compact import compact
+from hawk_kernels.selection import Merge
 
 if TYPE_CHECKING:
     from hawk_kernels.backends.kernels.caught import Launch
@@ -48,6 +53,9 @@ _TEXT_LENGTHS = (1, 40)
 # selects from.
 _EDGES = (1, 2, 16, 17, 2048, 2049)
 _FEW_ROWS = 3
+# Sides of the squares of patches that become one visual token. Rows of 512 channels or more are all compiled alike, so
+# these differ only in encoders narrower than any that is published.
+_SQUARES = (1, 2, 3, 4)
 # Tokens that a vision encoder sees at once; what is compiled for it changes at 16 rows alone.
 _ENCODER_LENGTHS = (4, 16, 20, 64, 576, 4096)
 
@@ -83,8 +91,7 @@ def warm_up(
     Args:
         model: as for `prune`.
         keep_ratio: as for `prune`. What is compiled is the same for every ratio and budget.
-        method: name of a method, or a method object. One of your own is
-            followed on tensors without data.
+        method: name of a method, or a method object. A method of your own is followed on tensors without data.
         max_tokens: the most tokens in a row of a batch.
         max_batch: the most rows.
         progress: whether a bar shows how far it is.
@@ -130,7 +137,7 @@ def launches_of_prune(
         anatomy: the model's parts.
         choosers: what chooses after each layer, counted from 1; 0 stands for before the first.
         architecture: as tables are named.
-        multiprocessors: of the device; None takes what the table says.
+        multiprocessors: how many the device has; None takes what the table says.
         reach: the most tokens in a row, and the most rows.
     """
     notes: list[str] = []
@@ -196,20 +203,16 @@ class WeightlessModel:
         self._projections = WeightlessProjections(real, anatomy.family.projections(self._layer))
         self._merges_in_encoder = chooser.method.stage == "encoder"
         self._is_inside, self._has_layers_before = stage > 0, before > 0
+        self._has_more_features = any(name in inspect.signature(text.forward).parameters for name in VISUAL_FEATURES)
         self._needs_rotary = chooser.method.uses_positions
         self._anatomy = replace(anatomy, text=_with_weightless_rotary(text))
         self._encoders = anatomy
         self._hidden_size: int = text.config.hidden_size
         self._dtype = dtype_of_embeddings(anatomy)
         self.notes: list[str] = []
-        if self._merges_in_encoder:
-            self.notes.append(
-                f"method {chooser.method.name!r} merges rows of the vision encoder, whose kernel is compiled at its "
-                "first call"
-            )
 
     def classes_of(self, architecture: str) -> Callable[[int, int], object]:
-        """Return a function that tells the launch configurations of so many rows of a length."""
+        """Return a function from a number of rows and their length to launch configurations."""
         from hawk_kernels.backends.kernels import configs
 
         kind = configs.dtype_class(self._dtype)
@@ -241,36 +244,39 @@ class WeightlessModel:
                 context = self._context(prompt, states, given)
                 choice = self._chooser.choose(states, prompt, self._projections, context, original)
                 kept, counts, merge = choice.kept, choice.counts, choice.merge
-        except Exception as error:
-            # whatever a method of the caller's raises on tensors without data
+        except Exception as error:  # whatever a method of the caller's raises on tensors without data
             self._note_unfollowed(f"method {self._chooser.method.name!r}", error)
         # layers of a stage inside the stack get their position ids cut by other means
         for given in (None,) if self._is_inside else (positions, None):
-            Packing(states, kept, counts, given, merge=merge, embeds_are_merged=self._merges_in_encoder)
+            packing = Packing(states, kept, counts, given, merge=merge, embeds_are_merged=self._merges_in_encoder)
+            if merge is not None and self._has_more_features:
+                packing.merged(states)
 
     def encode(self, max_tokens: int) -> None:
-        """Measure attention in the vision encoder, where the method reads it."""
+        """Measure attention in the vision encoder, and merge before its projector, where the method does so."""
         method = self._chooser.method
         measures = [
             *(["received"] if method.uses_encoder_attention else []),
             *(["from_cls"] if method.uses_cls_attention or method.uses_local_attention else []),
         ]
-        if not measures:
+        if not measures and not self._merges_in_encoder:
             return
         make: Any = self._encoders.family.encoder
         encoder = make(self._encoders.multimodal)
         dtype = next(p.dtype for p in encoder.tower.parameters() if p.dtype.is_floating_point)
         # float64 models are measured in float32
-        dtype = torch.float32 if dtype == torch.float64 else dtype
-        for layer in sorted(set(recorder_for(self._encoders, method).layers)):
+        measured = torch.float32 if dtype == torch.float64 else dtype
+        if self._merges_in_encoder:
+            _merge_rows(encoder, dtype)
+        for layer in sorted(set(recorder_for(self._encoders, method).layers)) if measures else ():
             bare = copy.copy(encoder)
             bare.attentions = list(encoder.attentions)
             bare.attentions[layer - 1] = without_weights(encoder.attentions[layer - 1])
             for length in (each for each in _ENCODER_LENGTHS if each <= max(4, max_tokens)):
                 for tiles, measure in product((1, 3), measures):
                     try:
-                        _encode(bare, getattr(bare, measure), layer, tiles, length, dtype)
-                    except Exception as error:
+                        _encode(bare, getattr(bare, measure), layer, tiles, length, measured)
+                    except Exception as error:  # whatever an encoder raises on tensors without data
                         self._note_unfollowed("the vision encoder", error)
 
     def _states(self, batch: int, length: int) -> torch.Tensor:
@@ -283,7 +289,9 @@ class WeightlessModel:
 
     @property
     def _reads_axes(self) -> bool:
-        return getattr(getattr(self._anatomy.text, "rotary_emb", None), "mrope_section", None) is not None
+        # text models without positions have no rotary embedding, and those of one axis no sections
+        rotary = getattr(self._anatomy.text, "rotary_emb", None)
+        return getattr(rotary, "mrope_section", None) is not None
 
     def _context(self, prompt: Prompt, states: torch.Tensor, positions: torch.Tensor | None) -> Context:
         """Make what the method may ask besides the states that enter the scoring layer."""
@@ -363,7 +371,7 @@ def _devices(anatomy: Anatomy) -> list[torch.device]:
     """Return the devices on which kernels may be launched: of the embeddings, the scoring layer, the vision encoder."""
     model: Any = anatomy.multimodal
     _, layer = first_attention_layer(anatomy.text)
-    tower = getattr(model, "visual", None) or getattr(model, "vision_tower", None) or model
+    tower = next((getattr(model, name) for name in ("visual", "vision_tower") if hasattr(model, name)), model)
     found = [
         weight.device
         for module in (model.get_input_embeddings(), layer, tower)
@@ -389,7 +397,7 @@ def _with_weightless_rotary(text: Any) -> Any:
 def _encode(
     encoder: Any, measure: Callable[..., object], layer: int, tiles: int, length: int, dtype: torch.dtype
 ) -> None:
-    """Measure the attention of an encoder's layer in images of so many patches each, by a method of the encoder."""
+    """Measure the attention of an encoder's layer in `tiles` images of `length` patches, by a method of the encoder."""
     attention = encoder.attentions[layer - 1]
     total = tiles * length
     widths = [getattr(attention, group[-1]).weight.shape[0] for group in encoder.projections]
@@ -409,6 +417,18 @@ def _encode(
         "cu_seqlens": torch.empty(tiles + 1, dtype=torch.int32, device="meta"),
     }
     measure(layer, [torch.empty(total, widths[0], dtype=dtype, device="meta")], arguments)
+
+
+def _merge_rows(encoder: VisionEncoder, dtype: torch.dtype) -> None:
+    """Merge rows that enter the projector of an encoder, of every width that its visual tokens may have."""
+    attention = encoder.attentions[0]
+    channels = next(module for module in attention.modules() if isinstance(module, nn.Linear)).in_features
+    places = torch.empty(1, 8, dtype=torch.int64, device="meta")
+    merge = Merge(places, places, torch.empty(1, 8, device="meta"))
+    mask = torch.empty(1, 64, dtype=torch.bool, device="meta")
+    for side in _SQUARES:
+        rows = torch.empty(1, 64, channels * side**2, dtype=dtype, device="meta")
+        compact(rows, mask, length=16, merge=merge)
 
 
 def model_of_config(config: Any, dtype: torch.dtype) -> Any:

@@ -47,6 +47,7 @@ class Method(ABC):
             projector is not linear. Without a map a kept token has the same embedding either way.
         uses_grids: whether it calls `PrefillView.frames`.
         uses_positions: whether it asks for queries and keys after RoPE.
+        uses_key_lengths: whether it ranks by the L2 norms of keys, which some models make equal.
         inside_only: whether it reads the attention of a layer, and so can only choose inside the stack.
         reads_layer: whether it asks for queries or keys, so that the layer that ranks must have attention.
         mode: "drop" or "hide", what happens to the tokens that a stage inside the stack does not keep: they leave the
@@ -74,6 +75,7 @@ class Method(ABC):
     stage: str = "decoder"
     uses_grids: bool = False
     uses_positions: bool = False
+    uses_key_lengths: bool = False
     inside_only: bool = False
     reads_layer: bool = True
     mode: str = "drop"

@@ -20,6 +20,10 @@ class KeyNorm(Method):
     for KV Cache Compression", arXiv 2406.11430, observe the opposite in the caches of language models, where tokens
     with short keys get most of the attention, and keep those; `keep="shortest"` is their order.
 
+    Some models normalise each key. Without learned weights (Llama 4, Muse Glimmer) all keys are then equally long, and
+    `prune` refuses this method. With learned weights (Qwen3, Gemma 3 and others) lengths still differ, but only by how
+    much of a key lies along the directions that the weights stretch, which is not what the papers study.
+
     Args:
         keep: "longest" or "shortest".
         rounding: "floor", "ceil" or "nearest" (half to even).
@@ -32,6 +36,7 @@ class KeyNorm(Method):
     summary = "Keeps the tokens with the longest keys, whatever the question."
     paper = "2406.11430"
     signal = "keys of the image in the first layer"
+    uses_key_lengths = True
 
     def __init__(self, keep: str = "longest", rounding: str = "floor") -> None:
         if keep not in KEEPS:

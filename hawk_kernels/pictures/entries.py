@@ -1,4 +1,4 @@
-"""What the vision encoder returned for a row of a batch, entry by entry, and which placeholders stand for it."""
+"""Lists what the vision encoder returned for a row of a batch, entry by entry, with the placeholders of each."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from hawk_kernels.hf.images import Encoded
 from hawk_kernels.hf.prompt import Prompt
+from hawk_kernels.hf.sources import Encoded
 
 
 @dataclass(frozen=True)

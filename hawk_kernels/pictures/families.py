@@ -1,4 +1,4 @@
-"""How the visual tokens of each family lie on the caller's pictures, as data."""
+"""Records as data how the visual tokens of each family lie on the caller's pictures."""
 
 from __future__ import annotations
 

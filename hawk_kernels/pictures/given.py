@@ -1,4 +1,4 @@
-"""The pictures and videos that a caller passes, as Pillow images."""
+"""Reads the pictures and videos that a caller passes, as Pillow images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the entries of one image or video to sheets: where each of its visual tokens stands on the picture."""
+"""Turns the entries of one image or video into sheets, which say where each visual token stands on the picture."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def told_grid(image: Pictured) -> list[Sheet]:
 
 
 def padded_grid(image: Pictured) -> list[Sheet]:
-    """Lay out Kimi's tokens: a picture that is no multiple of a token keeps its scale and is padded right and below."""
+    """Lay out Kimi's tokens: a picture that whole tokens do not fill keeps its scale and is padded right and below."""
     sheets = told_grid(image)
     if image.size is None:
         return sheets

@@ -1,4 +1,4 @@
-"""The picture of a pruned prompt: dropped tokens dimmed, kept ones outlined, scores as heat."""
+"""Draws a pruned prompt: dropped tokens dimmed, kept ones outlined, scores as heat."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def sheet_picture(frame: Image.Image | None, sheet: Sheet, smallest: int, larges
 
 
 def _cells_of(size: tuple[int, int], grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of the cell of each line and of each column of pixels, as `viz.cell_boxes` divides them."""
+    """Find the cell row of each line of pixels and the cell column of each column, as `viz.cell_boxes` divides them."""
 
     def cells(length: int, count: int) -> np.ndarray:
         edges = [round(number * length / count) for number in range(1, count)]
@@ -173,7 +173,7 @@ def _summary(image: Regions, values: RowValues) -> str:
 
 
 def _draw_image(page: _Page, image: Regions, values: RowValues) -> None:
-    """Draw the panels of an image side by side, of a wide one below each other; of a video line by line."""
+    """Draw the panels of an image side by side, or below each other if it is wide; draw a video line by line."""
     is_strip = len({sheet.frame for sheet in image.sheets}) > 1
     for start in range(0, len(image.sheets), _FRAMES_IN_A_LINE if is_strip else 1):
         sheets = image.sheets[start : start + (_FRAMES_IN_A_LINE if is_strip else 1)]

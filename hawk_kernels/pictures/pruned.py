@@ -1,17 +1,18 @@
-"""A prompt as `prune` left it, for whoever draws it."""
+"""Holds a prompt as `prune` left it, for drawing."""
 
 from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from hawk_kernels.hf.anatomy import Anatomy
-from hawk_kernels.hf.images import Encoded
 from hawk_kernels.hf.prompt import Prompt
+from hawk_kernels.hf.sources import Encoded
 from hawk_kernels.hf.stats import PruningStats
 from hawk_kernels.methods import Method
 from hawk_kernels.pictures.given import pictures_of
@@ -107,7 +108,7 @@ def read(pruned: PrunedPrompt | None) -> PrunedPrompt:
         ImportError: Pillow is missing.
     """
     try:
-        import PIL  # noqa: F401
+        import_module("PIL")
     except ImportError as error:
         raise ImportError("drawing a prompt needs pillow, which is not installed: pip install pillow") from error
     if pruned is None:

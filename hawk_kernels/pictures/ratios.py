@@ -1,4 +1,4 @@
-"""What other keep ratios would have kept, where that follows from the scores of the prompt that was read."""
+"""Tells what other keep ratios would have kept, where the scores of the prompt that was read tell it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which part of which picture each visual token of a row stands for."""
+"""Finds which part of which picture each visual token of a row stands for."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from hawk_kernels.hf.anatomy import Anatomy
-from hawk_kernels.hf.images import Encoded
 from hawk_kernels.hf.prompt import Prompt
+from hawk_kernels.hf.sources import Encoded
 from hawk_kernels.pictures.entries import Entry, entries_of_row, split_at_text
 from hawk_kernels.pictures.families import GEOMETRIES, Geometry
 from hawk_kernels.pictures.given import Given
@@ -187,8 +187,9 @@ def _as_frame(sheet: Sheet, number: int, count: int) -> Sheet:
 
 
 def frame_index(sheet: Sheet, frames: int) -> int:
-    """Which of the caller's `frames` frames a sheet shows: the first of each pair that is encoded as one, or one of
-    as many evenly spaced frames as were encoded.
+    """Tell which of the caller's `frames` frames a sheet shows.
+
+    It is the first of each pair that is encoded as one, or one of as many evenly spaced frames as were encoded.
 
     Raises:
         WrongPictureError: fewer frames than were encoded.

@@ -112,7 +112,7 @@ def _replace(target: Path, page: str) -> None:
         os.umask(mask)
         os.chmod(beside, 0o666 & ~mask)
         os.replace(beside, target)
-    except BaseException:
+    except BaseException:  # Ctrl-C leaves no half-written file behind either
         Path(beside).unlink(missing_ok=True)
         raise
 

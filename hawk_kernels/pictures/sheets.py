@@ -1,4 +1,4 @@
-"""A sheet: a rectangle of a picture under a grid of visual tokens, and how processors cut such rectangles."""
+"""Describes sheets, rectangles of a picture under a grid of visual tokens, and how processors cut such rectangles."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def covering(size: Size, count: int, tile: int) -> Arrangement:
     """Choose Ovis 2's tiles, which show the largest part of the picture without reducing it.
 
     Its processor in transformers takes the rows of the arrangement that it has found for columns, and the columns for
-    rows; so does this.
+    rows; this function does the same.
     """
     width, height = size
 

@@ -17,7 +17,8 @@ _NUMBER = re.compile(
 )
 _CURRENCY = "$€£¥"
 
-# around an answer: quotation marks, brackets, ends of sentences; but "-5" and ".5" are not "5", nor is "C#" "C++"
+# around an answer: quotation marks, brackets, ends of sentences (of other scripts, too, whose characters ruff takes for
+# slips, RUF001); but "-5" and ".5" are not "5", nor is "C#" "C++"
 _QUOTES = "\"'`“”‘’«»„"  # noqa: RUF001
 _PUNCTUATION = string.punctuation + _QUOTES + "。、，！？"  # noqa: RUF001
 _BEFORE = re.compile(rf"\A(?:(?![-+]?\.?\d)[\s{re.escape(_PUNCTUATION)}])+")

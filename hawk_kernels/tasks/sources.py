@@ -85,7 +85,7 @@ def _called(name: str, remedy: str) -> list[Task]:
         raise ValueError(f"data: could not get {name}: {type(error).__name__}: {error}; {_WHERE}") from error
     try:
         made = function() if callable(function) and not _is_task(function) else function
-    except Exception as error:
+    except Exception as error:  # whatever a function of the caller's does
         raise ValueError(f"data: {name} failed: {type(error).__name__}: {error}; {_WHERE}") from error
     tasks = list(made) if isinstance(made, (list, tuple)) else [made]
     for task in tasks:

@@ -124,7 +124,7 @@ def naming(place: str, trouble: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a model or a task raises, perhaps after hours
         kind = ValueError if isinstance(error, ValueError) else RuntimeError
         reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise kind(f"{place}: {trouble}: {reason}") from error

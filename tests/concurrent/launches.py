@@ -49,7 +49,7 @@ class Kernels:
 
     def __init__(self) -> None:
         kernels = "attention_column_mean compact greedy score_and_select score_hidden score_peaks select_topk"
-        names = [*kernels.split(), "configs", "finish", "launch"]
+        names = [*kernels.split(), "configs", "finish", "launch", "prepared"]
         self.modules: dict[str, ModuleType] = {name: import_module(f"{PACKAGE}.{name}") for name in names}
 
     def __getattr__(self, name: str) -> ModuleType:
@@ -86,10 +86,10 @@ class Kernels:
         replaced: list[tuple[Any, dict[str, Any]]] = [
             (torch, {"empty": poisoned}),
             (self.finish, {"MAX_ROW_IN_REGISTERS": longest, "SELECT_BLOCK": block}),
-            (self.select_topk, memory),
-            (self.score_and_select, {**memory, "HEADS_PER_PROGRAM": 2, "score_config": lambda *shape: score}),
-            (self.score_hidden, {**memory, **rows_and_heads, "hidden_config": lambda *shape: hidden}),
-            (self.score_peaks, {**memory, "_SUM_BLOCK": 32}),
+            (self.prepared, memory),
+            (self.score_and_select, {"HEADS_PER_PROGRAM": 2, "score_config": lambda *shape: score}),
+            (self.score_hidden, {**rows_and_heads, "hidden_config": lambda *shape: hidden}),
+            (self.score_peaks, {"_SUM_BLOCK": 32}),
             (self.compact, {"_BLOCK_BYTES": 64, "_BLOCK_RANKS": 16, "_BLOCK_TOKENS": 32}),
         ]
         with ExitStack() as stack:

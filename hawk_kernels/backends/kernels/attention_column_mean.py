@@ -1,9 +1,9 @@
-"""Column statistics of attention in two passes over the keys and a sum over the heads.
+"""Computes column statistics of attention in two passes over the keys and a sum over the heads.
 
-The first pass leaves the maximum and the sum of exponentials of each row, for each of several ranges of keys, so that
-a few queries still fill the device. The second goes through the rows of each tile of keys, makes the attention of
-the two again and adds up its columns, for each of several ranges of rows. Nothing is added by atomics: the same shape
-always adds in the same order.
+The first pass writes the maximum and the sum of exponentials of each row, for each of several ranges of keys, so that
+even a few queries fill the device. The second pass goes through the rows for each tile of keys, computes their
+attention again and adds up its columns, for each of several ranges of rows. There are no atomic additions, so the same
+shape always adds in the same order.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def _finish(
 
 
 class PreparedCall:
-    """A call of one signature, which can be made again with other tensors of it."""
+    """A call of one signature, which can be repeated with other tensors of that signature."""
 
     def __init__(
         self,

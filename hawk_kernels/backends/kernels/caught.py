@@ -24,10 +24,10 @@ _lock = threading.RLock()
 
 
 class Pointer:
-    """Stands for a tensor among the arguments of a launch; it has all that Triton specialises a kernel for.
+    """Stands for a tensor among the arguments of a launch; it has everything that Triton specialises a kernel for.
 
     Args:
-        tensor: any tensor; of a meta tensor the address is its offset in its storage.
+        tensor: any tensor; the address of a meta tensor is its offset in its storage.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -67,7 +67,7 @@ def catch_launches(architecture: str, multiprocessors: int | None = None) -> Ite
 
     Args:
         architecture: as tables are named, for example "sm_90".
-        multiprocessors: those of the GPU; None takes those of the GPU that the table was made for.
+        multiprocessors: how many the GPU has; None takes the number of the GPU that the table was made for.
 
     Returns:
         A list that grows with each launch.

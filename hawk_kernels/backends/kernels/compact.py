@@ -2,7 +2,7 @@
 
 Packed rows are aligned at their ends, so the token of a slot is found by counting kept tokens from the end of the row
 down to the slot: no program needs the count of the whole row, none waits for another, and those near the end stop
-early. The mask is a byte a token, so counting it again in each program is cheap beside the rows that are copied.
+early. The mask has one byte for each token, so counting it again in each program is cheap beside copying the rows.
 
 A merge map is sorted by target, so a program finds the entries of its own slots by bisection, and sums their rows. No
 two programs add to the same slot, so that no atomic is needed and the order of summation never changes.
@@ -18,16 +18,16 @@ import triton.language as tl
 
 from hawk_kernels.backends.kernels.launch import PreparedLaunch, launch, on_device
 
-# Slots whose rows a program copies at once, and bytes of each, which make 16 KiB in flight.
+# A program copies the rows of this many slots at once, and this many bytes of each row: 16 KiB are in flight.
 BLOCK_SLOTS = 16
 _BLOCK_BYTES = 1024
-# Tokens that are numbered at once, and that are counted at once on the way there.
+# A program numbers this many tokens at once, and counts this many at once on the way to them.
 _BLOCK_RANKS = 1024
 _BLOCK_TOKENS = 4096
 _NUM_WARPS = 8
-# Entries of a merge map whose rows a program sums at once.
+# A program sums the rows of this many entries of a merge map at once.
 _BLOCK_ENTRIES = 16
-# About eight for each multiprocessor of H100, so that some count while others copy.
+# About eight programs for each multiprocessor of an H100, so that some count while others copy.
 _PROGRAMS = 1056
 # Bytes that a program moves for each byte of mask that it may have to count.
 _MOVED_PER_COUNTED = 4
@@ -76,9 +76,9 @@ def _write_sources(
     keep_ptr, source_ptr, first, end, num_tokens, length, keep_stride_t,
     BLOCK_TOKENS: tl.constexpr, BLOCK_RANKS: tl.constexpr,
 ):  # fmt: skip
-    """Write the tokens of the slots from `first` up to `end`; returns the first slot that is no padding.
+    """Write the tokens of the slots from `first` up to `end`, and return the first slot that is not padding.
 
-    That is exact where it lies among these slots, and at most `first` otherwise. The pointers are the row's.
+    The returned slot is exact if it lies among these slots, and at most `first` otherwise. The pointers are the row's.
     """
     counted = first * 0
     start = (tl.cdiv(num_tokens, BLOCK_TOKENS) - 1) * BLOCK_TOKENS
@@ -96,25 +96,66 @@ def _write_sources(
 
 
 @triton.jit
-def _write_slots(
-    positions_ptr, packed_positions_ptr, attention_mask_ptr, source_ptr, source, slots, first_token, end,
+def _part_of_program(length, hidden_size, slots_per_program, columns_per_program):
+    """Return the row of this program (int64), its first slot and the one after its last, and likewise its columns."""
+    num_tiles = tl.cdiv(length, slots_per_program)
+    row = (tl.program_id(0) // num_tiles).to(tl.int64)
+    first = (tl.program_id(0) % num_tiles) * slots_per_program
+    first_column = tl.program_id(1) * columns_per_program
+    end = tl.minimum(first + slots_per_program, length)
+    return row, first, end, first_column, tl.minimum(first_column + columns_per_program, hidden_size)
+
+
+@triton.jit
+def _find_tokens(
+    keep_ptr, source_ptr, row, first, end, num_tokens, length, keep_stride_b, keep_stride_t,
+    KEEP_IS_ALIGNED: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_RANKS: tl.constexpr,
+):  # fmt: skip
+    """Call `_write_sources` for one row of the mask, and make what it wrote visible to all threads of the program.
+
+    Programs that copy other columns of the same slots write the same tokens to the same places.
+    """
+    if KEEP_IS_ALIGNED:
+        keep_ptr = tl.multiple_of(keep_ptr + row * tl.multiple_of(keep_stride_b, 16), 16)
+        keep_step: tl.constexpr = 1
+    else:
+        keep_ptr += row * keep_stride_b
+        keep_step = keep_stride_t
+    first_token = _write_sources(
+        keep_ptr, source_ptr, first, end, num_tokens, length, keep_step,
+        BLOCK_TOKENS, BLOCK_RANKS,
+    )  # fmt: skip
+    # What some threads wrote, others read.
+    tl.debug_barrier()
+    return first_token
+
+
+@triton.jit
+def _take_slots(
+    positions_ptr, packed_positions_ptr, attention_mask_ptr, source_ptr, start, first_token, end, writes,
     positions_stride_a, positions_stride_t, packed_positions_stride_a, num_axes,
     HAS_POSITIONS: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Write what slots hold besides embeddings; the pointers are the row's."""
+    """Return a block of slots from `start` on, whether each is below `end`, whether it holds a token, and which token.
+
+    If `writes`, this program also writes what the slots hold besides embeddings. The pointers are the row's.
+    """
+    slots = start + tl.arange(0, BLOCK_SLOTS)
     inside = slots < end
     is_token = inside & (slots >= first_token)
-    zero = tl.zeros([BLOCK_SLOTS], tl.int64)
-    tl.store(source_ptr + slots, zero, mask=inside & (slots < first_token))
-    tl.store(attention_mask_ptr + slots, is_token.to(tl.int64), mask=inside)
-    if HAS_POSITIONS:
-        for _ in range(num_axes):
-            position = tl.load(positions_ptr + source * positions_stride_t, mask=is_token, other=0)
-            tl.store(packed_positions_ptr + slots, position, mask=inside)
-            positions_ptr += positions_stride_a
-            packed_positions_ptr += packed_positions_stride_a
-    else:
-        tl.store(packed_positions_ptr + slots, source, mask=inside)
+    source = tl.load(source_ptr + slots, mask=is_token, other=0, cache_modifier=".cg")
+    if writes:
+        tl.store(source_ptr + slots, tl.zeros([BLOCK_SLOTS], tl.int64), mask=inside & (slots < first_token))
+        tl.store(attention_mask_ptr + slots, is_token.to(tl.int64), mask=inside)
+        if HAS_POSITIONS:
+            for _ in range(num_axes):
+                position = tl.load(positions_ptr + source * positions_stride_t, mask=is_token, other=0)
+                tl.store(packed_positions_ptr + slots, position, mask=inside)
+                positions_ptr += positions_stride_a
+                packed_positions_ptr += packed_positions_stride_a
+        else:
+            tl.store(packed_positions_ptr + slots, source, mask=inside)
+    return slots, inside, is_token, source
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -127,42 +168,24 @@ def _compact_kernel(
     HAS_POSITIONS: tl.constexpr, KEEP_IS_ALIGNED: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_RANKS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    num_tiles = tl.cdiv(length, slots_per_program)
-    row = (tl.program_id(0) // num_tiles).to(tl.int64)
-    first = (tl.program_id(0) % num_tiles) * slots_per_program
-    end = tl.minimum(first + slots_per_program, length)
-    first_column = tl.program_id(1) * columns_per_program
-    end_column = tl.minimum(first_column + columns_per_program, hidden_size)
-
-    if KEEP_IS_ALIGNED:
-        keep_ptr = tl.multiple_of(keep_ptr + row * tl.multiple_of(keep_stride_b, 16), 16)
-        keep_step: tl.constexpr = 1
-    else:
-        keep_ptr += row * keep_stride_b
-        keep_step = keep_stride_t
-    # Programs with other columns of these slots write the same tokens here.
+    row, first, end, first_column, end_column = _part_of_program(
+        length, hidden_size, slots_per_program, columns_per_program
+    )
     source_ptr += row * length
-    first_token = _write_sources(
-        keep_ptr, source_ptr, first, end, num_tokens, length, keep_step,
-        BLOCK_TOKENS, BLOCK_RANKS,
+    first_token = _find_tokens(
+        keep_ptr, source_ptr, row, first, end, num_tokens, length, keep_stride_b, keep_stride_t,
+        KEEP_IS_ALIGNED, BLOCK_TOKENS, BLOCK_RANKS,
     )  # fmt: skip
-    # What some threads wrote, others read.
-    tl.debug_barrier()
 
     embeds_ptr += row * embeds_stride_b
     # An allocation of its own, so it is aligned. AMD's backend would compile it anew where it is larger than 2 GiB.
     packed_ptr = tl.multiple_of(packed_ptr + row * length * packed_stride_t, 16)
     for start in range(first, end, BLOCK_SLOTS):
-        slots = start + tl.arange(0, BLOCK_SLOTS)
-        inside = slots < end
-        is_token = inside & (slots >= first_token)
-        source = tl.load(source_ptr + slots, mask=is_token, other=0, cache_modifier=".cg")
-        if first_column == 0:
-            _write_slots(
-                positions_ptr + row * positions_stride_b, packed_positions_ptr + row * length,
-                attention_mask_ptr + row * length, source_ptr, source, slots, first_token, end,
-                positions_stride_a, positions_stride_t, packed_positions_stride_a, num_axes, HAS_POSITIONS, BLOCK_SLOTS,
-            )  # fmt: skip
+        slots, inside, is_token, source = _take_slots(
+            positions_ptr + row * positions_stride_b, packed_positions_ptr + row * length,
+            attention_mask_ptr + row * length, source_ptr, start, first_token, end, first_column == 0,
+            positions_stride_a, positions_stride_t, packed_positions_stride_a, num_axes, HAS_POSITIONS, BLOCK_SLOTS,
+        )  # fmt: skip
         for start_column in range(first_column, end_column, BLOCK_C):
             columns = start_column + tl.arange(0, BLOCK_C)
             used = (columns < end_column)[None, :]
@@ -224,26 +247,14 @@ def _merge_kernel(
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Compact as `_compact_kernel` does, and make those tokens sums that are targets of a merge map."""
-    num_tiles = tl.cdiv(length, slots_per_program)
-    row = (tl.program_id(0) // num_tiles).to(tl.int64)
-    first = (tl.program_id(0) % num_tiles) * slots_per_program
-    end = tl.minimum(first + slots_per_program, length)
-    first_column = tl.program_id(1) * columns_per_program
-    end_column = tl.minimum(first_column + columns_per_program, hidden_size)
-
-    if KEEP_IS_ALIGNED:
-        keep_ptr = tl.multiple_of(keep_ptr + row * tl.multiple_of(keep_stride_b, 16), 16)
-        keep_step: tl.constexpr = 1
-    else:
-        keep_ptr += row * keep_stride_b
-        keep_step = keep_stride_t
+    row, first, end, first_column, end_column = _part_of_program(
+        length, hidden_size, slots_per_program, columns_per_program
+    )
     source_ptr += row * length
-    first_token = _write_sources(
-        keep_ptr, source_ptr, first, end, num_tokens, length, keep_step,
-        BLOCK_TOKENS, BLOCK_RANKS,
+    first_token = _find_tokens(
+        keep_ptr, source_ptr, row, first, end, num_tokens, length, keep_stride_b, keep_stride_t,
+        KEEP_IS_ALIGNED, BLOCK_TOKENS, BLOCK_RANKS,
     )  # fmt: skip
-    # What some threads wrote, others read.
-    tl.debug_barrier()
 
     embeds_ptr += row * embeds_stride_b
     target_ptr += row * num_entries
@@ -251,16 +262,11 @@ def _merge_kernel(
     weight_ptr += row * num_entries
     packed_ptr = tl.multiple_of(packed_ptr + row * length * packed_stride_t, 16)
     for start in range(first, end, BLOCK_SLOTS):
-        slots = start + tl.arange(0, BLOCK_SLOTS)
-        inside = slots < end
-        is_token = inside & (slots >= first_token)
-        source = tl.load(source_ptr + slots, mask=is_token, other=0, cache_modifier=".cg")
-        if first_column == 0:
-            _write_slots(
-                positions_ptr + row * positions_stride_b, packed_positions_ptr + row * length,
-                attention_mask_ptr + row * length, source_ptr, source, slots, first_token, end,
-                positions_stride_a, positions_stride_t, packed_positions_stride_a, num_axes, HAS_POSITIONS, BLOCK_SLOTS,
-            )  # fmt: skip
+        slots, inside, is_token, source = _take_slots(
+            positions_ptr + row * positions_stride_b, packed_positions_ptr + row * length,
+            attention_mask_ptr + row * length, source_ptr, start, first_token, end, first_column == 0,
+            positions_stride_a, positions_stride_t, packed_positions_stride_a, num_axes, HAS_POSITIONS, BLOCK_SLOTS,
+        )  # fmt: skip
         begins = _entries_before(target_ptr, source, num_entries, num_halvings)
         ends = _entries_before(target_ptr, source + 1, num_entries, num_halvings)
         is_target = is_token & (ends > begins)
@@ -317,7 +323,7 @@ def _may_be_aligned(keep_mask: torch.Tensor) -> bool:
 
 
 class PreparedCall:
-    """A call of one signature and length, which can be made again with other tensors of it."""
+    """A call of one signature and length, which can be repeated with other tensors of that signature."""
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ _ORDINARY_RUN = JITFunction.run
 # Triton takes a pointer or an integer for aligned if it is a multiple of this.
 _ALIGNMENT = 16
 _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
-# Few variants of a kernel are compiled for one model; this many only if something is wrong with the key.
+# Few variants of a kernel are compiled for one model. There are this many only if something is wrong with the key.
 _MOST_VARIANTS = 1024
 
 Key = tuple[Any, ...]
@@ -65,7 +65,7 @@ class Compiled(NamedTuple):
         self.run(grid[0], columns, 1, stream, self.function, self.metadata, None, None, None, *arguments)
 
     def is_current(self, kernel: Any) -> bool:
-        """Say whether Triton would take this one now for arguments of the same key."""
+        """Say whether Triton would choose this kernel now for arguments of the same key."""
         return (
             self.kernel is kernel
             and can_launch_directly(kernel)
@@ -107,7 +107,7 @@ class _Variants:
     def key(self, arguments: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]) -> Key:
         """Return what Triton distinguishes in a launch on the current device."""
         active = driver.active
-        # of more parameters than arguments, the rest are the constants
+        # the parameters after the arguments are the constants
         kinds = map(_kind, arguments, self.is_specialized)
         return active.get_current_device(), *kinds, *constants.items(), *options.items()
 

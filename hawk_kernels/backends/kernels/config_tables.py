@@ -1,4 +1,4 @@
-"""Tables of launch configurations: their files, and the entry of a table that is nearest to a shape.
+"""Reads tables of launch configurations, and finds the entry of a table that is nearest to a shape.
 
 The committed tables are `tables/<architecture>.json`; `python -m hawk_kernels.tune` measures new ones.
 """
@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 TABLE_VARIABLE = "HAWK_KERNELS_CONFIGS"
 TABLES = Path(__file__).parent / "tables"
 PER_MULTIPROCESSOR = "programs_per_multiprocessor"
-# Rows shorter than this cost no more than a launch, so they are all alike.
+# Shorter rows cost no more than a launch, so they are all treated alike.
 _FEWEST_TOKENS = 256
-# An entry stands for rows up to so many times longer and shorter, and for as many times more and fewer of them.
+# An entry stands for rows up to this many times longer or shorter, and for this many times more or fewer rows.
 _REACH = 4.0
 
 
 class ScoreConfig(NamedTuple):
-    """What can be tuned of `score_and_select` without changing what its results mean.
+    """The parameters of `score_and_select` that can be tuned without changing what its results mean.
 
     Attributes:
         block_keys: keys that a program multiplies at once.
@@ -41,7 +41,7 @@ class ScoreConfig(NamedTuple):
 
 
 class HiddenConfig(NamedTuple):
-    """What can be tuned of `score_hidden` without changing what its results mean.
+    """The parameters of `score_hidden` that can be tuned without changing what its results mean.
 
     Attributes:
         block_tokens: tokens that a scoring program multiplies at once.
@@ -144,7 +144,7 @@ def load_table(path: Path) -> Table:
 
 
 def checked_config(kernel: str, config: dict[str, Any]) -> dict[str, int]:
-    """Return the configuration of an entry with its fields in order; raise ValueError where one is wrong."""
+    """Return the configuration of an entry with its fields in order; raise ValueError if a field is wrong."""
     fields = [PER_MULTIPROCESSOR if name == "num_programs" else name for name in CONFIGS[kernel]._fields]
     if set(config) != set(fields):
         raise ValueError(f"{kernel}: expected the fields {fields}, got {list(config)}")
@@ -198,7 +198,7 @@ def find_entry(table: Table, kernel: str, shape: Shape) -> tuple[Entry | None, b
 
 
 def _distances(made_for: Shape, wanted: Shape) -> tuple[float, float]:
-    """Return how far two shapes are apart in tokens and in rows, in powers of two."""
+    """Return how far apart two shapes are in tokens and in rows, in powers of two."""
     tokens = made_for.tokens and max(made_for.tokens, _FEWEST_TOKENS)
     return _distance(tokens, max(wanted.tokens, _FEWEST_TOKENS)), _distance(made_for.rows, wanted.rows)
 
@@ -208,6 +208,6 @@ def _distance(made_for: int, wanted: int) -> float:
 
 
 def resolve(kernel: str, entry: Entry, multiprocessors: int) -> Any:
-    """Return the configuration that an entry stands for on a device of so many multiprocessors."""
+    """Return the configuration that an entry stands for on a device with this many multiprocessors."""
     config = dict(entry.config)
     return CONFIGS[kernel](num_programs=config.pop(PER_MULTIPROCESSOR) * multiprocessors, **config)

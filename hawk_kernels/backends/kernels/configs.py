@@ -1,6 +1,6 @@
-"""How a launch is cut into programs: by its shape, from a table of the GPU's architecture.
+"""Chooses how a launch is cut into programs, by its shape, from a table of the GPU's architecture.
 
-Nothing is ever tried out in a call. A user's own table takes the place of the committed ones where the environment
+No call ever tries configurations out. A user's own table takes the place of the committed ones where the environment
 variable HAWK_KERNELS_CONFIGS, read at the first launch, names its file; shapes that it does not cover still come from
 the committed tables. See `config_tables` for the files and for what "nearest" means.
 """
@@ -72,7 +72,8 @@ def architecture_of(device: torch.device) -> str:
 def config_for(architecture: str, kernel: str, shape: Shape, multiprocessors: int | None = None) -> Any:
     """Return the configuration of a launch on an architecture, by default on the device that its table was made for.
 
-    Warns once a process of an architecture without a table, and once of shapes of a kernel that no table covers.
+    A process is warned once about an architecture without a table, and once about a kernel with shapes that no table
+    covers.
     """
     own = _own_table(architecture)
     if own is not None:

@@ -1,7 +1,7 @@
-"""Products of half-precision rows with float32 vectors, on tensor cores and without loss.
+"""Multiplies half-precision rows by float32 vectors, on tensor cores and without loss.
 
-A float32 vector is split into terms of the rows' dtype whose sum is the vector to float32's last bits (8 bits a
-bfloat16, 11 a float16), so nothing but the order of the additions differs from a float32 product.
+A float32 vector is split into terms of the rows' dtype, 8 bits in each bfloat16 or 11 in each float16, whose sum is the
+vector to the last bits of float32. So only the order of the additions differs from that of a float32 product.
 """
 
 import triton
@@ -54,7 +54,7 @@ def exact_dot(rows, vectors, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def product_of_terms(rows, terms_ptr, term_stride, units_ptr, vector_inside, channel_inside, INTERPRETED: tl.constexpr):
-    """Do `exact_dot` with vectors that were split before: `terms [3, ...]`, `units [BLOCK_H]`; float32 has one term."""
+    """Compute `exact_dot` of vectors that are split: `terms [3, ...]`, `units [BLOCK_H]`; float32 has one term."""
     inside = vector_inside[:, None] & channel_inside[None, :]
     product = tl.zeros([rows.shape[0], vector_inside.shape[0]], tl.float32)
     high = tl.load(terms_ptr, mask=inside, other=0.0, cache_modifier=".cg")

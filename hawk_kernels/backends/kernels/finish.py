@@ -1,7 +1,7 @@
-"""The phases after the logits, which every kernel that ends with a selection shares: sum over heads, then select.
+"""Holds the phases after the logits, which all kernels that end with a selection share: sum over heads, then select.
 
-An earlier phase leaves logits `c [rows, M]` float32 for each row of the batch: one row a head, and the pairs that its
-norm needs; or, where nothing is normalised, partial sums over heads that already carry their weights.
+An earlier phase writes logits `c [rows, M]` float32 for each row of the batch: one row for each head, and the pairs
+that its norm needs; or, where nothing is normalised, partial sums over heads that are already weighted.
 """
 
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ MAX_ROW_IN_REGISTERS = 2048
 # A block of columns in the phases of a longer row, and of a row that is not longer than it; a histogram wants at least
 # as many elements as bins. A block for each power of two would be a kernel for each, compiled in the middle of a chat.
 SELECT_BLOCK = 1024
-# Blocks that a program of a longer row looks for before its own; only rows of more than 262144 columns have more.
+# A program of a longer row looks at this many blocks before its own; only rows of over 262144 columns have more.
 _FEWEST_BLOCKS = 256
 # Heads, or tiles of their statistics, that a program holds at once beside a block of columns.
 HEAD_BLOCK = 16
@@ -39,7 +39,7 @@ TILE_BLOCK = 32
 
 
 class Blocks(NamedTuple):
-    """How the last phases are cut, which a kernel is compiled for.
+    """How the last phases are cut; a kernel is compiled for one such cut.
 
     Attributes:
         columns: whose heads a program sums.
@@ -85,7 +85,7 @@ class Logits(NamedTuple):
 
 
 def blocks_of(num_keys: int, sum_block: int) -> Blocks:
-    """Return how the last phases of rows of this length are cut, which is alike for most lengths."""
+    """Return how the last phases of rows of this length are cut, which is the same for most lengths."""
     is_short = num_keys <= MAX_ROW_IN_REGISTERS
     return Blocks(
         columns=sum_block,

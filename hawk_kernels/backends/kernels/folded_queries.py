@@ -1,7 +1,7 @@
-"""From the text before the first layer to queries that meet hidden states: the first four phases of `score_hidden`.
+"""Turns the text before the first layer into queries for hidden states: the first four phases of `score_hidden`.
 
-Sum parts of the text; take its mean; project it; fold the key projection into it. The functions here are the programs
-of these phases.
+The phases sum parts of the text, take its mean, project it, and fold the key projection into it. Each function here is
+a program of one of these phases.
 """
 
 import triton

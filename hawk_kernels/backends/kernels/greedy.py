@@ -1,7 +1,7 @@
-"""Greedy selection in one launch for all picks: one program a row, which holds the row's state in registers.
+"""Selects greedily in one launch for all picks: one program for each row holds the row's state in registers.
 
-Each pick depends on the one before it, so with a launch for every step of every pick a GPU would do nothing but wait
-for launches. The cosines of all pairs come from one matrix product before the launch.
+Each pick depends on the one before it, so with a launch for every step of every pick a GPU would mostly wait for
+launches. The cosines of all pairs come from one matrix product before the launch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hawk_kernels.selection import Selection
 _BLOCKS = (1024, 4096, 8192, 16384)
 # AMD's backend would also compile a kernel for matrices of more than 2 GiB and one for smaller ones.
 _VARYING = ("cosines_ptr", "budget_ptr", "num_tokens", "width")
-# A program reads at most so many elements of the Cholesky factor at once, rows times columns.
+# A program reads at most this many elements of the Cholesky factor at once, rows times columns.
 _TILE = 8192
 _MOST_ROWS = 8
 _SPANNED, _SPANNED_GAIN = tl.constexpr(SPANNED), tl.constexpr(SPANNED_GAIN)

@@ -1,4 +1,4 @@
-"""Norms of a head's logits over all its candidates, where every program has seen only some of them.
+"""Normalises a head's logits over all its candidates, of which every program has seen only some.
 
 A norm needs a pair of numbers for each head. The pairs of disjoint sets of keys combine to that of their union, so
 tiles leave pairs and a later phase reduces them:

@@ -1,4 +1,4 @@
-"""Launch kernels: on the current device and stream, with counters that are zero and memory to work in.
+"""Launches kernels on the current device and stream, with counters that are zero and memory to work in.
 
 Every launch of this package passes through `launch`, directly or as a `PreparedLaunch`, which keeps what follows from
 the signature of a call.
@@ -53,7 +53,7 @@ _MOST_PROGRAMS = 2**31 - 1
 # A kernel finds the counters of a row by an int32 offset, after the line of the roll.
 _MOST_ROWS = _MOST_PROGRAMS // LINE.value - 1
 # A program of the selection takes a power of two of columns, and one number of each block of them.
-_MOST_COLUMNS = 2**30
+MOST_COLUMNS = 2**30
 
 
 class _Workspace(NamedTuple):
@@ -82,7 +82,7 @@ def launch(
     Args:
         kernel: the jitted function.
         grid: number of programs in one or two dimensions.
-        arguments: all that are no constants, in the kernel's order.
+        arguments: all that are not constants, in the kernel's order.
         constants: the kernel's constants by name, in its order.
         options: what Triton's compiler is told.
 
@@ -106,7 +106,7 @@ def launch(
 
 
 class PreparedLaunch:
-    """A launch of which all is known but the places of its tensors, so that it can be made again with others.
+    """A launch of which everything is known but the addresses of its tensors, so that it can be repeated with others.
 
     Tensors of another launch must have the same dtypes, and whatever follows from their shapes and strides must be
     the same, because it is among the arguments.
@@ -168,9 +168,9 @@ def compiler_options(num_warps: int, max_registers: int) -> dict[str, object]:
 
 
 def check_limits(num_programs: int, num_columns: int, num_offsets: int, num_rows: int) -> None:
-    """Raise ValueError for what a launch cannot number: programs in a grid, the rest in int32."""
+    """Raise ValueError if a launch cannot number its programs in one grid, or anything else in int32."""
     for what, count, limit, remedy in (
-        ("tokens in a row", num_columns, _MOST_COLUMNS, "prune in several parts"),
+        ("tokens in a row", num_columns, MOST_COLUMNS, "prune in several parts"),
         ("programs", num_programs, _MOST_PROGRAMS, "split the batch"),
         ("numbers of queries in the workspace", num_offsets, _MOST_PROGRAMS, "split the batch"),
         ("rows", num_rows, _MOST_ROWS, "split the batch"),
@@ -190,7 +190,7 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 @contextmanager
 def _after_the_launch_before(device: torch.device) -> Iterator[None]:
-    """Let the launch in the block wait for the last one that knew its stream by the same handle."""
+    """Let the launch in the block wait for the last launch whose stream had the same handle."""
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
             yield
@@ -318,7 +318,7 @@ def _outside_pools(allocate: Callable[[], _Made], device: torch.device) -> _Made
         try:
             with torch.cuda.stream(stream):
                 made.append(allocate())
-        except BaseException as error:
+        except BaseException as error:  # raised again in the thread that asked
             failed.append(error)
 
     thread = threading.Thread(target=run, name="hawk_kernels workspace")

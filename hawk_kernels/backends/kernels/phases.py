@@ -1,7 +1,7 @@
-"""Several phases in one launch: how the programs of one grid wait for each other.
+"""Runs several phases in one launch, by letting the programs of one grid wait for each other.
 
 A grid has the programs of its first phase, then those of its second, and so on. A program does not go by its
-`program_id`, because nobody promises the order in which programs start, but by a ticket that it draws when it starts.
+`program_id`, because the order in which programs start is not guaranteed, but by a ticket that it draws when it starts.
 It only waits for programs with smaller tickets. Those have started before it and wait for still smaller ones, so the
 program with the smallest unfinished ticket always runs, however few programs fit on the device: no cooperative launch
 is needed. It also means that Triton's interpreter, which runs one program after the other, never waits.
@@ -33,7 +33,7 @@ LINE = tl.constexpr(32)
 
 
 def num_counters(num_rows: int) -> int:
-    """Return how many int32 zeros a launch over so many rows needs."""
+    """Return how many int32 zeros a launch over this many rows needs."""
     return (1 + num_rows) * int(LINE.value)
 
 
@@ -74,7 +74,7 @@ def _complete_stores():
 
 @triton.jit
 def arrive(counter_ptr):
-    """Say that this program's stores are done; returns how many programs had said so before."""
+    """Announce that this program's stores are done, and return how many programs had announced it before."""
     _complete_stores()
     # All threads make the stores and one makes the atomic; Triton puts no barrier between the two.
     tl.debug_barrier()
@@ -83,7 +83,7 @@ def arrive(counter_ptr):
 
 @triton.jit
 def wait_for(counter_ptr, num_arrivals):
-    """Wait until so many programs of an earlier phase have arrived; afterwards all they stored can be read."""
+    """Wait until this many programs of an earlier phase have arrived; then all that they stored can be read."""
     # The acquire is what makes the stores visible; see "Memory order" above before changing it. Its result must be
     # used, or the compiler deletes it. A program that finds the count complete at once makes one round trip, no more.
     while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < num_arrivals:

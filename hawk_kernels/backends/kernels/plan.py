@@ -1,4 +1,4 @@
-"""What a launch takes from shapes alone, and what the two scoring kernels cut alike."""
+"""Describes what a launch takes from shapes alone, and holds what the two scoring kernels cut alike."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ HEADS_PER_PROGRAM = 16
 
 
 class Plan(NamedTuple):
-    """All that a launch takes from shapes alone; it is made once for each.
+    """Everything that a launch takes from shapes alone; one plan is made for each shape.
 
     Attributes:
         grid: number of programs.

@@ -1,11 +1,13 @@
-"""Queries and keys as kernels take them: pointers in one tuple, the model's strides in another, the rest one by one."""
+"""Lays out queries and keys for kernels: pointers in one tuple, the strides of a model in another, others singly."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
+from hawk_kernels.backends.kernels.finish import Memory, Outputs
 from hawk_kernels.backends.kernels.views import stride_unit
 
 
@@ -54,3 +56,21 @@ def layout_of(
         (*of_masks, q_b // unit, q_h // unit, k_b // unit, k_h // unit),
         unit,
     )
+
+
+def arranging(strides: Strides, numbers: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]]:
+    """Return a function that puts the tensors of `PreparedSelection.run` in the order of a kernel's arguments.
+
+    Args:
+        strides: those that a model has.
+        numbers: the arguments after the masks.
+    """
+
+    def arrange(
+        q: Any, k: Any, w: Any, floats: Any, words: Any, counters: Any, scores: Any, mask: Any, indices: Any,
+        q_mask: Any, k_mask: Any,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        memory, outputs = Memory(floats, words, counters), Outputs(scores, mask, indices)
+        return Tensors(q, k, w), strides, memory, outputs, q_mask, k_mask, *numbers
+
+    return arrange

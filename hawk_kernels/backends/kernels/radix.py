@@ -1,4 +1,4 @@
-"""Device functions that select the best of one row in an exact order: by radix, without a sort.
+"""Selects the best of one row in an exact order by radix on the device, without a sort.
 
 The order is that of a stable descending sort: a float becomes a uint32 key that orders the same way, the key of the
 last token that is kept (the threshold) is found eight bits at a time, and tokens that tie with it are taken from
@@ -19,7 +19,7 @@ from hawk_kernels.backends.kernels.views import load_vector
 RADIX_BITS = tl.constexpr(8)
 RADIX_BINS = tl.constexpr(256)
 NUM_DIGITS = tl.constexpr(4)
-# A block's counts of the last digit, from the top, and before them the number of keys above all these.
+# A block's counts of the last digit from the top, after the number of keys above all of them.
 SUFFIXES = tl.constexpr(257)
 
 
@@ -32,7 +32,7 @@ class Budget(NamedTuple):
 
 
 class Selected(NamedTuple):
-    """Where the selection of one row goes: its mask, and its indices, which `width` has room for."""
+    """Where the selection of one row is written: its mask, and its indices, which are at most `width`."""
 
     mask_ptr: Any
     indices_ptr: Any
@@ -69,7 +69,7 @@ def budget_of(num_candidates, budget, ROUNDING: tl.constexpr):
 
 @triton.jit
 def ordered_key(score, candidate):
-    """Return a uint32 that orders as the score does: NaN is 1, below -inf; 0 is no candidate; -0 equals +0."""
+    """Return a uint32 that orders as the score does: NaN is 1, below -inf; 0 marks a non-candidate; -0 equals +0."""
     score = tl.where(score == 0.0, 0.0, score)
     bits = score.to(tl.uint32, bitcast=True)
     key = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)

@@ -1,4 +1,4 @@
-"""From queries and keys to kept tokens in one launch, whatever the size.
+"""Scores keys by mean queries and selects the best in one launch, whatever the size.
 
 The grid has these phases (see `phases`): average the queries of each head; score the keys of a tile by all heads that
 share them; then those of `finish`. Every phase is spread over many programs, so that none waits for one multiprocessor
@@ -8,7 +8,7 @@ to do the work of all.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,25 +17,18 @@ import triton.language as tl
 from hawk_kernels.backends.kernels import finish
 from hawk_kernels.backends.kernels.configs import ScoreConfig, score_config
 from hawk_kernels.backends.kernels.exact_dot import exact_dot
-from hawk_kernels.backends.kernels.finish import Logits, Memory, Outputs, histograms_of_row, sum_and_select
+from hawk_kernels.backends.kernels.finish import Logits, histograms_of_row, sum_and_select
 from hawk_kernels.backends.kernels.head_norms import MODES, NO_NORM, merge, neutral_pair, pair_of_tile
-from hawk_kernels.backends.kernels.launch import (
-    PreparedLaunch,
-    check_limits,
-    compiler_options,
-    launch_counters,
-    on_device,
-    workspace,
-)
-from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, draw_ticket, num_counters, wait_for
+from hawk_kernels.backends.kernels.launch import check_limits, compiler_options
+from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, draw_ticket, wait_for
 from hawk_kernels.backends.kernels.plan import HEADS_PER_PROGRAM, Plan
-from hawk_kernels.backends.kernels.queries_and_keys import Tensors, layout_of
+from hawk_kernels.backends.kernels.prepared import PreparedSelection
+from hawk_kernels.backends.kernels.queries_and_keys import arranging, layout_of
 from hawk_kernels.backends.kernels.radix import Budget, clear_histograms, load_candidates
-from hawk_kernels.backends.kernels.select_topk import keep_arguments
 from hawk_kernels.backends.kernels.views import Matrix, Vector, load_tile, load_vector, row_of
-from hawk_kernels.selection import Selection, max_kept
+from hawk_kernels.selection import Selection
 
-# One program averages up to so many tiles of a head's queries; more are shared out, at the price of one more phase.
+# One program averages up to this many tiles of a head's queries; more are shared out, at the price of one more phase.
 _QUERY_TILES_IN_ONE_PROGRAM = 4
 _MOST_QUERY_PARTS = 32
 _PARTIAL_MEANS, _MEANS, _LOGITS = (tl.constexpr(counter) for counter in range(3))
@@ -326,8 +319,8 @@ def make_plan(
     )
 
 
-class PreparedCall:
-    """A call of one signature, which can be made again with other tensors of it."""
+class PreparedCall(PreparedSelection):
+    """A call of `score_and_select` or `score_tokens`."""
 
     def __init__(
         self,
@@ -353,42 +346,24 @@ class PreparedCall:
         """
         batch, num_key_value_heads, num_keys, head_dim = k.shape
         num_heads, num_queries = q.shape[1:3]
-        selects = r is not None
-        width = num_keys if r is None else max_kept(r, num_keys, rounding)
-        rows = (batch,) if batched else ()
-        self._device = k.device
-        self._shape = (*rows, num_keys)
-        self._kept_shape = (*rows, width) if selects else None
-        self._launch: PreparedLaunch | None = None
-        if batch == 0 or num_keys == 0:
+        super().__init__(k.device, batch, num_keys, r, rounding, batched)
+        if self.is_empty:
             return
-        shape = (batch, num_heads, num_key_value_heads, num_queries, num_keys, head_dim, normalize, selects)
+        shape = (batch, num_heads, num_key_value_heads, num_queries, num_keys, head_dim, normalize, self.selects)
         plan = _plan(k.device, k.dtype, *shape) if config is None else make_plan(*shape, config)
-        self._num_floats, self._num_words = plan.num_floats, plan.num_words
-        self._num_counters = num_counters(batch)
         strides, varying, unit = layout_of(q, k, w, q_mask, k_mask)
-        numbers = (
-            *varying,
-            *plan.sizes, width, *((1, 1, 0) if r is None else keep_arguments(r, rounding)), scale,
-        )  # fmt: skip
-
-        def arrange(
-            q: Any, k: Any, w: Any, floats: Any, words: Any, counters: Any, scores: Any, mask: Any, indices: Any,
-            q_mask: Any, k_mask: Any,
-        ) -> tuple[Any, ...]:  # fmt: skip
-            memory, outputs = Memory(floats, words, counters), Outputs(scores, mask, indices)
-            return Tensors(q, k, w), strides, memory, outputs, q_mask, k_mask, *numbers
+        numbers = (*varying, *plan.sizes, *self.budget, scale)
 
         constants = {
             "HAS_Q_MASK": q_mask is not None,
             "HAS_K_MASK": k_mask is not None,
-            "ROUNDING": rounding if selects else "floor",
+            "ROUNDING": self.rounding,
             "INTERPRETED": k.device.type == "cpu",
             "STRIDE_UNIT": unit,
             "STATIC": plan.static,
         }
         # all but the masks are specialised
-        self._launch = PreparedLaunch(plan.grid, arrange, constants, plan.options, num_specialized=9)
+        self.prepare(plan, batch, arranging(strides, numbers), constants, num_specialized=9)
 
     def __call__(
         self,
@@ -399,21 +374,8 @@ class PreparedCall:
         k_mask: torch.Tensor | None,
     ) -> Selection:
         """Return mask, indices and scores; without selecting, each of them is the scores."""
-        device = self._device
-        if self._kept_shape is None:
-            mask = indices = scores = torch.empty(self._shape, dtype=torch.float32, device=device)
-        else:
-            mask = torch.empty(self._shape, dtype=torch.bool, device=device)
-            indices = torch.empty(self._kept_shape, dtype=torch.int64, device=device)
-            scores = torch.empty(self._shape, dtype=torch.float32, device=device)
-        if self._launch is not None:
-            with on_device(device):
-                floats, words = workspace(self._num_floats, self._num_words, device)
-                self._launch(
-                    _score_and_select_kernel, q, k, w, floats, words, launch_counters(self._num_counters, device),
-                    scores, mask, indices, q if q_mask is None else q_mask, k if k_mask is None else k_mask,
-                )  # fmt: skip
-        return Selection(mask, indices, scores)
+        masks = q if q_mask is None else q_mask, k if k_mask is None else k_mask
+        return self.run(_score_and_select_kernel, (q, k, w), masks)
 
 
 def score_and_select(

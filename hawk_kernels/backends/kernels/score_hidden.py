@@ -1,4 +1,4 @@
-"""From the hidden states before the first layer to kept tokens in one launch: neither queries nor keys are made.
+"""Scores the hidden states before the first layer and selects in one launch, without making their queries or keys.
 
 With `h = x rms(x)^-1 gamma` the logits are `c = q . k = q . (W_k h + b_k)`, and the mean over text commutes with all
 that is linear. So the normalised text is averaged first, the mean meets `W_q` once, and `W_k` and `gamma` are folded
@@ -24,28 +24,14 @@ from hawk_kernels.backends.kernels.exact_dot import product_of_terms
 from hawk_kernels.backends.kernels.finish import Logits, Outputs, histograms_of_row, sum_and_select
 from hawk_kernels.backends.kernels.folded_queries import fold_keys, mean_text, project_means, sum_text
 from hawk_kernels.backends.kernels.head_norms import MODES, NO_NORM, merge, neutral_pair, pair_of_tile
-from hawk_kernels.backends.kernels.launch import (
-    PreparedLaunch,
-    check_limits,
-    compiler_options,
-    launch_counters,
-    on_device,
-    workspace,
-)
-from hawk_kernels.backends.kernels.phases import (
-    arrive,
-    counters_of_row,
-    draw_ticket,
-    leave_row,
-    num_counters,
-    wait_for,
-)
+from hawk_kernels.backends.kernels.launch import check_limits, compiler_options
+from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, draw_ticket, leave_row, wait_for
 from hawk_kernels.backends.kernels.plan import HEADS_PER_PROGRAM, Plan
+from hawk_kernels.backends.kernels.prepared import PreparedSelection
 from hawk_kernels.backends.kernels.radix import Budget, clear_histograms, load_candidates
-from hawk_kernels.backends.kernels.select_topk import keep_arguments
 from hawk_kernels.backends.kernels.views import Matrix, Vector, load_tile, load_vector, row_of
 from hawk_kernels.layer import Layer
-from hawk_kernels.selection import Selection, max_kept
+from hawk_kernels.selection import Selection
 
 # Rows of a batch that meet a tile of W_q together; tl.dot takes at least 16 columns.
 ROWS_PER_PROJECTION = 16
@@ -385,8 +371,8 @@ def make_plan(
     )
 
 
-class PreparedCall:
-    """A call of one signature, which can be made again with other tensors of it."""
+class PreparedCall(PreparedSelection):
+    """A call of `score_hidden_and_select` or `score_hidden`."""
 
     def __init__(
         self,
@@ -414,32 +400,24 @@ class PreparedCall:
         batch, num_tokens, hidden_size = x.shape
         num_heads = w.shape[0]
         head_dim = wq.shape[0] // num_heads
-        selects = r is not None
-        width = num_tokens if r is None else max_kept(r, num_tokens, rounding)
-        rows = (batch,) if batched else ()
-        self._device, self._dtype = x.device, x.dtype
-        self._shape = (*rows, num_tokens)
-        self._kept_shape = (*rows, width) if selects else None
-        self._launch: PreparedLaunch | None = None
-        if batch == 0 or num_tokens == 0:
+        super().__init__(x.device, batch, num_tokens, r, rounding, batched)
+        self._num_terms = 0
+        if self.is_empty:
             return
-        shape = (batch, num_tokens, hidden_size, num_heads, wk.shape[0] // head_dim, head_dim, normalize, selects)
+        shape = (batch, num_tokens, hidden_size, num_heads, wk.shape[0] // head_dim, head_dim, normalize, self.selects)
         plan = _plan(x.device, x.dtype, *shape) if config is None else make_plan(*shape, config)
-        self._num_floats, self._num_words = plan.num_floats, plan.num_words
         self._num_terms = (1 if x.dtype == torch.float32 else 3) * batch * num_heads * hidden_size
-        self._num_counters = num_counters(batch + triton.cdiv(batch, ROWS_PER_PROJECTION))
-        strides = Strides(  # type: ignore[call-arg]
+        strides = Strides._make((
             *x.stride()[1:], *wq.stride(), 0 if bq is None else bq.stride(0),
             *wk.stride(), 0 if bk is None else bk.stride(0), w.stride(0),
-        )  # fmt: skip
+        ))  # fmt: skip
         numbers = (
-            *q_mask.stride(), *k_mask.stride(), x.stride(0), *plan.sizes, width,
-            *((1, 1, 0) if r is None else keep_arguments(r, rounding)), scale, norm_eps,
+            *q_mask.stride(), *k_mask.stride(), x.stride(0), *plan.sizes, *self.budget, scale, norm_eps,
         )  # fmt: skip
 
         def arrange(
-            x: Any, norm_weight: Any, wq: Any, bq: Any, wk: Any, bk: Any, w: Any,
-            floats: Any, words: Any, counters: Any, terms: Any, scores: Any, mask: Any, indices: Any,
+            x: Any, norm_weight: Any, wq: Any, bq: Any, wk: Any, bk: Any, w: Any, terms: Any,
+            floats: Any, words: Any, counters: Any, scores: Any, mask: Any, indices: Any,
             q_mask: Any, k_mask: Any,
         ) -> tuple[Any, ...]:  # fmt: skip
             memory, outputs = Memory(floats, words, counters, terms), Outputs(scores, mask, indices)
@@ -449,37 +427,23 @@ class PreparedCall:
             "HAS_NORM_WEIGHT": norm_weight is not None,
             "HAS_QUERY_BIAS": bq is not None,
             "HAS_KEY_BIAS": bk is not None,
-            "ROUNDING": rounding if selects else "floor",
+            "ROUNDING": self.rounding,
             "INTERPRETED": x.device.type == "cpu",
             "STATIC": plan.static,
         }
         # all but the masks are specialised
-        self._launch = PreparedLaunch(plan.grid, arrange, constants, plan.options, num_specialized=14)
+        num_groups = triton.cdiv(batch, ROWS_PER_PROJECTION)
+        self.prepare(plan, batch + num_groups, arrange, constants, num_specialized=14)
 
     def __call__(
         self, x: torch.Tensor, layer: Layer, w: torch.Tensor, q_mask: torch.Tensor, k_mask: torch.Tensor
     ) -> Selection:
         """Return mask, indices and scores; without selecting, each of them is the scores."""
-        device = self._device
-        if self._kept_shape is None:
-            mask = indices = scores = torch.empty(self._shape, dtype=torch.float32, device=device)
-        else:
-            mask = torch.empty(self._shape, dtype=torch.bool, device=device)
-            indices = torch.empty(self._kept_shape, dtype=torch.int64, device=device)
-            scores = torch.empty(self._shape, dtype=torch.float32, device=device)
-        if self._launch is not None:
-            norm_weight, _, wq, bq, wk, bk, _ = layer
-            norm_weight = None if norm_weight is None else norm_weight.contiguous()
-            with on_device(device):
-                floats, words = workspace(self._num_floats, self._num_words, device)
-                terms = torch.empty(self._num_terms, dtype=self._dtype, device=device)
-                counters = launch_counters(self._num_counters, device)
-                self._launch(
-                    _score_hidden_kernel, x, x if norm_weight is None else norm_weight, wq, wq if bq is None else bq,
-                    wk, wk if bk is None else bk, w, floats, words, counters, terms, scores, mask, indices,
-                    q_mask, k_mask,
-                )  # fmt: skip
-        return Selection(mask, indices, scores)
+        norm_weight, _, wq, bq, wk, bk, _ = layer
+        norm_weight = x if norm_weight is None else norm_weight.contiguous()
+        terms = torch.empty(self._num_terms, dtype=x.dtype, device=x.device)
+        tensors = x, norm_weight, wq, wq if bq is None else bq, wk, wk if bk is None else bk, w, terms
+        return self.run(_score_hidden_kernel, tensors, (q_mask, k_mask))
 
 
 def score_hidden_and_select(

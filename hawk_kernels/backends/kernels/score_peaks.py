@@ -1,4 +1,4 @@
-"""From queries and keys to scores by the text token that attends to each key most, in one launch.
+"""Scores each key by the text token that attends to it most, in one launch.
 
 The grid has these phases (see `phases`): find what the norm of each text token of each head needs, over some of the
 keys; make the same products again, now with the norms, and take their maximum over the text for the keys of a tile;
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from hawk_kernels.backends.kernels import finish
-from hawk_kernels.backends.kernels.finish import Logits, Memory, Outputs, sum_and_select
+from hawk_kernels.backends.kernels.finish import Logits, sum_and_select
 from hawk_kernels.backends.kernels.head_norms import (
     MODES,
     NO_NORM,
@@ -26,17 +26,11 @@ from hawk_kernels.backends.kernels.head_norms import (
     pair_of_tile,
     reduce_pairs,
 )
-from hawk_kernels.backends.kernels.launch import (
-    PreparedLaunch,
-    check_limits,
-    compiler_options,
-    launch_counters,
-    on_device,
-    workspace,
-)
-from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, draw_ticket, num_counters, wait_for
+from hawk_kernels.backends.kernels.launch import check_limits, compiler_options
+from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, draw_ticket, wait_for
 from hawk_kernels.backends.kernels.plan import Plan
-from hawk_kernels.backends.kernels.queries_and_keys import Tensors, layout_of
+from hawk_kernels.backends.kernels.prepared import PreparedSelection
+from hawk_kernels.backends.kernels.queries_and_keys import arranging, layout_of
 from hawk_kernels.backends.kernels.radix import Budget, load_candidates
 from hawk_kernels.backends.kernels.views import Matrix, Vector, load_tile, row_of
 
@@ -45,7 +39,7 @@ _PROGRAMS, _PROGRAMS_INTERPRETED = 264, 32
 # Each range of keys leaves a pair for each text token; a program loads the pairs of all ranges at once.
 _MOST_SPLITS = 32
 _SUM_BLOCK = 256
-# Tiles of rows that are as long as this do not stay in the registers of the usual number of threads.
+# Tiles of rows this long or longer do not fit in the registers of the usual number of threads.
 _WIDE_BYTES = 512
 _MAX_REGISTERS = 255
 _PAIRS, _LOGITS = (tl.constexpr(counter) for counter in range(2))
@@ -319,8 +313,8 @@ def make_plan(
     )
 
 
-class PreparedCall:
-    """A call of one signature, which can be made again with other tensors of it."""
+class PreparedCall(PreparedSelection):
+    """A call of `score_peaks`."""
 
     def __init__(
         self,
@@ -339,29 +333,16 @@ class PreparedCall:
         """
         _, num_heads, num_queries, _ = q.shape
         batch, num_key_value_heads, num_keys, head_dim = k.shape
-        self._device = k.device
-        self._shape = (*((batch,) if batched else ()), num_keys)
-        self._launch: PreparedLaunch | None = None
-        if batch == 0 or num_keys == 0:
+        super().__init__(k.device, batch, num_keys, None, "floor", batched)
+        if self.is_empty:
             return
         is_interpreted = k.device.type == "cpu"
         plan = make_plan(
             batch, num_heads, num_key_value_heads, num_queries, num_keys, head_dim, k.element_size(), normalize,
             _PROGRAMS_INTERPRETED if is_interpreted else _PROGRAMS,
         )  # fmt: skip
-        self._num_floats, self._num_words = plan.num_floats, plan.num_words
-        self._num_counters = num_counters(batch)
         strides, varying, unit = layout_of(q, k, w, q_mask, k_mask)
-        numbers = (
-            *varying,
-            *plan.sizes, scale,
-        )  # fmt: skip
-
-        def arrange(
-            q: Any, k: Any, w: Any, floats: Any, words: Any, counters: Any, scores: Any, q_mask: Any, k_mask: Any
-        ) -> tuple[Any, ...]:
-            memory, outputs = Memory(floats, words, counters), Outputs(scores, scores, scores)
-            return Tensors(q, k, w), strides, memory, outputs, q_mask, k_mask, *numbers
+        numbers = (*varying, *plan.sizes, scale)
 
         constants = {
             "HAS_Q_MASK": q_mask is not None,
@@ -371,7 +352,7 @@ class PreparedCall:
             "STATIC": plan.static,
         }
         # all but the masks are specialised
-        self._launch = PreparedLaunch(plan.grid, arrange, constants, plan.options, num_specialized=7)
+        self.prepare(plan, batch, arranging(strides, numbers), constants, num_specialized=9)
 
     def __call__(
         self,
@@ -382,16 +363,8 @@ class PreparedCall:
         k_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return importance, `[B, M]` or `[M]`."""
-        device = self._device
-        scores = torch.empty(self._shape, dtype=torch.float32, device=device)
-        if self._launch is not None:
-            with on_device(device):
-                floats, words = workspace(self._num_floats, self._num_words, device)
-                self._launch(
-                    _score_peaks_kernel, q, k, w, floats, words, launch_counters(self._num_counters, device), scores,
-                    q if q_mask is None else q_mask, k if k_mask is None else k_mask,
-                )  # fmt: skip
-        return scores
+        masks = q if q_mask is None else q_mask, k if k_mask is None else k_mask
+        return self.run(_score_peaks_kernel, (q, k, w), masks).scores
 
 
 def score_peaks(

@@ -1,4 +1,4 @@
-"""Top-k of given scores with a defined order, in one launch: one program a row, or many where a row is long."""
+"""Selects the top-k of given scores in a defined order, in one launch: a program for each row, or several."""
 
 from __future__ import annotations
 
@@ -11,16 +11,10 @@ import triton.language as tl
 
 from hawk_kernels.backends.kernels import finish
 from hawk_kernels.backends.kernels.finish import Memory, Outputs, histograms_of_row, select
-from hawk_kernels.backends.kernels.launch import (
-    _MOST_COLUMNS,
-    PreparedLaunch,
-    check_limits,
-    launch_counters,
-    on_device,
-    workspace,
-)
-from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, draw_ticket, num_counters, wait_for
+from hawk_kernels.backends.kernels.launch import check_limits
+from hawk_kernels.backends.kernels.phases import arrive, counters_of_row, draw_ticket, wait_for
 from hawk_kernels.backends.kernels.plan import Plan
+from hawk_kernels.backends.kernels.prepared import PreparedSelection
 from hawk_kernels.backends.kernels.radix import (
     Budget,
     Selected,
@@ -30,7 +24,7 @@ from hawk_kernels.backends.kernels.radix import (
     ordered_key,
 )
 from hawk_kernels.backends.kernels.views import Matrix, row_of
-from hawk_kernels.selection import Selection, keep_fraction, max_kept
+from hawk_kernels.selection import Selection
 
 _NUM_WARPS = 4
 _CLEARED, _SCORES = (tl.constexpr(counter) for counter in range(2))
@@ -97,27 +91,20 @@ def make_plan(batch: int, num_keys: int) -> Plan:
     )
 
 
-class PreparedCall:
-    """A call of one signature, which can be made again with other tensors of it."""
+class PreparedCall(PreparedSelection):
+    """A call of `select_topk`."""
 
     def __init__(
         self, scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str, batched: bool = True
     ) -> None:
         """Prepare a call by validated float32 scores `[B, M]`; unless batched, the results have no batch axis."""
         batch, num_keys = scores.shape
-        width = max_kept(r, num_keys, rounding)
-        rows = (batch,) if batched else ()
-        self._device = scores.device
-        self._shape = (*rows, num_keys)
-        self._kept_shape = (*rows, width)
-        self._launch: PreparedLaunch | None = None
-        if batch == 0 or num_keys == 0:
+        super().__init__(scores.device, batch, num_keys, r, rounding, batched)
+        if self.is_empty:
             return
         plan = make_plan(batch, num_keys)
-        self._num_floats, self._num_words = plan.num_floats, plan.num_words
-        self._num_counters = num_counters(batch)
         mask_strides = (0, 0) if mask is None else mask.stride()
-        numbers = *mask_strides, *plan.sizes, width, *keep_arguments(r, rounding)
+        numbers = *mask_strides, *plan.sizes, *self.budget
 
         def arrange(
             floats: Any, words: Any, counters: Any, out_scores: Any, keep: Any, indices: Any, scores: Any, mask: Any
@@ -126,32 +113,14 @@ class PreparedCall:
 
         constants = {"HAS_MASK": mask is not None, "ROUNDING": rounding, "STATIC": plan.static}
         # all but the scores and their mask are specialised
-        self._launch = PreparedLaunch(plan.grid, arrange, constants, plan.options, num_specialized=6)
+        self.prepare(plan, batch, arrange, constants, num_specialized=6)
 
     def __call__(self, scores: torch.Tensor, mask: torch.Tensor | None) -> Selection:
         """Return mask, indices and scores."""
-        device = self._device
         scores = scores.contiguous()
-        keep = torch.empty(self._shape, dtype=torch.bool, device=device)
-        indices = torch.empty(self._kept_shape, dtype=torch.int64, device=device)
-        out_scores = torch.empty(self._shape, dtype=torch.float32, device=device)
-        if self._launch is not None:
-            with on_device(device):
-                floats, words = workspace(self._num_floats, self._num_words, device)
-                self._launch(
-                    _select_kernel, floats, words, launch_counters(self._num_counters, device),
-                    out_scores, keep, indices, scores, scores if mask is None else mask,
-                )  # fmt: skip
-        return Selection(keep, indices, out_scores)
+        return self.run(_select_kernel, (), (scores, scores if mask is None else mask))
 
 
 def select_topk(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str) -> Selection:
     """Select from validated float32 scores `[B, M]` in one launch."""
     return PreparedCall(scores, r, mask, rounding)(scores, mask)
-
-
-def keep_arguments(r: float | int, rounding: str) -> tuple[int, int, int]:
-    """Return `(numerator, denominator, count)` as `radix.Budget` takes them; a count of 0 means by the fraction."""
-    if isinstance(r, int):
-        return 1, 1, min(r, _MOST_COLUMNS)
-    return *keep_fraction(r, rounding), 0

@@ -1,4 +1,4 @@
-"""Tensors inside a kernel: a pointer and its strides travel as one value.
+"""Describes tensors inside a kernel, where a pointer and its strides travel as one value.
 
 A kernel takes all pointers in one tuple and the strides that a model has in another. What varies with the prompt comes
 one by one, masks and their strides among it, because Triton's `do_not_specialize` does not reach into a tuple: every
@@ -44,7 +44,7 @@ def stride_unit(head_dim: int, *strides: int) -> int:
 
 @triton.jit
 def row_of(matrix, row):
-    """One row of a matrix as a vector."""
+    """Return one row of a matrix as a vector."""
     return Vector(matrix.ptr + row.to(tl.int64) * matrix.row_stride, matrix.column_stride)
 
 

@@ -1,4 +1,4 @@
-"""What all vision encoders have in common."""
+"""Defines what all vision encoders have in common."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the vision side tells of a prompt's images: how many visual tokens each becomes, and the grids they form.
+"""Finds the grids that the visual tokens of each image form, frame by frame, from what the vision encoder was told.
 
 Processors set images side by side, or break one into rows and frames, so that placeholders alone do not show where an
 image ends.
@@ -7,109 +7,28 @@ image ends.
 from __future__ import annotations
 
 import math
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 from hawk_kernels.hf.anatomy import Anatomy
-from hawk_kernels.hf.hooks import Handle, WatchedMethod
 from hawk_kernels.hf.prompt import Prompt
+from hawk_kernels.hf.sources import Encoded
 
 Frame = tuple[int, int]
-_ATTRIBUTE = "_hawk_kernels_encoded"
-_KINDS = ("image", "video")
 # what processors call the patches of each image or video, (t, h, w)
 _GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
-# one entry a token, which describes no image
-_OF_TOKENS = ("input_ids", "attention_mask", "position_ids", "labels", "token_type_ids", "mm_token_type_ids")
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The images, or the videos, of one call of the multimodal model.
-
-    Attributes:
-        arguments: what the encoder was told. Integer tensors, numbers and lists are kept as they are; of every other
-            tensor, the pixels above all, only the shape is kept.
-        lengths: visual tokens of each entry that the encoder returned; empty where it returned no entries.
-    """
-
-    arguments: dict[str, Any]
-    lengths: list[int]
-
-
-class EncodingWatch:
-    """Notes what is encoded while it is attached, beside the features, because `generate` hands on features alone.
-
-    It keeps references and reads no values, so that it never waits for a device.
-
-    Args:
-        multimodal: the model that has `get_image_features` or `get_video_features`.
-    """
-
-    def __init__(self, multimodal: Any) -> None:
-        self._multimodal = multimodal
-        self._thread = _ThreadState()
-
-    def attach(self) -> list[Handle]:
-        """Watch the encoding; removing the handles ends that."""
-        return [
-            WatchedMethod(self._multimodal, f"get_{kind}_features", partial(self._watch, kind))
-            for kind in _KINDS
-            if hasattr(self._multimodal, f"get_{kind}_features")
-        ]
-
-    def start(self) -> None:
-        """Forget what earlier calls of the multimodal model encoded."""
-        self._thread.seen = {}
-
-    def encoded(self, arguments: dict[str, Any]) -> dict[str, Encoded]:
-        """Collect what was encoded for a call of the multimodal model, by kind, "image" and "video".
-
-        Args:
-            arguments: those of the call; `generate` encodes beforehand and hands over the features in them.
-        """
-        features = arguments.get("mm_encoder_outputs") or {}
-        told, found = _small(arguments), dict(self._thread.seen)
-        for kind in _KINDS:
-            given = features.get(kind)
-            if given is not None:
-                found[kind] = getattr(given, _ATTRIBUTE, None) or Encoded({}, _lengths(given))
-        return {kind: Encoded({**told, **run.arguments}, run.lengths) for kind, run in found.items()}
-
-    @contextmanager
-    def _watch(self, kind: str, arguments: dict[str, Any]) -> Iterator[Callable[[Any], None]]:
-        """Surround a call of `get_image_features` or `get_video_features`; one may call the other."""
-        thread = self._thread
-        is_inner, thread.is_encoding = thread.is_encoding, True
-
-        def keep(features: Any) -> None:
-            if is_inner:
-                return
-            run = thread.seen[kind] = Encoded(_small(arguments), _lengths(features))
-            # a plain tuple or tensor cannot carry an attribute of ours, and no model accepts one back
-            if not isinstance(features, tuple | list | torch.Tensor):
-                setattr(features, _ATTRIBUTE, run)
-
-        try:
-            yield keep
-        finally:
-            thread.is_encoding = is_inner
 
 
 def frames_of_prompt(anatomy: Anatomy, prompt: Prompt, encoded: dict[str, Encoded]) -> list[list[list[Frame]]]:
     """Find, for each row and each of its images, the grids `(h, w)` of its frames.
 
-    A model that is told grids of patches has these divided by the side of a merge. Elsewhere a video has as many frames
-    as its pixels, of equal length, and perhaps one token after them. A frame or image whose grid nothing tells, or some
-    of whose tokens the caller hides, is taken for a square if its number of tokens is one, and else for one line.
+    Where the model is told the grids of patches, their sides are divided by the side of a merge. Elsewhere a video has
+    as many frames as its pixels, all of equal length, and perhaps one token after them. A frame or image whose grid is
+    not known, or some of whose tokens the caller hides, is taken for a square if its number of tokens is a square
+    number, and for a single line otherwise.
 
     Args:
         anatomy: the model's parts.
@@ -147,30 +66,6 @@ def _frames_of_tiles(prompt: Prompt, row: int) -> list[list[Frame]]:
         _guessed(length) if grid is None else [grid]
         for grid, length in zip(grids_of_tiles(prompt, row), lengths, strict=True)
     ]
-
-
-def _small(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Keep the arguments that describe images: integer tensors, numbers and lists; the shapes of all other tensors."""
-    found: dict[str, Any] = {}
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor):
-            is_count = not value.is_floating_point() and value.dtype != torch.bool
-            found[name] = value if is_count and name not in _OF_TOKENS else value.shape
-        elif isinstance(value, int | float) or (
-            isinstance(value, list | tuple) and not any(isinstance(entry, torch.Tensor) for entry in value)
-        ):
-            found[name] = value
-    return found
-
-
-def _lengths(features: Any) -> list[int]:
-    """Count the visual tokens of each entry of what an encoder returned; none where it does not tell."""
-    pooled = getattr(features, "pooler_output", features)
-    if isinstance(pooled, torch.Tensor) and pooled.dim() < 3:
-        return []
-    if not isinstance(pooled, torch.Tensor | list | tuple) or not all(isinstance(x, torch.Tensor) for x in pooled):
-        return []
-    return [entry.shape[:-1].numel() for entry in pooled]
 
 
 def _describing(
@@ -243,9 +138,3 @@ def _guessed(length: int) -> list[Frame]:
         return []
     side = math.isqrt(length)
     return [(side, side)] if side * side == length else [(1, length)]
-
-
-class _ThreadState(threading.local):
-    def __init__(self) -> None:
-        self.is_encoding = False
-        self.seen: dict[str, Encoded] = {}
