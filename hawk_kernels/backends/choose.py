@@ -188,28 +188,36 @@ class PreparedCalls:
         Args:
             signature: `plain_signature` of the arguments, and what else of them a call depends on.
             arguments: what the prepared call is called with, a tensor first.
-            options: the rest of what a call depends on.
+            options: the rest of what a call depends on, the name of the backend or None last.
             prepare: checks `(is_plain, *arguments, *options)` and returns the call. Where the signature is None, and
                 `is_plain` False, it goes through the dispatcher and is not kept.
         """
-        key = self.key(signature, arguments[0], *options)
+        key = None
+        if signature is not None:
+            backend = options[-1]
+            is_given = backend is not None and not (type(backend) is str and backend == "torch")
+            key = self._key(signature, options, is_given and (arguments[0].is_cuda or _is_interpreting()))
         call = self.get(key)
         if call is None:
-            call = prepare(signature is not None, *arguments, *options)
+            call = prepare(key is not None, *arguments, *options)
             if key is not None:
                 self.add(key, call)
         return call(*arguments)
 
-    @staticmethod
-    def key(signature: Signature | None, tensor: object, *options: object) -> Hashable:
+    @classmethod
+    def key(cls, signature: Signature | None, tensor: torch.Tensor | None, *options: object) -> Hashable:
         """Return the key of a call with these options, one of whose tensors is given; None for no signature.
 
-        Options count with their types, because True equals 1, which equals 1.0. Where the tensors are not on a GPU, it
-        counts too whether Triton's interpreter may be asked for.
+        Where the tensors are not on a GPU, it counts too whether Triton's interpreter may be asked for.
         """
-        if signature is None:
+        if signature is None or tensor is None:
             return None
-        return signature, options, tuple(map(type, options)), getattr(tensor, "is_cuda", False) or _is_interpreting()
+        return cls._key(signature, options, tensor.is_cuda or _is_interpreting())
+
+    @staticmethod
+    def _key(signature: Signature, options: tuple[object, ...], is_triton_possible: bool) -> Hashable:
+        # Options count with their types, because True equals 1, which equals 1.0.
+        return signature, options, tuple(map(type, options)), is_triton_possible
 
     def get(self, key: Hashable) -> Callable[..., Any] | None:
         """Return the call that was prepared for this key, if there is one."""

@@ -14,12 +14,11 @@ reads or writes, is kept for the next call, so that a call makes few views and a
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from hawk_kernels.backends.choose import without_autocast
 from hawk_kernels.backends.eager.select_topk import select
 from hawk_kernels.selection import Selection, as_selection, max_kept
 
@@ -67,11 +66,12 @@ class PreparedCall:
             r: None scores and does not select.
             batched: False means that the tensors of the calls have no batch axis, and leaves it out of the results.
         """
-        self._score = _Scores(q, k, normalize, scale)
+        self._scores = _Scores(q, k, normalize, scale)
         self._r = r
         self._rounding = rounding
         self._width = 0 if r is None else max_kept(r, k.shape[2], rounding)
         self._batched = batched
+        self._device_type = k.device.type
 
     def __call__(
         self,
@@ -82,14 +82,23 @@ class PreparedCall:
         k_mask: torch.Tensor | None,
     ) -> Selection:
         """Return mask, indices and scores; without selecting, each of them is the scores."""
+        if torch.is_autocast_enabled(self._device_type):
+            # It would cast the products of float32 scores to half precision.
+            with torch.autocast(self._device_type, enabled=False):
+                return self(q, k, w, q_mask, k_mask)
         if not self._batched:
             q, k = q.unsqueeze(0), k.unsqueeze(0)
             q_mask = None if q_mask is None else q_mask.unsqueeze(0)
             k_mask = None if k_mask is None else k_mask.unsqueeze(0)
         if q.requires_grad or k.requires_grad or w.requires_grad:
             q, k, w = q.detach(), k.detach(), w.detach()
-        with without_autocast(k):
-            scores = self._score(q, k, w, q_mask, k_mask)
+        # A call takes the memory out, so that no other thread finds it meanwhile.
+        memory = _kept.pop(self, None) or self._scores.memory()
+        scores = self._scores.compute(memory, q, k, w, q_mask, k_mask)
+        if memory.may_be_kept:
+            if len(_kept) >= _MOST_KEPT:
+                _kept.clear()
+            _kept[self] = memory
         if self._r is None:
             selection = Selection(scores, scores, scores)
         else:
@@ -107,7 +116,8 @@ def score_tokens(
     scale: float,
 ) -> torch.Tensor:
     """Importance `[B, M]` float32 of validated `[B, H, N, D]` queries and `[B, Hkv, M, D]` keys."""
-    return _Scores(q, k, normalize, scale).compute(q, k, w, q_mask, k_mask)
+    scores = _Scores(q, k, normalize, scale)
+    return scores.compute(scores.memory(), q, k, w, q_mask, k_mask)
 
 
 def score_and_select(
@@ -133,60 +143,52 @@ class _Scores:
     ) -> None:
         batch, num_key_value_heads, num_keys, _ = k.shape
         group_size = q.shape[1] // num_key_value_heads
-        self._shape, self._weights_shape = (batch, num_keys), (num_key_value_heads, group_size)
-        self._normalize, self._scale = normalize, scale
+        self._weights_shape = num_key_value_heads, group_size
+        self._normalize, self._scale, self._device = normalize, scale, k.device
         # Without a norm between them the sum over the heads and the product commute, so one query a group is enough.
         folds = folds and normalize is None and k.is_cpu
         self._unfolded = _Scores(q, k, None, scale, folds=False) if folds else None
-        self._layout = _layout(k, group_size, folds) if batch > 0 and num_keys > 0 else None
+        self._layout = _layout(k, group_size, folds)
+        self._is_empty = batch == 0 or num_keys == 0
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        w: torch.Tensor,
-        q_mask: torch.Tensor | None,
-        k_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Compute scores in memory that is kept for the next call; no other thread finds it meanwhile."""
-        if self._layout is None:
-            return self.compute(q, k, w, q_mask, k_mask)
-        memory = _kept.pop(self, None) or _Memory(self._layout, self._normalize, k.device)
-        scores = self.compute(q, k, w, q_mask, k_mask, memory)
-        if memory.may_be_kept:
-            if len(_kept) >= _MOST_KEPT:
-                _kept.clear()
-            _kept[self] = memory
-        return scores
+    def memory(self) -> _Memory:
+        """Return memory to compute in."""
+        return _Memory(self._layout, self._normalize, self._device)
 
     def compute(
         self,
+        memory: _Memory,
         q: torch.Tensor,
         k: torch.Tensor,
         w: torch.Tensor,
         q_mask: torch.Tensor | None,
         k_mask: torch.Tensor | None,
-        memory: _Memory | None = None,
     ) -> torch.Tensor:
-        """Compute scores in this memory, by default in memory of their own."""
-        if self._layout is None:
-            return k.new_zeros(self._shape, dtype=torch.float32)
-        if memory is None:
-            memory = _Memory(self._layout, self._normalize, k.device)
-        _mean_queries(q, q_mask, memory.mean)
+        """Compute the scores of tensors of the signature, `[B, ...]` and without grad."""
+        layout = self._layout
+        if self._is_empty:
+            return k.new_zeros((layout.batch, layout.num_keys), dtype=torch.float32)
+        if q_mask is None:
+            torch.mean(q, 2, dtype=torch.float32, out=memory.mean)
+        else:
+            _mean_of_masked(q, q_mask, memory.mean)
         weights = w.float().view(self._weights_shape)
         if self._unfolded is not None:
             # Where a head does not score, or a weight spoils every score, the sum and the product do not commute.
             torch.matmul(weights.unsqueeze(1), memory.heads, out=memory.folded)
             if not math.isfinite(memory.folded.abs().sum()):
-                return self._unfolded.compute(q, k, w, q_mask, k_mask)
+                return self._unfolded.compute(self._unfolded.memory(), q, k, w, q_mask, k_mask)
             weights = memory.ones
+        first_key: Any = k.storage_offset()
         for multiply in memory.products:
-            multiply(k, self._scale)
-        if memory.unused is not None:
-            memory.unused.zero_()
-        outside = _outside(self._layout, k_mask, self._normalize, k.device)
-        scores = _joined(memory.weighted_sum(weights, outside), self._layout)
+            multiply(k, first_key, self._scale)
+        if k_mask is None and not memory.needs_mask:
+            outside = None
+        else:
+            outside = _outside(layout, k_mask, self._device)
+        scores = memory.weighted_sum(weights, outside)
+        if layout.columns != layout.num_keys:
+            scores = _joined(scores, layout)
         return scores if k_mask is None else scores.masked_fill_(~k_mask, -torch.inf)
 
 
@@ -241,11 +243,11 @@ def _layout(k: torch.Tensor, group_size: int, folds: bool) -> _Layout:
         way = _InPlace
     else:
         way, pieces = _Neighbors, 1
-    columns = aligned(-(-num_keys // pieces))
+    columns = max(COLUMNS, aligned(-(-num_keys // pieces)))
     num_folded, group_size = (group_size, 1) if folds else (0, group_size)
     return _Layout(
         way=way,
-        pieces=-(-num_keys // columns),
+        pieces=max(1, -(-num_keys // columns)),
         batch=batch,
         num_key_value_heads=num_key_value_heads,
         # MKL takes longer for 4 n - 1 queries than for 4 n.
@@ -287,13 +289,15 @@ class _Memory:
         buffer = means.new_empty(size + layout.unused)
         c = buffer[:size].view(layout.shape)
         self.products = layout.way.all_of(layout, c, queries)
-        self.unused = c[-1].narrow(3, 0, layout.unused) if layout.unused > 0 else None
-        self.weighted_sum = _WeightedSum(c, layout.group_size, normalize)
-        num_bytes = 4 * (means.numel() + buffer.numel() + self.products[0].num_elements)
+        self.weighted_sum = _WeightedSum(c, layout.group_size, normalize, layout.unused)
+        self.needs_mask = layout.unused > 0 and normalize in ("softmax", "minmax")
+        # products share what they need
+        num_elements = max((product.num_elements for product in self.products), default=0)
+        num_bytes = 4 * (means.numel() + buffer.numel() + num_elements)
         self.may_be_kept = device.type == "cpu" and num_bytes <= _MOST_KEPT_BYTES
 
 
-_kept: dict[_Scores, _Memory] = {}
+_kept: dict[PreparedCall, _Memory] = {}
 
 
 class _Window(NamedTuple):
@@ -303,9 +307,9 @@ class _Window(NamedTuple):
     strides: tuple[int, ...]
     start: int
 
-    def of(self, k: torch.Tensor) -> torch.Tensor:
-        """Return the part of these keys."""
-        return k.as_strided(self.shape, self.strides, k.storage_offset() + self.start)
+    def of(self, k: torch.Tensor, first_key: int) -> torch.Tensor:
+        """Return the part of these keys, the first of which stands there in memory."""
+        return k.as_strided(self.shape, self.strides, first_key + self.start)
 
 
 class _InPlace(NamedTuple):
@@ -320,8 +324,8 @@ class _InPlace(NamedTuple):
         """Of the memory that it needs."""
         return 0
 
-    def __call__(self, k: torch.Tensor, scale: float) -> None:
-        self.out.baddbmm_(self.queries, self.window.of(k), beta=0, alpha=scale)
+    def __call__(self, k: torch.Tensor, first_key: int, scale: float) -> None:
+        self.out.baddbmm_(self.queries, self.window.of(k, first_key), beta=0, alpha=scale)
 
     @classmethod
     def all_of(cls, layout: _Layout, c: torch.Tensor, queries: torch.Tensor) -> list[_InPlace]:
@@ -390,8 +394,8 @@ class _Streamed(NamedTuple):
     def num_elements(self) -> int:
         return 0 if self.out is None else self.turned.numel()
 
-    def __call__(self, k: torch.Tensor, scale: float) -> None:
-        self.turned.baddbmm_(self.window.of(k), self.queries, beta=0, alpha=scale)
+    def __call__(self, k: torch.Tensor, first_key: int, scale: float) -> None:
+        self.turned.baddbmm_(self.window.of(k, first_key), self.queries, beta=0, alpha=scale)
         if self.out is not None:
             self.out.copy_(self.turned)
 
@@ -436,8 +440,8 @@ class _Tiled(NamedTuple):
     def num_elements(self) -> int:
         return self.keys.numel()
 
-    def __call__(self, k: torch.Tensor, scale: float) -> None:
-        self.tile.copy_(self.window.of(k))
+    def __call__(self, k: torch.Tensor, first_key: int, scale: float) -> None:
+        self.tile.copy_(self.window.of(k, first_key))
         self.out.baddbmm_(self.queries, self.keys, beta=0, alpha=scale)
 
     @classmethod
@@ -472,24 +476,17 @@ class _Tiled(NamedTuple):
         return products
 
 
-def _mean_queries(q: torch.Tensor, q_mask: torch.Tensor | None, mean: torch.Tensor) -> None:
-    """Write the mean over text `[B, H, D]` in float32; NaN (which scores 0) where there is no text."""
-    if q_mask is None:
-        torch.mean(q, 2, dtype=torch.float32, out=mean)
-        return
+def _mean_of_masked(q: torch.Tensor, q_mask: torch.Tensor, mean: torch.Tensor) -> None:
+    """Write the mean over the text `[B, H, D]` in float32; NaN (which scores 0) where there is none."""
     # Zeroed, not multiplied by the mask: padding may hold NaN.
     torch.sum(torch.where(q_mask[:, None, :, None], q, 0), 2, dtype=torch.float32, out=mean)
     mean.div_(q_mask.sum(dim=1, dtype=torch.float32)[:, None, None])
 
 
-def _outside(
-    layout: _Layout, k_mask: torch.Tensor | None, normalize: str | None, device: torch.device
-) -> torch.Tensor | None:
-    """bool `[P, B, 1, 1, C]`, True at the columns that no norm may see, or None where the norm needs no such mask."""
+def _outside(layout: _Layout, k_mask: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """bool `[P, B, 1, 1, C]`, True at the columns that no norm may see."""
     pieces, batch, columns, unused = layout.pieces, layout.batch, layout.columns, layout.unused
     if k_mask is None:
-        if unused == 0 or normalize in (None, "l2"):
-            return None
         k_mask = torch.ones((batch, layout.num_keys), dtype=torch.bool, device=device)
     outside = ~k_mask
     if unused > 0:
@@ -502,7 +499,7 @@ def _joined(sums: torch.Tensor, layout: _Layout) -> torch.Tensor:
     """`[B, M]`, the columns of the keys in `sums [P * B, C]`, in one row."""
     unused = layout.unused
     if layout.pieces == 1:
-        return sums if unused == 0 else sums[:, unused:].contiguous()
+        return sums[:, unused:].contiguous()
     pieces = sums.view(layout.pieces, layout.batch, layout.columns)
     return torch.cat((*pieces[:-1], pieces[-1, :, unused:]), dim=1)
 
@@ -530,7 +527,8 @@ def weighted_sum(c: torch.Tensor, w: torch.Tensor, outside: torch.Tensor | None,
 class _WeightedSum:
     """`weighted_sum` of what lies in `c` whenever it is called, as `[P * B, C]`."""
 
-    def __init__(self, c: torch.Tensor, group_size: int, normalize: str | None) -> None:
+    def __init__(self, c: torch.Tensor, group_size: int, normalize: str | None, unused: int = 0) -> None:
+        """Look at `c`, the first `unused` columns of whose last piece an L2 norm does not see either."""
         pieces, batch, groups, rows, columns = c.shape
         self._c, self._normalize, self._group_size = c, normalize, group_size
         weights = c.new_zeros(pieces, batch, groups, rows)
@@ -541,12 +539,17 @@ class _WeightedSum:
         self._rows = c.view(-1, columns) if is_single else c.view(pieces * batch, -1, columns)
 
         # Looking at the norms is no host sync on a CPU.
-        parts = _parts(columns) if normalize == "l2" and c.is_cpu else None
+        parts = _parts(columns) if normalize == "l2" and c.is_cpu and c.numel() > 0 else None
         self._parts: torch.Tensor | None = None
+        self._unused = c[-1, ..., :unused] if unused > 0 else None
+        self._sees_unused = True
         if parts is None:
             return
         matrices = groups * rows * batch
         self._parts = c.view(-1, columns // parts)
+        self._sees_unused = pieces * parts > 1
+        if not self._sees_unused:
+            self._parts = self._parts[:, unused:]
         self._norms_of_parts = c.new_empty(pieces * matrices * parts)
         self._norms = self._norms_of_parts
         self._parts_of_rows: torch.Tensor | None = None
@@ -558,11 +561,40 @@ class _WeightedSum:
 
     def __call__(self, w: torch.Tensor, outside: torch.Tensor | None) -> torch.Tensor:
         """Add up with weights `w [G, R]`, float32."""
-        c = self._c
         if self._normalize == "l2":
             self._divide_by_l2_norm(w, outside)
         else:
-            c.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+            self._normalize_otherwise(w, outside)
+        sums: torch.Tensor = self._multiply(self._all_weights, self._rows)
+        return sums if sums.dim() == 2 else sums.squeeze(1)
+
+    def _divide_by_l2_norm(self, w: torch.Tensor, outside: torch.Tensor | None) -> None:
+        """Write the weights `w[i] / |c[i, :]|`, or 0 where the vector is too short to have a direction in float32."""
+        c = self._c
+        if outside is not None:
+            c.masked_fill_(outside, 0.0)
+        elif self._unused is not None and self._sees_unused:
+            self._unused.zero_()
+        if self._parts is not None:
+            torch.linalg.vector_norm(self._parts, dim=1, out=self._norms_of_parts)
+            if self._parts_of_rows is not None:
+                torch.linalg.vector_norm(self._parts_of_rows, dim=(0, 2), dtype=torch.float64, out=self._norms)
+            # A NaN fits no more than a square that float32 cannot hold.
+            norms = self._norm_values
+            if np.minimum.reduce(norms) >= _SHORTEST and np.maximum.reduce(norms) <= _LONGEST:
+                torch.div(w, self._norm, out=self._weights)
+                return
+        # In float64 no square over- or underflows; below float32's normal range a vector has no direction left.
+        c.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        if self._unused is not None:
+            self._unused.zero_()
+        norm = torch.linalg.vector_norm(c[..., : self._group_size, :], dim=(0, 4), dtype=torch.float64)
+        self._weights.copy_(w / norm.masked_fill_(norm < torch.finfo(torch.float32).tiny, torch.inf))
+
+    def _normalize_otherwise(self, w: torch.Tensor, outside: torch.Tensor | None) -> None:
+        """Normalise the logits in place as far as the weights cannot, and write the weights."""
+        c = self._c
+        c.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         if self._normalize is None:
             self._weights.copy_(w)
         elif self._normalize == "softmax":
@@ -578,29 +610,6 @@ class _WeightedSum:
             c.sub_(lowest)
             if outside is not None:
                 c.masked_fill_(outside, 0.0)
-        sums: torch.Tensor = self._multiply(self._all_weights, self._rows)
-        return sums if sums.dim() == 2 else sums.squeeze(1)
-
-    def _divide_by_l2_norm(self, w: torch.Tensor, outside: torch.Tensor | None) -> None:
-        """Write `w[i] / |c[i, :]|`, or 0 where the vector is too short to have a direction in float32."""
-        c = self._c
-        if outside is not None:
-            c.masked_fill_(outside, 0.0)
-        if self._parts is not None and self._norms_fit_float32():
-            torch.div(w, self._norm, out=self._weights)
-            return
-        # In float64 no square over- or underflows; below float32's normal range a vector has no direction left.
-        c.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        norm = torch.linalg.vector_norm(c[..., : self._group_size, :], dim=(0, 4), dtype=torch.float64)
-        self._weights.copy_(w / norm.masked_fill_(norm < torch.finfo(torch.float32).tiny, torch.inf))
-
-    def _norms_fit_float32(self) -> bool:
-        """Compute the norms, and say whether float32 can hold the squares and their sums, which NaN shows as well."""
-        torch.linalg.vector_norm(self._parts, dim=1, out=self._norms_of_parts)
-        if self._parts_of_rows is not None:
-            torch.linalg.vector_norm(self._parts_of_rows, dim=(0, 2), dtype=torch.float64, out=self._norms)
-        values = self._norm_values
-        return bool(np.minimum.reduce(values) >= _SHORTEST and np.maximum.reduce(values) <= _LONGEST)
 
 
 def _parts(columns: int) -> int | None:
