@@ -80,7 +80,7 @@ def choose_backend(requested: str | None, device: torch.device, head_dim: int | 
         fits = head_dim is None or head_dim <= MAX_TRITON_HEAD_DIM
         is_gpu = device.type == "cuda" or (device.type == "meta" and _planning.is_on)
         return "triton" if is_gpu and fits and _triton_is_installed() else "torch"
-    if requested not in BACKENDS:
+    if requested not in tuple(BACKENDS):
         raise ValueError(
             f"backend: expected None, 'triton' or 'torch', got {requested!r}; None chooses by device and installation"
         )

@@ -276,7 +276,7 @@ class _Memory:
         padding = layout.rows - layout.group_size
         means = torch.ones(groups * heads_of_group + padding, head_dim, device=device, dtype=torch.float32)
         self.heads = means[: groups * heads_of_group].view(batch, num_key_value_heads, heads_of_group, head_dim)
-        self.mean = self.heads.view(batch, -1, head_dim)
+        self.mean = self.heads.view(batch, num_key_value_heads * heads_of_group, head_dim)
         if layout.num_folded:
             self.folded = means.new_empty(batch, num_key_value_heads, 1, head_dim)
             self.ones = means.new_ones(num_key_value_heads, 1)
@@ -499,7 +499,7 @@ def _joined(sums: torch.Tensor, layout: _Layout) -> torch.Tensor:
     """`[B, M]`, the columns of the keys in `sums [P * B, C]`, in one row."""
     unused = layout.unused
     if layout.pieces == 1:
-        return sums[:, unused:].contiguous()
+        return sums.narrow(1, unused, layout.num_keys).contiguous()
     pieces = sums.view(layout.pieces, layout.batch, layout.columns)
     return torch.cat((*pieces[:-1], pieces[-1, :, unused:]), dim=1)
 
@@ -535,25 +535,25 @@ class _WeightedSum:
         self._weights = weights[..., :group_size]
         is_single = pieces * batch == 1
         self._multiply = torch.mm if is_single else torch.bmm
-        self._all_weights = weights.view(1, -1) if is_single else weights.view(pieces * batch, 1, -1)
-        self._rows = c.view(-1, columns) if is_single else c.view(pieces * batch, -1, columns)
+        rows_of_piece = groups * rows
+        self._all_weights = weights.view(1, -1) if is_single else weights.view(pieces * batch, 1, rows_of_piece)
+        self._rows = c.view(-1, columns) if is_single else c.view(pieces * batch, rows_of_piece, columns)
 
+        self._unused = c[-1, ..., :unused] if unused > 0 else None
+        self._unused_of_parts = None
+        self._parts: torch.Tensor | None = None
         # Looking at the norms is no host sync on a CPU.
         parts = _parts(columns) if normalize == "l2" and c.is_cpu and c.numel() > 0 else None
-        self._parts: torch.Tensor | None = None
-        self._unused = c[-1, ..., :unused] if unused > 0 else None
-        self._sees_unused = True
         if parts is None:
             return
-        matrices = groups * rows * batch
+        matrices = batch * rows_of_piece
         self._parts = c.view(-1, columns // parts)
-        self._sees_unused = pieces * parts > 1
-        if not self._sees_unused:
-            self._parts = self._parts[:, unused:]
-        self._norms_of_parts = c.new_empty(pieces * matrices * parts)
-        self._norms = self._norms_of_parts
+        self._norms_of_parts = self._norms = c.new_empty(pieces * matrices * parts)
         self._parts_of_rows: torch.Tensor | None = None
-        if pieces * parts > 1:
+        if pieces * parts == 1:
+            self._parts = self._parts[:, unused:]
+        else:
+            self._unused_of_parts = self._unused
             self._parts_of_rows = self._norms_of_parts.view(pieces, matrices, parts)
             self._norms = c.new_empty(matrices, dtype=torch.float64)
         self._norm_values = self._norms.numpy()
@@ -573,8 +573,8 @@ class _WeightedSum:
         c = self._c
         if outside is not None:
             c.masked_fill_(outside, 0.0)
-        elif self._unused is not None and self._sees_unused:
-            self._unused.zero_()
+        elif self._unused_of_parts is not None:
+            self._unused_of_parts.zero_()
         if self._parts is not None:
             torch.linalg.vector_norm(self._parts, dim=1, out=self._norms_of_parts)
             if self._parts_of_rows is not None:
