@@ -315,3 +315,4 @@ def test_fake_tensors_and_compiled_code_do_not_meet_what_is_prepared():
         torch.ops.hawk_kernels.score_and_select.default
     ]
     assert_same_bits(call(case), expected)
+    assert len(of_queries._prepared) == 1

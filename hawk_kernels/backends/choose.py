@@ -195,8 +195,10 @@ class PreparedCalls:
         key = None
         if signature is not None:
             backend = options[-1]
-            is_given = backend is not None and not (type(backend) is str and backend == "torch")
-            key = self._key(signature, options, is_given and (arguments[0].is_cuda or _is_interpreting()))
+            # asking the environment takes a microsecond, which only a call that asks for Triton on a CPU needs to spend
+            may_interpret = backend is not None and (type(backend) is not str or backend != "torch")
+            is_triton = may_interpret and (arguments[0].is_cuda or _is_interpreting())
+            key = signature, options, tuple(map(type, options)), is_triton
         call = self.get(key)
         if call is None:
             call = prepare(key is not None, *arguments, *options)
@@ -204,20 +206,16 @@ class PreparedCalls:
                 self.add(key, call)
         return call(*arguments)
 
-    @classmethod
-    def key(cls, signature: Signature | None, tensor: torch.Tensor | None, *options: object) -> Hashable:
+    @staticmethod
+    def key(signature: Signature | None, tensor: object, *options: object) -> Hashable:
         """Return the key of a call with these options, one of whose tensors is given; None for no signature.
 
-        Where the tensors are not on a GPU, it counts too whether Triton's interpreter may be asked for.
+        Options count with their types, because True equals 1, which equals 1.0. Where the tensors are not on a GPU, it
+        counts too whether Triton's interpreter may be asked for.
         """
-        if signature is None or tensor is None:
+        if signature is None:
             return None
-        return cls._key(signature, options, tensor.is_cuda or _is_interpreting())
-
-    @staticmethod
-    def _key(signature: Signature, options: tuple[object, ...], is_triton_possible: bool) -> Hashable:
-        # Options count with their types, because True equals 1, which equals 1.0.
-        return signature, options, tuple(map(type, options)), is_triton_possible
+        return signature, options, tuple(map(type, options)), getattr(tensor, "is_cuda", False) or _is_interpreting()
 
     def get(self, key: Hashable) -> Callable[..., Any] | None:
         """Return the call that was prepared for this key, if there is one."""

@@ -200,7 +200,7 @@ class _Layout(NamedTuple):
     front of it as well. The last `R - group_size` rows of a group are of no use but to the product.
     """
 
-    way: type[_InPlace | _Neighbors | _Streamed | _Tiled]
+    way: type[_InPlace | _Neighbours | _Streamed | _Tiled]
     pieces: int
     batch: int
     num_key_value_heads: int
@@ -232,7 +232,7 @@ def _layout(k: torch.Tensor, group_size: int, folds: bool) -> _Layout:
     batch, num_key_value_heads, num_keys, head_dim = k.shape
     is_aligned = num_keys % COLUMNS == 0
     pieces = max(1 if is_aligned else 2, -(-num_keys // _LONGEST_PIECE))
-    way: type[_InPlace | _Neighbors | _Streamed | _Tiled]
+    way: type[_InPlace | _Neighbours | _Streamed | _Tiled]
     if k.dtype != torch.float32 or num_keys < COLUMNS:
         way, pieces = _Tiled, 1
         if k.is_cpu:
@@ -242,7 +242,7 @@ def _layout(k: torch.Tensor, group_size: int, folds: bool) -> _Layout:
     elif is_aligned or num_keys > _LONGEST_PIECE or batch * num_key_value_heads == 1 or not k.is_contiguous():
         way = _InPlace
     else:
-        way, pieces = _Neighbors, 1
+        way, pieces = _Neighbours, 1
     columns = max(COLUMNS, aligned(-(-num_keys // pieces)))
     num_folded, group_size = (group_size, 1) if folds else (0, group_size)
     return _Layout(
@@ -285,7 +285,7 @@ class _Memory:
             # A group is padded with the first query of the next one, and the last group with ones.
             queries = means.as_strided((groups, layout.rows, head_dim), (layout.group_size * head_dim, head_dim, 1))
         size = math.prod(layout.shape)
-        # Neighbors need a buffer that is longer by as much as the columns of some are shifted.
+        # Neighbours need a buffer that is longer by as much as the columns of some are shifted.
         buffer = means.new_empty(size + layout.unused)
         c = buffer[:size].view(layout.shape)
         self.products = layout.way.all_of(layout, c, queries)
@@ -351,10 +351,10 @@ class _InPlace(NamedTuple):
         return products
 
 
-class _Neighbors:
+class _Neighbours:
     """Products with contiguous float32 keys of at least two heads, in one piece, read where they lie.
 
-    The columns that are not used come from keys of a neighbor in memory: the first half of the heads reads on after
+    The columns that are not used come from keys of a neighbour in memory: the first half of the heads reads on after
     its keys, and writes as much further to the right, into columns that are not used; the second half reads what lies
     before its keys.
     """
