@@ -316,3 +316,14 @@ def test_fake_tensors_and_compiled_code_do_not_meet_what_is_prepared():
     ]
     assert_same_bits(call(case), expected)
     assert len(of_queries._prepared) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_elsewhere_than_on_a_cpu_no_value_is_read(normalize, dtype):
+    """A meta tensor has no values, so a computation that looks at one, and would wait for a GPU, fails."""
+    for num_keys, masked in ((5, False), (37, True), (48, False), (2100, True), (40000, False)):
+        case = make_case(num_heads=14, num_keys=num_keys, dtype=dtype, masked=masked, normalize=normalize)
+        selection = in_memory_of_its_own(case.to(torch.device("meta")))
+        width = max(1, int(0.3 * num_keys))
+        assert [tuple(tensor.shape) for tensor in selection] == [(2, num_keys), (2, width), (2, num_keys)]
