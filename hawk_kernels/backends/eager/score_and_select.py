@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from hawk_kernels.backends.eager.select_topk import select
@@ -499,7 +498,8 @@ def _joined(sums: torch.Tensor, layout: _Layout) -> torch.Tensor:
     """`[B, M]`, the columns of the keys in `sums [P * B, C]`, in one row."""
     unused = layout.unused
     if layout.pieces == 1:
-        return sums.narrow(1, unused, layout.num_keys).contiguous()
+        scores = sums.narrow(1, unused, layout.num_keys)
+        return scores if layout.batch == 1 else scores.contiguous()
     pieces = sums.view(layout.pieces, layout.batch, layout.columns)
     return torch.cat((*pieces[:-1], pieces[-1, :, unused:]), dim=1)
 
@@ -579,9 +579,9 @@ class _WeightedSum:
             torch.linalg.vector_norm(self._parts, dim=1, out=self._norms_of_parts)
             if self._parts_of_rows is not None:
                 torch.linalg.vector_norm(self._parts_of_rows, dim=(0, 2), dtype=torch.float64, out=self._norms)
-            # A NaN fits no more than a square that float32 cannot hold.
-            norms = self._norm_values
-            if np.minimum.reduce(norms) >= _SHORTEST and np.maximum.reduce(norms) <= _LONGEST:
+            # No norm is longer than their sum, which shows a NaN too. Python adds up a few numbers faster than NumPy.
+            norms = self._norm_values.tolist()
+            if sum(norms) <= _LONGEST and min(norms) >= _SHORTEST:
                 torch.div(w, self._norm, out=self._weights)
                 return
         # In float64 no square over- or underflows; below float32's normal range a vector has no direction left.
