@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 import csrc_ref
 from bench.timing import peak_bytes
 from hawk_kernels import score_and_select, score_tokens, select_topk
+from hawk_kernels.backends.choose import PreparedCalls
 from hawk_kernels.backends.eager import score_and_select as eager
 from hawk_kernels.backends.eager import score_hidden as eager_hidden
+from hawk_kernels.ops import score_and_select as of_queries
 from tests.cases import DTYPES, NORMALIZATIONS, SCORE_TOLERANCE, assert_matches_reference, make_case
 
 CPU = torch.device("cpu")
@@ -25,11 +27,12 @@ def threads(request):
 
 @pytest.fixture(params=["as sized", "in small pieces", "streamed", "streamed in small pieces"])
 def way(request, monkeypatch):
-    """Send short rows through what is there for long ones: many pieces, padded queries, keys as rows of a product."""
+    """Send short rows through what is there for long ones: many pieces, keys as rows of a product."""
+    # what was prepared before has another way
+    monkeypatch.setattr(of_queries, "_prepared", PreparedCalls())
     if "small pieces" in request.param:
         monkeypatch.setattr(eager, "_TILE", 1 << 12)
         monkeypatch.setattr(eager, "_LONGEST_PIECE", 64)
-        monkeypatch.setattr(eager, "_PADDED", 0)
     if "streamed" in request.param:
         monkeypatch.setattr(eager, "_STREAMED", 0)
     return request.param

@@ -80,7 +80,7 @@ def choose_backend(requested: str | None, device: torch.device, head_dim: int | 
         fits = head_dim is None or head_dim <= MAX_TRITON_HEAD_DIM
         is_gpu = device.type == "cuda" or (device.type == "meta" and _planning.is_on)
         return "triton" if is_gpu and fits and _triton_is_installed() else "torch"
-    if requested not in BACKENDS:
+    if requested not in tuple(BACKENDS):
         raise ValueError(
             f"backend: expected None, 'triton' or 'torch', got {requested!r}; None chooses by device and installation"
         )
@@ -164,8 +164,8 @@ class PreparedCalls:
     """What is left to do in calls of a public function, by all that a call depends on except its tensors' contents.
 
     A call of plain tensors is checked and prepared once; the next one with the same signature and options only needs
-    to be made. What is prepared holds no tensor. Any number of threads may ask and add. When the limit is reached,
-    everything is forgotten, and the next calls are prepared once more.
+    to be made. What is prepared holds no tensor of a call. Any number of threads may ask and add. When the limit is
+    reached, everything is forgotten, and the next calls are prepared once more.
     """
 
     def __init__(self, limit: int = _MOST_PREPARED_CALLS) -> None:
@@ -175,6 +175,36 @@ class PreparedCalls:
 
     def __len__(self) -> int:
         return len(self._calls)
+
+    def call(
+        self,
+        signature: Signature | None,
+        arguments: tuple[Any, ...],
+        options: tuple[Any, ...],
+        prepare: Callable[..., Callable[..., Any]],
+    ) -> Any:
+        """Call what is prepared for these arguments and options, and prepare it if nothing is.
+
+        Args:
+            signature: `plain_signature` of the arguments, and what else of them a call depends on.
+            arguments: what the prepared call is called with, a tensor first.
+            options: the rest of what a call depends on, the name of the backend or None last.
+            prepare: checks `(is_plain, *arguments, *options)` and returns the call. Where the signature is None, and
+                `is_plain` False, it goes through the dispatcher and is not kept.
+        """
+        key = None
+        if signature is not None:
+            backend = options[-1]
+            # asking the environment takes a microsecond, which only a call that asks for Triton on a CPU needs to spend
+            may_interpret = backend is not None and (type(backend) is not str or backend != "torch")
+            is_triton = may_interpret and (arguments[0].is_cuda or _is_interpreting())
+            key = signature, options, tuple(map(type, options)), is_triton
+        call = self.get(key)
+        if call is None:
+            call = prepare(key is not None, *arguments, *options)
+            if key is not None:
+                self.add(key, call)
+        return call(*arguments)
 
     @staticmethod
     def key(signature: Signature | None, tensor: object, *options: object) -> Hashable:

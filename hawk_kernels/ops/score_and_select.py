@@ -9,17 +9,14 @@ import torch
 
 from hawk_kernels.backends.choose import (
     PreparedCalls,
-    Signature,
     choose_backend,
     load_backend,
     plain_signature,
     without_autocast,
-    without_grad,
 )
 from hawk_kernels.ops.library import define, fake_selection
 from hawk_kernels.selection import Fields, Selection, as_selection
 from hawk_kernels.validation import (
-    Passed,
     check_head_vector,
     check_mask,
     check_normalize,
@@ -29,7 +26,6 @@ from hawk_kernels.validation import (
     checked_scale,
 )
 
-_passed = Passed()
 _prepared = PreparedCalls()
 _prepared_scores = PreparedCalls()
 
@@ -76,21 +72,9 @@ def score_and_select(
         ValueError: a shape, device, range or name does not fit.
         ImportError: `backend="triton"` without Triton.
     """
-    signature = plain_signature(q, k, w, q_mask, k_mask)
-    key = _prepared.key(signature, q, r, normalize, scale, rounding, backend)
-    call = _prepared.get(key)
-    if call is None:
-        batched, tensors, scale, backend = checked_arguments(
-            q, k, w, q_mask, k_mask, normalize, scale, backend, signature
-        )
-        ratio, budget = checked_keep(r, k.shape[-2], k_mask is not None)
-        check_rounding(rounding)
-        if key is None or backend != "triton":
-            run: Callable[..., Any] = _score_and_select if signature is None else _run_score_and_select
-            return as_selection(run(*tensors, ratio, budget, normalize, scale, rounding, backend), batched)
-        call = _prepare(tensors, budget or ratio, normalize, scale, rounding, batched)
-        _prepared.add(key, call)
-    selection: Selection = call(q, k, w, q_mask, k_mask)
+    tensors = q, k, w, q_mask, k_mask
+    options = r, normalize, scale, rounding, backend
+    selection: Selection = _prepared.call(plain_signature(*tensors), tensors, options, _prepare)
     return selection
 
 
@@ -112,35 +96,82 @@ def score_tokens(
     Returns:
         float32 `[B, M]` (`[M]` unbatched), `-inf` at non-candidates, without grad.
     """
-    signature = plain_signature(q, k, w, q_mask, k_mask)
-    key = _prepared_scores.key(signature, q, normalize, scale, backend)
-    call = _prepared_scores.get(key)
-    if call is None:
-        batched, tensors, scale, backend = checked_arguments(
-            q, k, w, q_mask, k_mask, normalize, scale, backend, signature
-        )
-        if key is None or backend != "triton":
-            run: Callable[..., Any] = _score_tokens if signature is None else _run_score_tokens
-            scores: torch.Tensor = run(*tensors, normalize, scale, backend)
-            return scores if batched else scores[0]
-        call = _prepare(tensors, None, normalize, scale, "floor", batched)
-        _prepared_scores.add(key, call)
-    selection: Selection = call(q, k, w, q_mask, k_mask)
+    tensors = q, k, w, q_mask, k_mask
+    selection: Selection = _prepared_scores.call(
+        plain_signature(*tensors), tensors, (normalize, scale, backend), _prepare_scores
+    )
     return selection.scores
 
 
 def _prepare(
-    tensors: tuple[Any, ...],
+    is_plain: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    w: torch.Tensor,
+    q_mask: torch.Tensor | None,
+    k_mask: torch.Tensor | None,
+    r: float | int,
+    normalize: str | None,
+    scale: float | None,
+    rounding: str,
+    backend: str | None,
+) -> Callable[..., Selection]:
+    """Check the arguments, and return what selects by tensors of their signature."""
+    scale, backend = checked_arguments(q, k, w, q_mask, k_mask, normalize, scale, backend)
+    ratio, budget = checked_keep(r, k.shape[-2], k_mask is not None)
+    check_rounding(rounding)
+    batched = q.dim() == 4
+    if is_plain:
+        return _prepared_call(q, k, w, q_mask, k_mask, budget or ratio, normalize, scale, rounding, backend)
+
+    def call(*tensors: Any) -> Selection:
+        fields = _score_and_select(*batched_without_grad(*tensors), ratio, budget, normalize, scale, rounding, backend)
+        return as_selection(fields, batched)
+
+    return call
+
+
+def _prepare_scores(
+    is_plain: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    w: torch.Tensor,
+    q_mask: torch.Tensor | None,
+    k_mask: torch.Tensor | None,
+    normalize: str | None,
+    scale: float | None,
+    backend: str | None,
+) -> Callable[..., Selection]:
+    """Check the arguments, and return what scores by tensors of their signature."""
+    scale, backend = checked_arguments(q, k, w, q_mask, k_mask, normalize, scale, backend)
+    batched = q.dim() == 4
+    if is_plain:
+        return _prepared_call(q, k, w, q_mask, k_mask, None, normalize, scale, "floor", backend)
+
+    def call(*tensors: Any) -> Selection:
+        scores = _score_tokens(*batched_without_grad(*tensors), normalize, scale, backend)
+        return as_selection((scores, scores, scores), batched)
+
+    return call
+
+
+def _prepared_call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    w: torch.Tensor,
+    q_mask: torch.Tensor | None,
+    k_mask: torch.Tensor | None,
     r: float | int | None,
     normalize: str | None,
     scale: float,
     rounding: str,
-    batched: bool,
-) -> Callable[..., Any]:
-    """Prepare calls of the signature of these tensors for Triton; they are checked and batched."""
-    q, k, w, q_mask, k_mask = tensors
-    prepared: Callable[..., Any] = load_backend("triton", "score_and_select").PreparedCall
-    call: Callable[..., Any] = prepared(q, k, w, r, q_mask, k_mask, normalize, scale, rounding, batched)
+    backend: str,
+) -> Callable[..., Selection]:
+    """Prepare calls of the signature of these tensors, which are checked, for a backend."""
+    batched = q.dim() == 4
+    q, k, w, q_mask, k_mask = batched_without_grad(q, k, w, q_mask, k_mask)
+    prepared: Callable[..., Any] = load_backend(backend, "score_and_select").PreparedCall
+    call: Callable[..., Selection] = prepared(q, k, w, r, q_mask, k_mask, normalize, scale, rounding, batched)
     return call
 
 
@@ -153,29 +184,28 @@ def checked_arguments(
     normalize: str | None,
     scale: float | None,
     backend: str | None,
-    signature: Signature | None,
-) -> tuple[bool, tuple[Any, ...], float, str]:
-    """Check the arguments; tensors of a signature that has passed are not checked again.
-
-    Returns:
-        Whether the input came batched; the five tensors, batched and without grad; the scale; the backend.
-    """
-    if signature is None or signature not in _passed:
-        _check_tensors(q, k, w, q_mask, k_mask)
-        if signature is not None:
-            _passed.add(signature)
+) -> tuple[float, str]:
+    """Check the arguments, and return the scale and the backend."""
+    _check_tensors(q, k, w, q_mask, k_mask)
     check_normalize(normalize)
     head_dim = q.shape[-1]
-    scale = checked_scale(scale, head_dim)
-    backend = choose_backend(backend, q.device, head_dim)
+    return checked_scale(scale, head_dim), choose_backend(backend, q.device, head_dim)
 
-    q, k, w = without_grad(q, signature), without_grad(k, signature), without_grad(w, signature)
-    batched = q.dim() == 4
-    if not batched:
-        q, k = q.unsqueeze(0), k.unsqueeze(0)
-        q_mask = None if q_mask is None else q_mask.unsqueeze(0)
-        k_mask = None if k_mask is None else k_mask.unsqueeze(0)
-    return batched, (q, k, w, q_mask, k_mask), scale, backend
+
+def batched_without_grad(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    w: torch.Tensor,
+    q_mask: torch.Tensor | None,
+    k_mask: torch.Tensor | None,
+) -> tuple[Any, ...]:
+    """Return the tensors as an operator takes them."""
+    q, k, w = q.detach(), k.detach(), w.detach()
+    if q.dim() == 4:
+        return q, k, w, q_mask, k_mask
+    q_mask = None if q_mask is None else q_mask.unsqueeze(0)
+    k_mask = None if k_mask is None else k_mask.unsqueeze(0)
+    return q.unsqueeze(0), k.unsqueeze(0), w, q_mask, k_mask
 
 
 def _check_tensors(

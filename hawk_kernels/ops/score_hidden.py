@@ -16,14 +16,12 @@ from hawk_kernels.backends.choose import (
     load_backend,
     plain_signature,
     without_autocast,
-    without_grad,
 )
 from hawk_kernels.layer import Layer
 from hawk_kernels.ops.library import define, fake_selection
 from hawk_kernels.selection import Fields, Selection, as_selection
 from hawk_kernels.validation import (
     FLOATS,
-    Passed,
     check_mask,
     check_normalize,
     check_rounding,
@@ -33,7 +31,6 @@ from hawk_kernels.validation import (
     shape_of,
 )
 
-_passed = Passed()
 _prepared = PreparedCalls()
 _prepared_scores = PreparedCalls()
 
@@ -76,20 +73,9 @@ def score_hidden_and_select(
         ValueError: a shape, device, range or name does not fit.
         ImportError: `backend="triton"` without Triton.
     """
-    signature = _signature(x, layer, w, q_mask, k_mask)
-    key = _prepared.key(signature, x, r, normalize, scale, rounding, backend)
-    call = _prepared.get(key)
-    if call is None:
-        batched, tensors, scale, backend = _checked(x, layer, w, q_mask, k_mask, normalize, scale, backend, signature)
-        ratio, budget = checked_keep(r, x.shape[-2], True)
-        check_rounding(rounding)
-        if key is None or backend != "triton":
-            run: Callable[..., Any] = _score_hidden_and_select if signature is None else _run_score_hidden_and_select
-            fields = run(*tensors, ratio, budget, normalize, scale, rounding, backend)
-            return as_selection(fields, batched)
-        call = _prepare(tensors, budget or ratio, normalize, scale, rounding, batched)
-        _prepared.add(key, call)
-    selection: Selection = call(x, layer, w, q_mask, k_mask)
+    arguments = x, layer, w, q_mask, k_mask
+    options = r, normalize, scale, rounding, backend
+    selection: Selection = _prepared.call(_signature(*arguments), arguments, options, _prepare)
     return selection
 
 
@@ -111,34 +97,84 @@ def score_hidden(
     Returns:
         float32 `[B, T]` (`[T]` unbatched), `-inf` at non-candidates, without grad.
     """
-    signature = _signature(x, layer, w, q_mask, k_mask)
-    key = _prepared_scores.key(signature, x, normalize, scale, backend)
-    call = _prepared_scores.get(key)
-    if call is None:
-        batched, tensors, scale, backend = _checked(x, layer, w, q_mask, k_mask, normalize, scale, backend, signature)
-        if key is None or backend != "triton":
-            run: Callable[..., Any] = _score_hidden if signature is None else _run_score_hidden
-            scores: torch.Tensor = run(*tensors, normalize, scale, backend)
-            return scores if batched else scores[0]
-        call = _prepare(tensors, None, normalize, scale, "floor", batched)
-        _prepared_scores.add(key, call)
-    selection: Selection = call(x, layer, w, q_mask, k_mask)
+    arguments = x, layer, w, q_mask, k_mask
+    options = normalize, scale, backend
+    selection: Selection = _prepared_scores.call(_signature(*arguments), arguments, options, _prepare_scores)
     return selection.scores
 
 
 def _prepare(
-    tensors: tuple[Any, ...],
+    is_plain: bool,
+    x: torch.Tensor,
+    layer: Layer,
+    w: torch.Tensor,
+    q_mask: torch.Tensor,
+    k_mask: torch.Tensor,
+    r: float | int,
+    normalize: str | None,
+    scale: float | None,
+    rounding: str,
+    backend: str | None,
+) -> Callable[..., Selection]:
+    """Check the arguments, and return what selects by arguments of their signature."""
+    scale, backend = _checked(x, layer, w, q_mask, k_mask, normalize, scale, backend)
+    ratio, budget = checked_keep(r, x.shape[-2], True)
+    check_rounding(rounding)
+    batched = x.dim() == 3
+    if is_plain and backend == "triton":
+        return _prepared_call(x, layer, w, q_mask, k_mask, budget or ratio, normalize, scale, rounding)
+    run: Callable[..., Any] = _run_score_hidden_and_select if is_plain else _score_hidden_and_select
+
+    def call(*arguments: Any) -> Selection:
+        fields = run(*_batched_without_grad(*arguments), ratio, budget, normalize, scale, rounding, backend)
+        return as_selection(fields, batched)
+
+    return call
+
+
+def _prepare_scores(
+    is_plain: bool,
+    x: torch.Tensor,
+    layer: Layer,
+    w: torch.Tensor,
+    q_mask: torch.Tensor,
+    k_mask: torch.Tensor,
+    normalize: str | None,
+    scale: float | None,
+    backend: str | None,
+) -> Callable[..., Selection]:
+    """Check the arguments, and return what scores by arguments of their signature."""
+    scale, backend = _checked(x, layer, w, q_mask, k_mask, normalize, scale, backend)
+    batched = x.dim() == 3
+    if is_plain and backend == "triton":
+        return _prepared_call(x, layer, w, q_mask, k_mask, None, normalize, scale, "floor")
+    run: Callable[..., torch.Tensor] = _run_score_hidden if is_plain else _score_hidden
+
+    def call(*arguments: Any) -> Selection:
+        scores = run(*_batched_without_grad(*arguments), normalize, scale, backend)
+        return as_selection((scores, scores, scores), batched)
+
+    return call
+
+
+def _prepared_call(
+    x: torch.Tensor,
+    layer: Layer,
+    w: torch.Tensor,
+    q_mask: torch.Tensor,
+    k_mask: torch.Tensor,
     r: float | int | None,
     normalize: str | None,
     scale: float,
     rounding: str,
-    batched: bool,
-) -> Callable[..., Any]:
-    """Prepare calls of the signature of these tensors for Triton; they are checked and batched."""
-    x, *fields, w, q_mask, k_mask = tensors
-    layer = Layer(*fields)
+) -> Callable[..., Selection]:
+    """Prepare calls of the signature of these arguments, which are checked, for Triton."""
+    batched = x.dim() == 3
+    x, *fields, w, q_mask, k_mask = _batched_without_grad(x, layer, w, q_mask, k_mask)
     prepared: Callable[..., Any] = load_backend("triton", "score_hidden").PreparedCall
-    call: Callable[..., Any] = prepared(x, layer, w, r, q_mask, k_mask, normalize, scale, rounding, batched)
+    call: Callable[..., Selection] = prepared(
+        x, Layer(*fields), w, r, q_mask, k_mask, normalize, scale, rounding, batched
+    )
     return call
 
 
@@ -165,32 +201,23 @@ def _checked(
     normalize: str | None,
     scale: float | None,
     backend: str | None,
-    signature: Signature | None,
-) -> tuple[bool, tuple[Any, ...], float, str]:
-    """Check the arguments; tensors of a signature that has passed are not checked again.
-
-    Returns:
-        Whether the input came batched; `x`, the fields of the layer, `w` and the masks, batched and without grad; the
-        scale; the backend.
-    """
-    if signature is None or signature not in _passed:
-        _check_tensors(x, layer, w, q_mask, k_mask)
-        if signature is not None:
-            _passed.add(signature)
+) -> tuple[float, str]:
+    """Check the arguments, and return the scale and the backend."""
+    _check_tensors(x, layer, w, q_mask, k_mask)
     check_normalize(normalize)
     head_dim = layer.wq.shape[0] // w.shape[0]
-    scale = checked_scale(scale, head_dim)
-    backend = choose_backend(backend, x.device, head_dim)
-    batched = x.dim() == 3
-    if not batched:
+    return checked_scale(scale, head_dim), choose_backend(backend, x.device, head_dim)
+
+
+def _batched_without_grad(
+    x: torch.Tensor, layer: Layer, w: torch.Tensor, q_mask: torch.Tensor, k_mask: torch.Tensor
+) -> tuple[Any, ...]:
+    """Return `x`, the fields of the layer, `w` and the masks as an operator takes them."""
+    if x.dim() == 2:
         x, q_mask, k_mask = x.unsqueeze(0), q_mask.unsqueeze(0), k_mask.unsqueeze(0)
-    norm_weight, bq, bk = (
-        None if vector is None else without_grad(vector, signature)
-        for vector in (layer.norm_weight, layer.bq, layer.bk)
-    )
-    wq, wk = without_grad(layer.wq, signature), without_grad(layer.wk, signature)
-    x, w = without_grad(x, signature), without_grad(w, signature)
-    return batched, (x, norm_weight, float(layer.norm_eps), wq, bq, wk, bk, w, q_mask, k_mask), scale, backend
+    norm_weight, norm_eps, wq, bq, wk, bk, _ = layer
+    norm_weight, bq, bk = (None if vector is None else vector.detach() for vector in (norm_weight, bq, bk))
+    return x.detach(), norm_weight, float(norm_eps), wq.detach(), bq, wk.detach(), bk, w.detach(), q_mask, k_mask
 
 
 def _check_tensors(x: torch.Tensor, layer: Layer, w: torch.Tensor, q_mask: torch.Tensor, k_mask: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from hawk_kernels.backends.choose import PreparedCalls, load_backend, plain_signature, without_autocast
 from hawk_kernels.ops.library import define
-from hawk_kernels.ops.score_and_select import checked_arguments
+from hawk_kernels.ops.score_and_select import batched_without_grad, checked_arguments
 
 _prepared = PreparedCalls()
 
@@ -52,21 +52,38 @@ def score_peaks(
         ValueError: a shape, device, range or name does not fit.
         ImportError: `backend="triton"` without Triton.
     """
-    signature = plain_signature(q, k, w, q_mask, k_mask)
-    key = _prepared.key(signature, q, normalize, scale, backend)
-    call = _prepared.get(key)
-    if call is None:
-        batched, tensors, scale, backend = checked_arguments(
-            q, k, w, q_mask, k_mask, normalize, scale, backend, signature
-        )
-        if key is None or backend != "triton":
-            run: Callable[..., Any] = _score_peaks if signature is None else _run_score_peaks
-            scores: torch.Tensor = run(*tensors, normalize, scale, backend)
-            return scores if batched else scores[0]
-        call = load_backend("triton", "score_peaks").PreparedCall(*tensors, normalize, scale, batched)
-        _prepared.add(key, call)
-    peaks: torch.Tensor = call(q, k, w, q_mask, k_mask)
+    tensors = q, k, w, q_mask, k_mask
+    peaks: torch.Tensor = _prepared.call(plain_signature(*tensors), tensors, (normalize, scale, backend), _prepare)
     return peaks
+
+
+def _prepare(
+    is_plain: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    w: torch.Tensor,
+    q_mask: torch.Tensor | None,
+    k_mask: torch.Tensor | None,
+    normalize: str | None,
+    scale: float | None,
+    backend: str | None,
+) -> Callable[..., torch.Tensor]:
+    """Check the arguments, and return what scores by tensors of their signature."""
+    scale, backend = checked_arguments(q, k, w, q_mask, k_mask, normalize, scale, backend)
+    batched = q.dim() == 4
+    if is_plain and backend == "triton":
+        tensors = batched_without_grad(q, k, w, q_mask, k_mask)
+        prepared: Callable[..., torch.Tensor] = load_backend("triton", "score_peaks").PreparedCall(
+            *tensors, normalize, scale, batched
+        )
+        return prepared
+    run: Callable[..., torch.Tensor] = _run_score_peaks if is_plain else _score_peaks
+
+    def call(*tensors: Any) -> torch.Tensor:
+        scores = run(*batched_without_grad(*tensors), normalize, scale, backend)
+        return scores if batched else scores[0]
+
+    return call
 
 
 def _run_score_peaks(

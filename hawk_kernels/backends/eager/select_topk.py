@@ -18,9 +18,15 @@ def select_topk(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None,
     return select(own_scores, r, mask, rounding)
 
 
-def select(scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str) -> Selection:
-    """As `select_topk`, for scores that are `-inf` outside the mask and may be returned as they are."""
-    width = max_kept(r, scores.shape[1], rounding)
+def select(
+    scores: torch.Tensor, r: float | int, mask: torch.Tensor | None, rounding: str, width: int | None = None
+) -> Selection:
+    """As `select_topk`, for scores that are `-inf` outside the mask and may be returned as they are.
+
+    `width` is Kmax, for a caller that has it already.
+    """
+    if width is None:
+        width = max_kept(r, scores.shape[1], rounding)
     if width == 0 or scores.shape[0] == 0:
         return Selection(
             torch.zeros_like(scores, dtype=torch.bool),
