@@ -5,14 +5,19 @@ import pytest
 from hawk_kernels import calibration
 from hawk_kernels.tasks.sources import load_tasks
 from tests.on_lmms.local_task import NAME, WRONG_PROMPT
-from tests.on_lmms.runs import BASE, RunError, answers_of_transformers, run_lmms_eval
+from tests.on_lmms.runs import BASE, RunError, answers_of_transformers, run_lmms_eval, through_jpeg
 
 
 @pytest.fixture(scope="module")
 def expected(documents):
-    """Answers by the name of the method, at 20 %."""
-    methods = {"hawk": {"method": "hawk"}, "divprune": {"method": "divprune"}, "fastv": {"method": "fastv", "layer": 1}}
-    pruned = {name: answers_of_transformers(documents, keep_ratio=0.2, **method) for name, method in methods.items()}
+    """Answers by the name of the run, at 20 %."""
+    runs = {
+        "hawk": {"method": "hawk"},
+        "divprune": {"method": "divprune"},
+        "divprune of JPEGs": {"method": "divprune", "shown": through_jpeg},
+        "fastv": {"method": "fastv", "layer": 1},
+    }
+    pruned = {name: answers_of_transformers(documents, keep_ratio=0.2, **run) for name, run in runs.items()}
     return {"unpruned": answers_of_transformers(documents), **pruned}
 
 
@@ -27,7 +32,7 @@ def score_of(answers, documents):
         ("unpruned", "qwen2_5_vl", "", (), 1),
         ("hawk", "hawk", "base=qwen2_5_vl,keep_ratio=0.2,", (), 1),
         ("hawk", "hawk", "base=qwen2_5_vl,keep_ratio=0.2,", (), 2),
-        ("divprune", "hawk", "base=qwen2_5_vl,keep_ratio=0.2,method=divprune,", ("--force_simple",), 1),
+        ("divprune of JPEGs", "hawk", "base=qwen2_5_vl,keep_ratio=0.2,method=divprune,", ("--force_simple",), 1),
         ("fastv", "hawk", "base=qwen2_5_vl,keep_ratio=0.2,method=fastv,layer=1,", (), 1),
     ],
     ids=["unpruned", "pruned", "two_ranks", "simple", "inside_the_stack"],
