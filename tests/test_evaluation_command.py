@@ -118,14 +118,14 @@ def test_mistakes_on_the_command_line_are_told_in_one_line(words, message, quest
 
 
 def test_stages_stand_in_the_table_with_their_layers_and_cost(questions, tmp_path, capsys):
-    methods = ["--methods", "cdpruner@2", "divprune-release", "hawk"]
+    methods = ["--methods", "cdpruner@2", "fastv-release", "hawk"]
     command = ["evaluate", "--model", TINY_MODEL, "--data", questions, "--out", tmp_path / "out", "--device", "cpu"]
     status, text, _ = run(capsys, *command, *methods, "--keep", "0.2", "--limit", "2")
     assert status == 0
     head, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     cells = {row[0]: dict(zip(head, row, strict=False)) for row in rows[1:5]}
     whole = float(cells["unpruned"]["visual tokens"])
-    for label, layer in (("cdpruner@2", "2"), ("divprune-release", "0"), ("hawk", "0")):
+    for label, layer in (("cdpruner@2", "2"), ("fastv-release", "2"), ("hawk", "0")):
         assert cells[label]["after layer"] == layer
         left = float(cells[label]["visual tokens"])
         expected = (2 * whole + left) / 3 if layer == "2" else left
