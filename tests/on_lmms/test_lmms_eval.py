@@ -88,6 +88,20 @@ def test_stages_are_written_as_json():
     assert not built.is_simple
 
 
+def test_a_recipe_brings_its_method_and_takes_its_options():
+    from lmms_eval.models import get_model
+
+    def build(arguments):
+        given = {"device": "cpu", "batch_size": 1}
+        return get_model("hawk").create_from_arg_string(f"base=qwen2_5_vl,keep_ratio=0.2,{arguments},{BASE}", given)
+
+    assert type(build("recipe=fastv-release,layer=1")).__name__ == "Qwen2_5_VL"
+    with pytest.raises(ValueError, match=r"recipe: expected one of .*'fastv-release'.*, got 'tea'"):
+        build("recipe=tea")
+    with pytest.raises(ValueError, match=r"positions: expected 'original' for qwen2_5_vl, got 'packed'"):
+        build("method=divprune,positions=packed")
+
+
 def test_prompts_of_other_models_stay_theirs(folder, documents):
     from lmms_eval.models import get_model
     from lmms_eval.tasks import TaskManager
