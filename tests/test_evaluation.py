@@ -333,6 +333,19 @@ def test_stages_in_another_order_are_the_same_and_ask_nothing_new():
     assert Way(contender, one).key == Way(contender, other).key != Way(contender, 0.25).key
 
 
+def test_method_objects_in_stages_differ_by_their_options_and_can_be_written(model, tmp_path):
+    contender = Contender("divprune", "divprune")
+    floor, ceil = ({0: (METHODS["random"](rounding=rounding), 0.5), 1: 0.25} for rounding in ("floor", "ceil"))
+    first, second = (Way(contender, keep) for keep in checked_keeps([floor, ceil]))
+    assert first.key != second.key
+    found = evaluated(model, Riddles("one", 2), methods=["divprune"], keep=[ceil], out=tmp_path / "out")
+    (row,) = json.loads((tmp_path / "out/results.json").read_text())["methods"]
+    assert row["keep"]["1"] == 0.25
+    name, share_kept = row["keep"]["0"]
+    assert (name.startswith("random"), "ceil" in name, share_kept) == (True, True, 0.5)
+    assert found.of("divprune", ceil).layers == (0, 1)
+
+
 @pytest.mark.parametrize("text", ["2:", ":0.4", "two:0.4", "2:0.4,", "-1:0.4", "2:fastv:", "2:a:b:0.4", "0:0.5,0.4"])
 def test_misspelled_stages_are_told_with_an_example(text):
     with pytest.raises(ValueError, match=r"expected stages LAYER:KEEP or LAYER:METHOD:KEEP.* such as 2:0.4"):

@@ -188,7 +188,10 @@ def check_contenders(contenders: Sequence[Contender], keeps: Sequence[KeepRatio]
 
 @contextmanager
 def naming_way(way: Way) -> Iterator[None]:
-    """Name the method in an error about arguments; one that says it cannot serve the model is for `refusal`."""
+    """Name the method in an error about its arguments.
+
+    An error about the argument `method` is suppressed: the method cannot serve the model, which `refusal` finds.
+    """
     try:
         yield
     except (TypeError, ValueError) as error:

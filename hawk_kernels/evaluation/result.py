@@ -12,6 +12,7 @@ import numpy as np
 
 from hawk_kernels.evaluation.contenders import Way
 from hawk_kernels.evaluation.intervals import Questions, interval, relative_scores, resampling_weights
+from hawk_kernels.evaluation.stages import plain
 from hawk_kernels.hf.prune import KeepRatio
 
 SOURCE = "hawk-kernels evaluate"
@@ -142,7 +143,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of results.json."""
-        return {"source": SOURCE, **asdict(self)}
+        methods = [{**asdict(result), "keep": plain(result.keep)} for result in self.methods]
+        return {"source": SOURCE, **asdict(self), "methods": methods}
 
     def doubts(self) -> list[str]:
         """Say which benchmarks cannot tell methods apart, and why."""

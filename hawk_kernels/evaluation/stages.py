@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from hawk_kernels.hf.prune import KeepRatio
 from hawk_kernels.methods import Method, resolve_method
 from hawk_kernels.validation import checked_keep_ratio
 
 EXPECTED = "expected stages LAYER:KEEP or LAYER:METHOD:KEEP, joined by commas, such as 2:0.4 or 0:0.5,2:fastv:0.2"
-
 
 Kept = float | int | tuple[str | Method, float | int]
 """What stays after a layer, or a method and what stays."""
@@ -82,9 +82,21 @@ def share(keep: KeepRatio) -> str:
     return f"{100 * keep:g} %" if isinstance(keep, float) else f"{keep} tokens"
 
 
+def plain(keep: KeepRatio) -> Any:
+    """Return how much is kept ready for JSON: stages as `{layer: keep}` or `{layer: [method, keep]}`."""
+    if not isinstance(keep, Mapping):
+        return keep
+    return {layer: [_name(kept[0]), kept[1]] if isinstance(kept, tuple) else kept for layer, kept in keep.items()}
+
+
 def _words(value: Kept, number: Callable[[float | int], str]) -> str:
     if not isinstance(value, tuple):
         return number(value)
     method, keep = value
-    name = method if isinstance(method, str) else method.name
+    name = _name(method)
     return f"{name} {number(keep)}" if number is share else f"{name}:{number(keep)}"
+
+
+def _name(method: str | Method) -> str:
+    """Name a method; an object with the options that it was made with, since these are part of what is compared."""
+    return method if isinstance(method, str) else f"{method.name}{method.options() or ''}"
