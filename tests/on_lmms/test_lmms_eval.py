@@ -98,7 +98,7 @@ def test_a_recipe_brings_its_method_and_takes_its_options():
     assert type(build("recipe=fastv-release,layer=1")).__name__ == "Qwen2_5_VL"
     with pytest.raises(ValueError, match=r"recipe: expected one of .*'fastv-release'.*, got 'tea'"):
         build("recipe=tea")
-    with pytest.raises(ValueError, match=r"positions: expected 'original' for qwen2_5_vl, got 'packed'"):
+    with pytest.raises(TypeError, match=r"positions: expected 'original' for qwen2_5_vl, got 'packed'"):
         build("method=divprune,positions=packed")
 
 
