@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 RUNNABLE := $(VENV)/.runnable
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo floor ceiling test vllm lmms hub races hostile lint format bench plots compile gpu clean
+.PHONY: demo floor ceiling test vllm lmms openvino hub races hostile lint format bench plots compile gpu clean
 
 # Needs only what the demo imports, not the linters and tests.
 demo: $(RUNNABLE)
@@ -89,6 +89,17 @@ $(VENV)-lmms/.installed: setup.py constraints-lmms.txt
 	$(PYTHON) -m venv $(VENV)-lmms
 	$(VENV)-lmms/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lmms.txt \
 		--editable '.[hf]' lmms-eval lm-eval decord pytest pytest-benchmark scikit-learn
+	touch $@
+
+# OpenVINO GenAI's own CDPruner on the shipped model, and how many of its answers equal those of `prune`. What converts
+# the model needs a transformers that `prune` does not support, so the engine gets an environment of its own.
+openvino: $(INSTALLED) $(VENV)-openvino/.installed
+	OPENVINO_PYTHON=$(abspath $(VENV)-openvino)/bin/python $(RUN) -m pytest -c tests/on_openvino/pytest.ini tests/on_openvino $(ARGS)
+
+$(VENV)-openvino/.installed: constraints-openvino.txt
+	$(PYTHON) -m venv $(VENV)-openvino
+	$(VENV)-openvino/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-openvino.txt \
+		openvino-genai optimum-intel transformers
 	touch $@
 
 lint: $(INSTALLED)

@@ -18,6 +18,7 @@ from hawk_kernels.evaluation.intervals import Questions, interval, relative_scor
 from hawk_kernels.evaluation.output import check_folder, write_results
 from hawk_kernels.evaluation.result import summarise
 from hawk_kernels.evaluation.run import checked_keeps
+from hawk_kernels.evaluation.stages import Stages, share, stages_from_text
 from hawk_kernels.evaluation.text import markdown
 from hawk_kernels.methods import METHODS, Method
 from tests.calibration_job import Reader, Riddles, tiny_model
@@ -121,13 +122,14 @@ def test_intervals_are_a_bootstrap_over_pictures_with_differences_paired():
         [{"score": score, "options": {}, "cache_bytes": 1, "first_token": 1.0, "next_token": None} for score in scores]
         for scores in (0.2 + 0.8 * chance.random(40), chance.random(40), chance.random(40))
     )
-    more = {"visual_tokens_before": 4, "visual_tokens_after": 2, "beside": {"first_token": 3.0, "next_token": None}}
+    more = {"visual_tokens_before": 4, "visual_tokens_after": 2, "tokens_per_layer": 3, "layers": [1]}
+    more["beside"] = {"first_token": 3.0, "next_token": None}
     contenders = [Contender("first", "hawk"), Contender("second", "random")]
     pruned = {
         Way(contender, 0.5): [record | more for record in records]
         for contender, records in zip(contenders, (first, second), strict=True)
     }
-    _, results = summarise(contenders, [0.5], kinds, groups, whole, pruned)
+    _, results = summarise(kinds, groups, whole, pruned)
     numbers = [i // 4 for i in range(40)]
     weights = resampling_weights(np.array(["a\nb"] * 10))
     values = [
@@ -279,12 +281,143 @@ def test_names_are_text_in_every_file(model, tmp_path):
         ("hiprune:alpha=0.2", "hiprune", {"alpha": 0.2}),
         ("cdpruner:negate=true", "cdpruner", {"negate": True}),
         ("hawk:head_weights=/a:b/w.json", "hawk", {"head_weights": "/a:b/w.json"}),
+        ("divprune-release", "divprune", {"recipe": "divprune-release"}),
+        ("cdpruner-release:theta=0.5", "cdpruner", {"recipe": "cdpruner-release", "theta": 0.5}),
     ],
 )
 def test_a_method_is_spelled_with_its_options(text, method, options):
     contender = Contender.from_text(text)
     assert (contender.label, contender.method, dict(contender.options)) == (text.strip(), method, options)
+    assert contender.after is None
     check_contenders([contender])
+
+
+@pytest.mark.parametrize(
+    ("text", "method", "after", "options"),
+    [
+        ("cdpruner@2", "cdpruner", 2, {}),
+        ("cdpruner @ 0", "cdpruner", 0, {}),
+        ("hawk@2:head_weights=uniform", "hawk", 2, {"head_weights": "uniform"}),
+        ('dart@1:{"pivots": 2}', "dart", 1, {"pivots": 2}),
+        ("sparsevlm-release@3", "sparsevlm", 3, {"recipe": "sparsevlm-release"}),
+    ],
+)
+def test_a_method_is_spelled_with_the_layer_after_which_it_chooses(text, method, after, options):
+    contender = Contender.from_text(text)
+    assert (contender.method, contender.after, dict(contender.options)) == (method, after, options)
+    assert contender.keep_ratio(0.4) == {after: 0.4}
+    check_contenders([contender])
+    assert contender.key != Contender(text, method, options).key
+
+
+@pytest.mark.parametrize(
+    ("text", "stages", "in_tables"),
+    [
+        ("2:0.4", {2: 0.4}, "2: 40 %"),
+        ("0:0.5,2:0.25", {0: 0.5, 2: 0.25}, "0: 50 %, 2: 25 %"),
+        (" 0 : 0.5 , 2 : fastv : 64 ", {0: 0.5, 2: ("fastv", 64)}, "0: 50 %, 2: fastv 64 tokens"),
+    ],
+)
+def test_stages_are_spelled_as_layers_and_what_they_keep(text, stages, in_tables):
+    read = stages_from_text(text, lambda number: float(number) if "." in number else int(number))
+    assert (read, share(read)) == (stages, in_tables)
+    (kept,) = checked_keeps([read])
+    assert kept == stages
+    assert {kept: "a key"}[Stages(stages)] == "a key"
+
+
+def test_stages_in_another_order_are_the_same_and_ask_nothing_new():
+    one, other = (checked_keeps([stages])[0] for stages in ({2: 0.25, 0: 0.5}, {0: 0.5, 2: 0.25}))
+    contender = Contender("hawk", "hawk")
+    assert Way(contender, one) == Way(contender, other)
+    assert Way(contender, one).key == Way(contender, other).key != Way(contender, 0.25).key
+
+
+def test_method_objects_in_stages_differ_by_their_options_and_can_be_written(model, tmp_path):
+    contender = Contender("divprune", "divprune")
+    floor, ceil = ({0: (METHODS["random"](rounding=rounding), 0.5), 1: 0.25} for rounding in ("floor", "ceil"))
+    first, second = (Way(contender, keep) for keep in checked_keeps([floor, ceil]))
+    assert first.key != second.key
+    found = evaluated(model, Riddles("one", 2), methods=["divprune"], keep=[ceil], out=tmp_path / "out")
+    (row,) = json.loads((tmp_path / "out/results.json").read_text())["methods"]
+    assert row["keep"]["1"] == 0.25
+    name, share_kept = row["keep"]["0"]
+    assert (name.startswith("random"), "ceil" in name, share_kept) == (True, True, 0.5)
+    assert found.of("divprune", ceil).layers == (0, 1)
+
+
+@pytest.mark.parametrize("text", ["2:", ":0.4", "two:0.4", "2:0.4,", "-1:0.4", "2:fastv:", "2:a:b:0.4", "0:0.5,0.4"])
+def test_misspelled_stages_are_told_with_an_example(text):
+    with pytest.raises(ValueError, match=r"expected stages LAYER:KEEP or LAYER:METHOD:KEEP.* such as 2:0.4"):
+        stages_from_text(text, float)
+
+
+def test_a_layer_that_comes_twice_is_told():
+    with pytest.raises(ValueError, match=r"expected each layer once, got '2:0.4,2:0.2'; leave out one of the stages"):
+        stages_from_text("2:0.4,2:0.2", float)
+
+
+def test_stages_are_asked_as_prune_takes_them_and_shown_with_their_cost(model, tasks, tmp_path):
+    methods = ["divprune", "divprune@1", "random:seed=3"]
+    staged = {0: 0.5, 1: ("fastv", 0.25)}
+    found = evaluated(model, tasks, methods=[*methods[:1], methods[2]], keep=[0.5, staged], out=tmp_path / "out")
+    at_one = evaluated(model, tasks, methods=[methods[1]], keep=[0.5, 2])
+    depth = model.config.get_text_config().num_hidden_layers
+    before, left = found.unpruned.visual_tokens, found.of("divprune", staged)
+    assert (left.layers, at_one.of("divprune@1", 2).layers, found.of("divprune", 0.5).layers) == ((0, 1), (1,), (0,))
+    assert found.of("divprune", 0.5).tokens_per_layer == found.of("divprune", 0.5).visual_tokens
+    assert at_one.of("divprune@1", 2).tokens_per_layer == pytest.approx((before + (depth - 1) * 2) / depth)
+    halved = found.of("divprune", 0.5).visual_tokens
+    assert left.tokens_per_layer == pytest.approx((halved + (depth - 1) * left.visual_tokens) / depth)
+    for task in tasks:
+        scores = []
+        for sample in task.samples:
+            seed = sample.details["seed"]
+            inputs = qwen_batch(question(Picture(2, 2 + seed % 2), seed=seed), seed=seed)
+            with prune(model, staged, method="divprune"):
+                out = model.generate(**inputs, max_new_tokens=task.max_new_tokens, do_sample=False)
+            scores.append(task.score(sample, " ".join(map(str, out[0, inputs["input_ids"].shape[1] :].tolist()))))
+        assert left.scores[task.name] == pytest.approx(np.mean(scores))
+    assert found.of("random:seed=3", staged).behind_first is not None
+    content = json.loads((tmp_path / "out/results.json").read_text())
+    assert content["methods"][1]["keep"] == {"0": 0.5, "1": ["fastv", 0.25]}
+    assert "| divprune | 0: 50 %, 1: fastv 25 % | 0, 1 | " in (tmp_path / "out/results.md").read_text()
+    assert "0: 50 %, 1: fastv 25 %" in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_method_that_cannot_choose_in_some_stages_is_left_out_of_these_alone(model):
+    later, earlier = {1: 0.5}, {0: 0.5, 1: 0.25}
+    found = evaluated(model, Riddles("one", 2), methods=["fastv", "divprune"], keep=[later, earlier])
+    rows = [(result.method, result.keep) for result in found.methods]
+    assert rows == [("fastv", later), ("divprune", later), ("divprune", earlier)]
+    assert list(found.refused) == ["fastv at 0:0.5,1:0.25"]
+    (reason,) = found.refused.values()
+    assert reason.startswith("method: expected one that can choose before the first layer for stage 0, got 'fastv'")
+    assert found.of("divprune", later).behind_first is not None
+    assert found.of("divprune", earlier).behind_first is None
+
+
+@pytest.mark.parametrize(
+    ("methods", "keep", "message"),
+    [
+        (["divprune@"], [0.5], "write after which layer the method chooses, counted from 1, as in cdpruner@2"),
+        (["divprune@two"], [0.5], r"methods: expected NAME, NAME@LAYER or NAME:OPTION=VALUE,..., got 'divprune@two'"),
+        (["divprune@1"], [{1: 0.5}], r"methods: divprune@1 at 1:0.5: expected the layers in the method or in the keep"),
+        (["fastv:layer=1"], [{1: 0.5}], r"methods: fastv:layer=1 at 1:0.5: options 'layer' came beside stages"),
+        (["hawk@1"], [0.5], r"methods: hawk@1: head_weights: expected those of layer 2.*head_weights='uniform'"),
+        (["divprune@99"], [0.5], r"methods: divprune@99: .*99"),
+        (["divprune"], [{0: 0.2, 1: 0.5}], r"methods: divprune at 0:0.2,1:0.5: keep_ratio\[1\]: expected at most 0.2"),
+        (["divprune"], [{1: ("tea", 0.5), 2: 0.2}], r"keep: 1:tea:0.5,2:0.2: method: expected one of"),
+        (["divprune"], [{1: ("fastv", 0.5)}], r"keep: expected a stage that leaves its method to the comparison"),
+        (["divprune"], [{}], r"keep: expected a stage that leaves its method to the comparison, got 'no stage'"),
+        (["divprune"], [{"1": 0.5}], r"keep: expected layers as ints, got '1'"),
+    ],
+)
+def test_mistakes_in_stages_are_told_before_anything_is_asked(methods, keep, message, model):
+    task = Riddles("one", 2)
+    with pytest.raises((TypeError, ValueError), match=message):
+        evaluate(model, task, methods=methods, keep=keep, processor=Reader(), progress=False)
+    assert not task.asked
 
 
 def test_commas_separate_methods_and_options():

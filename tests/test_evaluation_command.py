@@ -102,6 +102,8 @@ def test_a_dry_run_checks_data_and_methods_and_loads_no_model(questions, capsys)
         (["--data", "{data}", "--methods", "fastv:depth=1"], "methods: fastv:depth=1: method 'fastv' has no option"),
         (["--data", "{data}", "--methods", "fastv:layer=9"], "methods: fastv:layer=9: layer"),
         (["--data", "{data}", "--keep", "1"], "keep: expected a keep ratio below 1.0"),
+        (["--data", "{data}", "--keep", "2:0.4"], "methods: hawk at 2:0.4: head_weights: expected those of layer 3"),
+        (["--data", "{data}", "--methods", "cdpruner@9"], "methods: cdpruner@9: layer: expected 1 to 2"),
         (["--data", "{data}", "--out", "{data}"], "out: expected a folder, got the file"),
         (["--data", "{data}", "--head-weights", "gone.json"], "methods: hawk: head_weights"),
         (["--data", "chartqa"], "data: expected FILE.jsonl"),
@@ -115,6 +117,34 @@ def test_mistakes_on_the_command_line_are_told_in_one_line(words, message, quest
     assert err.splitlines()[-1].startswith(f"error: {message}")
 
 
+def test_stages_stand_in_the_table_with_their_layers_and_cost(questions, tmp_path, capsys):
+    methods = ["--methods", "cdpruner@2", "fastv-release", "hawk"]
+    command = ["evaluate", "--model", TINY_MODEL, "--data", questions, "--out", tmp_path / "out", "--device", "cpu"]
+    status, text, _ = run(capsys, *command, *methods, "--keep", "0.2", "--limit", "2")
+    assert status == 0
+    head, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    cells = {row[0]: dict(zip(head, row, strict=False)) for row in rows[1:5]}
+    whole = float(cells["unpruned"]["visual tokens"])
+    for label, layer in (("cdpruner@2", "2"), ("fastv-release", "2"), ("hawk", "0")):
+        assert cells[label]["after layer"] == layer
+        left = float(cells[label]["visual tokens"])
+        expected = (2 * whole + left) / 3 if layer == "2" else left
+        assert float(cells[label]["tokens per layer"]) == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize("keep", ["2:", "2:0.4:", "two:0.4", "2:2.5", "2:0.4,2:0.2"])
+def test_misspelled_stages_are_told_with_what_was_expected(keep, questions, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "--model", str(TINY_MODEL), "--data", str(questions), "--keep", keep])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("hawk-kernels evaluate: error: argument --keep: ")
+    assert any(
+        remedy in message
+        for remedy in ("such as 2:0.4 or 0:0.5,2:fastv:0.2", "leave out one of the stages", "give a share above 0")
+    )
+
+
 def test_help_tells_how_methods_are_spelled(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", "--help"])
@@ -122,6 +152,8 @@ def test_help_tells_how_methods_are_spelled(capsys):
     text = capsys.readouterr().out
     assert "usage: hawk-kernels evaluate" in text
     assert "such as fastv:layer=2" in text
+    assert "NAME@LAYER" in text
+    assert "such as 0:0.5,2:0.2" in text
 
 
 def test_the_tables_questions_get_the_answers_of_the_table(monkeypatch):

@@ -204,7 +204,7 @@ def refusals(
     one = Batch(batch.layout, batch.pages_of(0), batch.scenes[:1], [batch.questions[0][:1]])
     inputs = model_inputs(subject.encoder, one)
     ask = partial(first_words, subject.model, inputs)
-    reasons = {c.label: refusal(c.with_heads(heads), subject.model, c.keep(TIMED_RATIO), ask) for c in contenders}
+    reasons = {c.label: refusal(Way(c.with_heads(heads), c.keep(TIMED_RATIO)), subject.model, ask) for c in contenders}
     return {label: reason for label, reason in reasons.items() if reason is not None}
 
 

@@ -27,17 +27,29 @@ from hawk_kernels.tasks.sources import load_tasks
 
 if TYPE_CHECKING:
     from hawk_kernels.evaluation.contenders import Contender
+    from hawk_kernels.hf.prune import KeepRatio
 
 _METHODS = """\
-NAME                              a method with its defaults, such as divprune
-NAME:OPTION=VALUE[,OPTION=VALUE]  the same with options, such as fastv:layer=2 or hawk:normalize=none
+NAME                              a method with its defaults, such as divprune, or a recipe, such as divprune-release
+NAME@LAYER                        the same, choosing after this layer, counted from 1, such as cdpruner@2
+NAME:OPTION=VALUE[,OPTION=VALUE]  the same with options, such as fastv:layer=2 or hawk@2:head_weights=uniform
 NAME:{JSON}                       the same with options as a JSON object, such as 'hawk:{"normalize": null}'
 
   Options are those of the method and of prune itself, such as head_weights=FILE and budget=per_image."""
 
+_KEEPS = """\
+0.2                               a share of the visual tokens
+64                                a number of them, from 2 on
+LAYER:KEEP[,LAYER:KEEP]           stages, such as 0:0.5,2:0.2: half of the tokens enter the first layer (0), and a fifth
+                                  is left after the second
+LAYER:METHOD:KEEP                 a stage with a method of its own, such as 0:0.5,2:fastv:0.2"""
+
 _HOW_IT_RUNS = f"""\
 methods, separated by spaces or commas:
 {_METHODS}
+
+what is kept, separated by spaces:
+{_KEEPS}
 
 Every question is answered with nothing pruned and with each method at each keep ratio, one after the other. DIR gets
 results.json, results.md, results.png (where matplotlib is installed) and report.html. A killed run continues where it
@@ -67,8 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="extend",
         type=_keep,
         metavar="K",
-        help="shares of the visual tokens that are kept, or numbers of tokens from 2 on; 1 stands for all of them, "
-        "which is always asked (default: 0.4 0.2 0.1)",
+        help="shares of the visual tokens that are kept, numbers of tokens, or stages, see below; 1 stands for all "
+        "tokens, which is always asked (default: 0.4 0.2 0.1)",
     )
     parser.add_argument(
         "--head-weights",
@@ -103,18 +115,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _compared(args: argparse.Namespace) -> tuple[list[Contender], list[float | int]]:
+def _compared(args: argparse.Namespace) -> tuple[list[Contender], list[KeepRatio]]:
     """Read methods and keep ratios, and check what can be checked without the model."""
     from hawk_kernels.evaluation.contenders import Contender, check_contenders, split_words
     from hawk_kernels.evaluation.run import KEEP, checked_keeps
 
     contenders = [Contender.from_text(text) for text in split_words(args.methods or ["hawk"])]
-    check_contenders(contenders)
-    return contenders, checked_keeps(args.keep or KEEP)
+    keeps = checked_keeps(args.keep or KEEP)
+    check_contenders(contenders, keeps)
+    return contenders, keeps
 
 
 def _evaluate(
-    args: argparse.Namespace, tasks: Sequence[Any], contenders: Sequence[Contender], keeps: Sequence[float | int]
+    args: argparse.Namespace, tasks: Sequence[Any], contenders: Sequence[Contender], keeps: Sequence[KeepRatio]
 ) -> dict[str, Any]:
     from hawk_kernels.evaluation.output import PAGE, check_folder
     from hawk_kernels.evaluation.run import evaluate_chosen
@@ -150,8 +163,15 @@ def _how_to_go_on(args: argparse.Namespace) -> str:
     return f"the same command goes on from {journal}" if not args.dry_run and journal.is_dir() else ""
 
 
-def _keep(text: str) -> float | int:
-    """Parse a keep ratio or a number of tokens; 1 stands for all tokens here."""
+def _keep(text: str) -> KeepRatio:
+    """Parse stages, a keep ratio or a number of tokens; 1 stands for all tokens here."""
+    if ":" in text:
+        from hawk_kernels.evaluation.stages import stages_from_text
+
+        try:
+            return stages_from_text(text, keep_ratio)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
     value = keep_ratio(text)
     return 1.0 if value == 1 else value
 

@@ -39,7 +39,7 @@ def page(evaluation: Evaluation, picture: bytes | None) -> str:
     parts = [f"<h1>{heading}</h1>"]
     if picture is not None:
         encoded = base64.b64encode(picture).decode()
-        words = "Relative score against how much sooner the first token comes, and against the visual tokens kept"
+        words = "Relative score against how much sooner the first token comes, and against the tokens per layer"
         parts.append(f'<img src="data:image/png;base64,{encoded}" alt="{words}">')
     parts += [_table(main_rows(evaluation)), f"<p>{html.escape(NOTE)}</p>"]
     parts += ["<h2>Scores by task</h2>", _table(task_rows(evaluation))]

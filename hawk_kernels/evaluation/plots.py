@@ -1,4 +1,4 @@
-"""Draws an evaluation: quality against speed, and quality against the visual tokens that are kept."""
+"""Draws an evaluation: quality against speed, and quality against the visual tokens that a layer reads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from hawk_kernels.evaluation.result import Evaluation, MethodResult
-from hawk_kernels.evaluation.text import share, title
+from hawk_kernels.evaluation.stages import share
+from hawk_kernels.evaluation.text import title
 
 
 def draw_results(evaluation: Evaluation, file: IO[bytes] | Path) -> None:
@@ -37,14 +38,14 @@ def draw_results(evaluation: Evaluation, file: IO[bytes] | Path) -> None:
         results = [result for result in evaluation.methods if result.method == method and result.relative]
         colour = f"C{number % 10}"
         _draw_line(speed, results, [result.first_token_speedup for result in results], method, colour)
-        shares = [100 * result.visual_tokens / max(1.0, whole.visual_tokens) for result in results]
+        shares = [100 * result.tokens_per_layer / max(1.0, whole.visual_tokens) for result in results]
         _draw_line(tokens, results, shares, method, colour)
         for result in results:
             place = (result.first_token_speedup, _percent(result, "percent"))
             speed.annotate(share(result.keep), place, fontsize=6.5, xytext=(4, 4), textcoords="offset points")
     speed.axvline(1, color="black", linewidth=0.6, alpha=0.5)
     speed.set(xlabel="first token comes so many times sooner (median)", ylabel="relative score, %")
-    tokens.set(xlabel="visual tokens kept, %")
+    tokens.set(xlabel="visual tokens that a layer reads, %, mean of the layers")
     tokens.invert_xaxis()
     figure.legend(*_legend(tokens), loc="outside lower center", ncols=4, frameon=False)
     # names are plain text, even those with dollar signs

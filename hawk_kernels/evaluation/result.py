@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from hawk_kernels.evaluation.contenders import Contender, Way
+from hawk_kernels.evaluation.contenders import Way
 from hawk_kernels.evaluation.intervals import Questions, interval, relative_scores, resampling_weights
+from hawk_kernels.evaluation.stages import plain
+from hawk_kernels.hf.prune import KeepRatio
 
 SOURCE = "hawk-kernels evaluate"
 _FEW_PICTURES = 100
@@ -66,7 +68,8 @@ class MethodResult:
 
     Attributes:
         method: its label.
-        keep: how much it keeps, as `prune` takes it.
+        keep: how much it keeps: a share, a number of tokens, or stages `{layer: keep}`.
+        layers: after which layers tokens leave, counted from 1; 0 is before the first.
         options: of the method, as it was made.
         score: mean over the tasks of their mean scores.
         scores: mean score of each task, by name.
@@ -76,6 +79,7 @@ class MethodResult:
         behind_first: by how many points of `relative` the method is behind the first one at this keep ratio, paired
             over questions; None for the first method.
         visual_tokens: mean number that stay in a prompt.
+        tokens_per_layer: mean number that a layer of the text model reads in a prompt.
         cache_bytes: mean bytes of the keys and values of a prompt.
         first_token_ms, next_token_ms: as for `Unpruned`.
         first_token_speedup: how many times sooner the first token comes than when nothing is pruned: median over
@@ -84,7 +88,8 @@ class MethodResult:
     """
 
     method: str
-    keep: float | int
+    keep: KeepRatio
+    layers: tuple[int, ...]
     options: Mapping[str, Any]
     score: float
     scores: Mapping[str, float]
@@ -92,6 +97,7 @@ class MethodResult:
     relative_by_task: Mapping[str, Mapping[str, float]]
     behind_first: Mapping[str, float] | None
     visual_tokens: float
+    tokens_per_layer: float
     cache_bytes: float
     first_token_ms: float
     next_token_ms: float | None
@@ -108,7 +114,7 @@ class Evaluation:
         tasks: the benchmarks.
         unpruned: the model with all its visual tokens.
         methods: every method at every keep ratio, method by method.
-        refused: methods that cannot serve the model's family, with the reason.
+        refused: methods that cannot serve the model's family, or that cannot choose in some stages, with the reason.
         settings: seed, limit, dtype, device and whatever else was chosen.
         versions: of the packages that took part.
         date: when it was finished, ISO 8601.
@@ -123,7 +129,7 @@ class Evaluation:
     versions: Mapping[str, str]
     date: str
 
-    def of(self, method: str, keep: float | int) -> MethodResult:
+    def of(self, method: str, keep: KeepRatio) -> MethodResult:
         """Return the result of a method at a keep ratio.
 
         Raises:
@@ -137,7 +143,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of results.json."""
-        return {"source": SOURCE, **asdict(self)}
+        methods = [{**asdict(result), "keep": plain(result.keep)} for result in self.methods]
+        return {"source": SOURCE, **asdict(self), "methods": methods}
 
     def doubts(self) -> list[str]:
         """Say which benchmarks cannot tell methods apart, and why."""
@@ -168,8 +175,6 @@ class Evaluation:
 
 
 def summarise(
-    contenders: Sequence[Contender],
-    keeps: Sequence[float | int],
     kinds: Sequence[str],
     groups: Sequence[str],
     whole: Sequence[Record],
@@ -178,12 +183,11 @@ def summarise(
     """Compute what every method keeps and saves from the records of all questions.
 
     Args:
-        contenders: the methods; the first is the one that the others are compared with.
-        keeps: how much they keep.
         kinds: of each question, the name of its task.
         groups: of each question, what stands for its pictures.
         whole: the record of each question with nothing pruned.
-        pruned: for each method and keep ratio the record of each question.
+        pruned: for each method and keep ratio the record of each question. The first method is the one that the others
+            are compared with.
     """
     names = tuple(dict.fromkeys(kinds))
     base = {name: _mean_of(kinds, whole, name) for name in names}
@@ -197,37 +201,34 @@ def summarise(
         few, all_ = (np.array([[of[i]["score"] for i in compared]]) for of in (records, whole))
         return relative_scores(questions, few, all_, weights)[:, 0]
 
+    first = next(iter(pruned)).contender
+    found = {way: relatives(records) for way, records in pruned.items()} if compared else {}
+    means = {way: values.mean(axis=1) for way, values in found.items()}
     results = []
-    firsts: dict[float | int, np.ndarray] = {}
-    for contender in contenders:
-        for keep in keeps:
-            records = pruned[Way(contender, keep)]
-            found = relatives(records) if compared else None
-            behind = None
-            if found is not None:
-                mean = found.mean(axis=1)
-                first = firsts.setdefault(keep, mean)
-                behind = None if contender is contenders[0] else interval(first - mean)
-            scores = {name: _mean_of(kinds, records, name) for name in names}
-            by_task = {} if found is None else {name: interval(found[:, i]) for i, name in enumerate(scoring)}
-            results.append(
-                MethodResult(
-                    method=contender.label,
-                    keep=keep,
-                    options=records[0]["options"],
-                    score=_mean(list(scores.values())),
-                    scores=scores,
-                    relative=None if found is None else interval(found.mean(axis=1)),
-                    relative_by_task=by_task,
-                    behind_first=behind,
-                    visual_tokens=_mean([record["visual_tokens_after"] for record in records]),
-                    cache_bytes=_mean([record["cache_bytes"] for record in records]),
-                    first_token_ms=_milliseconds([record["first_token"] for record in records]) or 0.0,
-                    next_token_ms=_milliseconds([record["next_token"] for record in records]),
-                    first_token_speedup=_speedup(records, "first_token") or 0.0,
-                    next_token_speedup=_speedup(records, "next_token"),
-                )
+    for way, records in pruned.items():
+        assert way.contender is not None
+        beside = None if way.contender is first else means.get(Way(first, way.keep))
+        scores = {name: _mean_of(kinds, records, name) for name in names}
+        results.append(
+            MethodResult(
+                method=way.contender.label,
+                keep=way.keep,
+                layers=tuple(records[0]["layers"]),
+                options=records[0]["options"],
+                score=_mean(list(scores.values())),
+                scores=scores,
+                relative=interval(means[way]) if compared else None,
+                relative_by_task={name: interval(found[way][:, i]) for i, name in enumerate(scoring)},
+                behind_first=None if beside is None else interval(beside - means[way]),
+                visual_tokens=_mean([record["visual_tokens_after"] for record in records]),
+                tokens_per_layer=_mean([record["tokens_per_layer"] for record in records]),
+                cache_bytes=_mean([record["cache_bytes"] for record in records]),
+                first_token_ms=_milliseconds([record["first_token"] for record in records]) or 0.0,
+                next_token_ms=_milliseconds([record["next_token"] for record in records]),
+                first_token_speedup=_speedup(records, "first_token") or 0.0,
+                next_token_speedup=_speedup(records, "next_token"),
             )
+        )
     visual_tokens = next(iter(pruned.values()))
     unpruned = Unpruned(
         score=_mean(list(base.values())),

@@ -13,10 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from hawk_kernels.evaluation.contenders import UNPRUNED, Contender, Way, check_contenders, refusal
+from hawk_kernels.evaluation.contenders import (
+    UNPRUNED,
+    Contender,
+    Way,
+    check_contenders,
+    naming_way,
+    refusal,
+)
 from hawk_kernels.evaluation.output import check_folder, write_results
 from hawk_kernels.evaluation.result import Evaluation, Record, TaskResult, summarise
+from hawk_kernels.evaluation.stages import checked_keep
 from hawk_kernels.hf.anatomy import dissect
+from hawk_kernels.hf.prune import KeepRatio
+from hawk_kernels.hf.stats import PruningStats
 from hawk_kernels.tasks.encoding import decode, encode, processor_of
 from hawk_kernels.tasks.identity import identify, name_of, now
 from hawk_kernels.tasks.journal import Key
@@ -25,10 +35,11 @@ from hawk_kernels.tasks.samples import Chosen, Question, check_pictures, choose_
 from hawk_kernels.tasks.survey import Add, Survey, checked_score, evaluating, naming
 from hawk_kernels.tasks.task import Task
 from hawk_kernels.timed_generation import timed_generation
-from hawk_kernels.validation import checked_keep_ratio
 
 KEEP = (0.4, 0.2, 0.1)
 JOURNAL = "journal"
+_RECORDS = 2
+"""Counts the changes of what a record holds; a journal of other records is refused."""
 
 
 def evaluate(
@@ -36,7 +47,7 @@ def evaluate(
     tasks: Task | Sequence[Task],
     *,
     methods: Sequence[str | Contender] = ("hawk",),
-    keep: Sequence[float | int] = KEEP,
+    keep: Sequence[KeepRatio] = KEEP,
     processor: Any = None,
     head_weights: Any = None,
     out: str | Path | None = None,
@@ -61,9 +72,9 @@ def evaluate(
         model: a transformers model of a supported family.
         tasks: the benchmarks, see `hawk_kernels.tasks.Task`.
         methods: spelled "name" or "name:option=value,...", or `Contender` objects; the first is the one that the others
-            are compared with.
-        keep: keep ratios, floats in (0, 1], or numbers of visual tokens; 1.0 stands for nothing pruned, which is always
-            asked.
+            are compared with. "name@2" chooses after layer 2. A recipe of `prune` is a name too.
+        keep: keep ratios, floats in (0, 1], or numbers of visual tokens, or stages `{layer: keep}` as `prune` takes
+            them; 1.0 stands for nothing pruned, which is always asked.
         processor: of the model; by default the one of its checkpoint.
         head_weights: for methods that use them and do not bring their own, as `prune` takes them.
         out: a folder for results.json, results.md, results.png (where matplotlib is installed) and report.html.
@@ -83,7 +94,7 @@ def evaluate(
             another model, no method that can serve the model, or an `out` whose files must not be replaced.
     """
     contenders = [Contender.from_text(method) if isinstance(method, str) else method for method in methods]
-    check_contenders(contenders)
+    check_contenders(contenders, checked_keeps(keep))
     chosen = choose_samples([tasks] if isinstance(tasks, Task) else list(tasks), limit, seed)
     check_pictures(chosen, progress and is_first_process())
     evaluation = evaluate_chosen(
@@ -108,7 +119,7 @@ def evaluate_chosen(
     chosen: Sequence[Chosen],
     *,
     contenders: Sequence[Contender],
-    keep: Sequence[float | int],
+    keep: Sequence[KeepRatio],
     processor: Any,
     head_weights: Any,
     out: str | Path | None,
@@ -127,15 +138,15 @@ def evaluate_chosen(
     with Processes() as processes:
         if processes.count > 1 and out is None:
             raise ValueError("out: expected a folder, by whose journal the processes share their work, got None")
-        plan = identify(model)
+        plan = {**identify(model), "records": _RECORDS}
         with evaluating(head):
-            _check_arguments(head, given, keeps)
-            refused = _refusals(asker, given, keeps, questions[0])
-            able = [contender for contender in given if contender.label not in refused]
-            if not able:
+            every = [Way(contender, ratio) for contender in given for ratio in keeps]
+            _check_arguments(head, every)
+            refused = _refusals(asker, every, questions[0])
+            ways = [way for way in every if way.label not in refused]
+            if not ways:
                 reasons = "; ".join(f"{label}: {reason}" for label, reason in refused.items())
                 raise ValueError(f"methods: expected one that can serve the model, got none: {reasons}")
-            ways = [Way(contender, ratio) for contender in able for ratio in keeps]
             folder = None if out is None else Path(out) / JOURNAL
             survey = Survey("evaluation", "evaluate", plan, folder, processes, progress and processes.rank == 0)
             keys = {way: way.key for way in (UNPRUNED, *ways)}
@@ -153,8 +164,6 @@ def evaluate_chosen(
             found = survey.collect(questions, keys_of, measure)
         whole, *pruned = ([found[_key(question, key)] for question in questions] for key in keys.values())
         unpruned, results = summarise(
-            able,
-            keeps,
             [question.task.name for question in questions],
             [_group(question) for question in questions],
             whole,
@@ -176,13 +185,13 @@ def evaluate_chosen(
     return evaluation
 
 
-def checked_keeps(keep: Sequence[float | int]) -> list[float | int]:
+def checked_keeps(keep: Sequence[KeepRatio]) -> list[KeepRatio]:
     """Return the keep ratios without 1.0, which stands for nothing pruned and is always asked.
 
     Raises:
         TypeError, ValueError: a keep ratio that `prune` does not take, one that comes twice, or none below 1.0.
     """
-    keeps = [checked_keep_ratio("keep", ratio) for ratio in keep]
+    keeps = [checked_keep(ratio) for ratio in keep]
     if len(set(map(repr, keeps))) < len(keeps):
         raise ValueError(f"keep: expected each keep ratio once, got {keeps}; leave out the copies")
     keeps = [ratio for ratio in keeps if not (isinstance(ratio, float) and ratio == 1)]
@@ -255,38 +264,38 @@ class _Asker:
             "first_token": timed.first_token,
             "next_token": timed.next_token,
         }
-        if pruning is None:
-            return record
-        samples = pruning.stats.samples
-        counts = {
-            name: sum(getattr(sample, name) for sample in samples)
-            for name in ("visual_tokens_before", "visual_tokens_after")
-        }
-        return {**record, **counts, "options": pruning.stats.method_options}
+        return record if pruning is None else {**record, **_pruned(pruning.stats)}
 
 
-def _check_arguments(model: Any, contenders: Sequence[Contender], keeps: Sequence[float | int]) -> None:
+def _pruned(stats: PruningStats) -> dict[str, Any]:
+    """Return what the record of a pruned question holds beside that of an unpruned one."""
+    by_layer = [sample.visual_tokens_by_layer for sample in stats.samples]
+    return {
+        "visual_tokens_before": sum(sample.visual_tokens_before for sample in stats.samples),
+        "visual_tokens_after": sum(sample.visual_tokens_after for sample in stats.samples),
+        "tokens_per_layer": sum(math.fsum(layers) / len(layers) for layers in by_layer),
+        "layers": [stage.layer for stage in stats.stages],
+        "options": stats.method_options,
+    }
+
+
+def _check_arguments(model: Any, ways: Sequence[Way]) -> None:
     """Refuse what `prune` refuses, before anything is asked; `_refusals` finds methods that do not suit the family."""
-    for contender in contenders:
-        for ratio in keeps:
-            try:
-                contender.block(model, ratio)
-            except (TypeError, ValueError) as error:
-                if not str(error).startswith("method: "):
-                    raise ValueError(f"methods: {contender.label}: {error}") from error
+    for way in ways:
+        with naming_way(way):
+            way.block(model)
 
 
-def _refusals(
-    asker: _Asker, contenders: Sequence[Contender], keeps: Sequence[float | int], question: Question
-) -> dict[str, str]:
-    """Try each method on one question, and return the reason for each that cannot serve the model."""
+def _refusals(asker: _Asker, ways: Sequence[Way], question: Question) -> dict[str, str]:
+    """Try each method, and in each kind of stages, on one question; return the reason for each that cannot serve."""
     inputs = asker.encoded(question)
     with naming(question.place, "cannot be answered"):
         asker.first_token(inputs)
-    reasons = {}
-    for contender in contenders:
-        with naming(question.place, f"cannot be answered by {contender.label}"):
-            reasons[contender.label] = refusal(contender, asker.model, keeps[0], lambda: asker.first_token(inputs))
+    reasons: dict[str, str | None] = {}
+    for way in ways:
+        if way.label not in reasons:
+            with naming(question.place, f"cannot be answered by {way.label}"):
+                reasons[way.label] = refusal(way, asker.model, lambda: asker.first_token(inputs))
     return {label: reason for label, reason in reasons.items() if reason is not None}
 
 

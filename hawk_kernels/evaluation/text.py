@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hawk_kernels.evaluation.result import Evaluation, MethodResult
+from hawk_kernels.evaluation.stages import share
 
 MARK = "<!-- written by hawk-kernels evaluate -->\n"
 """How the Markdown file begins."""
 
 NOTE = (
-    "Relative score: the score with the kept visual tokens divided by the score with all of them, mean of the tasks, "
-    "with half of its 95 % interval (bootstrap over pictures). Points behind: how far a method's relative score is "
-    "behind that of the first method at the same keep ratio, paired over questions; bold where the interval excludes "
-    "zero. Tokens and KV cache: mean of the prompts. Times: median over questions, batch 1, each question asked in all "
-    "ways in turn; the brackets say how many times as fast as unpruned that is."
+    "After layer: after which layers tokens leave; 0 is before the first. Relative score: the score with the kept "
+    "visual tokens divided by the score with all of them, mean of the tasks, with half of its 95 % interval (bootstrap "
+    "over pictures). Points behind: how far a method's relative score is behind that of the first method at the same "
+    "keep ratio, paired over questions; bold where the interval excludes zero. Visual tokens: those that are left in "
+    "the end; tokens per layer: those that a layer reads, mean of the layers. These and the KV cache are means of the "
+    "prompts. Times: median over questions, batch 1, each question asked in all ways in turn; the brackets say how "
+    "many times as fast as unpruned that is."
 )
 
 
@@ -49,16 +52,18 @@ def setting(evaluation: Evaluation) -> str:
 def main_rows(evaluation: Evaluation) -> list[list[str]]:
     """Return the header and a row for the unpruned model and for each method at each keep ratio."""
     whole = evaluation.unpruned
-    head = ["method", "keep", "score", "relative score", "points behind", "visual tokens", "KV cache"]
-    head += ["first token", "next token"]
+    head = ["method", "keep", "after layer", "score", "relative score", "points behind", "visual tokens"]
+    head += ["tokens per layer", "KV cache", "first token", "next token"]
     rows = [head]
     rows.append(
         [
             "unpruned",
             "all",
+            "",
             f"{100 * whole.score:.1f}",
             "100 %",
             "",
+            f"{whole.visual_tokens:.0f}",
             f"{whole.visual_tokens:.0f}",
             size(whole.cache_bytes),
             time(whole.first_token_ms, None),
@@ -82,11 +87,6 @@ def task_rows(evaluation: Evaluation) -> list[list[str]]:
 def refused_rows(evaluation: Evaluation) -> list[list[str]]:
     """Return the header and a row for each method that cannot serve the model."""
     return [["method", "why"], *([label, reason] for label, reason in evaluation.refused.items())]
-
-
-def share(keep: float | int) -> str:
-    """Write a keep ratio: a percentage, or a number of tokens."""
-    return f"{100 * keep:g} %" if isinstance(keep, float) else f"{keep} tokens"
 
 
 def size(count: float) -> str:
@@ -113,10 +113,12 @@ def _row(result: MethodResult) -> list[str]:
     return [
         result.method,
         share(result.keep),
+        ", ".join(map(str, result.layers)),
         f"{100 * result.score:.1f}",
         with_interval(result.relative),
         _behind(result.behind_first),
         f"{result.visual_tokens:.0f}",
+        f"{result.tokens_per_layer:.0f}",
         size(result.cache_bytes),
         time(result.first_token_ms, result.first_token_speedup),
         time(result.next_token_ms, result.next_token_speedup),

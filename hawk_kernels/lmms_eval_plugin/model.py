@@ -28,12 +28,13 @@ from lmms_eval.utils import simple_parse_args_string
 from hawk_kernels.hf.prune import Pruning, prune
 from hawk_kernels.lmms_eval_plugin import MODEL_NAME
 from hawk_kernels.methods import METHODS
+from hawk_kernels.recipes import RECIPES
 
 REQUESTS = ("generate_until", "generate_until_multi_round", "generate_visual_cot", "loglikelihood")
 """The methods by which lmms-eval asks a model."""
 
 _DEFAULT_METHOD = "hawk"
-_PRUNE_ARGUMENTS = ("keep_ratio", "method", "head_weights", "budget", "mode")
+_PRUNE_ARGUMENTS = ("keep_ratio", "method", "recipe", "head_weights", "budget", "mode", "positions")
 
 
 class _Pruned(lmms):  # type: ignore[misc]
@@ -44,8 +45,9 @@ class _Pruned(lmms):  # type: ignore[misc]
         """Build the base with its requests pruned.
 
         Args:
-            arg_string: `base=NAME,keep_ratio=R`, then arguments of `prune` (method, head_weights, budget, mode and the
-                method's own options), and those of the base. Stages are written as JSON: `keep_ratio={"2": 0.5}`.
+            arg_string: `base=NAME,keep_ratio=R`, then arguments of `prune` (method, recipe, head_weights, budget, mode,
+                positions and the method's own options), and those of the base. Stages are written as JSON:
+                `keep_ratio={"2": 0.5}`.
             additional_config: what the command line says of batches and devices.
 
         Raises:
@@ -103,7 +105,8 @@ def _take_prune_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """Take the arguments of `prune` out of those for the base."""
     if "keep_ratio" not in arguments:
         raise TypeError("keep_ratio: expected a float in (0, 1] or a number of tokens, got nothing; add keep_ratio=0.2")
-    method = METHODS.get(arguments.get("method", _DEFAULT_METHOD))
+    recipe = RECIPES.get(arguments.get("recipe", ""))
+    method = METHODS.get(arguments.get("method", _DEFAULT_METHOD) if recipe is None else recipe.method)
     options = () if method is None else inspect.signature(method).parameters
     taken = {name: arguments.pop(name) for name in (*_PRUNE_ARGUMENTS, *options) if name in arguments}
     if isinstance(taken["keep_ratio"], str) and taken["keep_ratio"].startswith("{"):

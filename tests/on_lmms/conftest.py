@@ -31,12 +31,14 @@ def assert_equal_answers():
     def compare(name, one, other):
         assert len(one) == len(other) > 0
         equal = sum(left == right for left, right in zip(one, other, strict=True))
-        _counts.append(f"{name}: {equal} of {len(one)} answers equal those of transformers and prune")
+        _counts.append(f"equal answers: {equal} of {len(one)}, {name}")
         assert equal == len(one)
 
     return compare
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("lmms-eval and lm-eval beside transformers and prune")
     for line in _counts:
         terminalreporter.write_line(line)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from hawk_kernels import load_processor, prune
 from hawk_kernels.checkpoint import TINY_MODEL
@@ -72,8 +75,27 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def answers_of_transformers(documents: Any, dtype: torch.dtype = torch.bfloat16, **pruning: Any) -> list[str]:
-    """Answer by `generate` in a `prune` block (without arguments, outside one); lmms-eval's classes use bfloat16."""
+def through_jpeg(picture: Image.Image) -> Image.Image:
+    """Return what is left of a picture after the JPEG of quality 85 that the simple class of qwen2_5_vl makes of it."""
+    file = io.BytesIO()
+    picture.save(file, format="JPEG", quality=85)
+    return Image.open(file).convert("RGB")
+
+
+def answers_of_transformers(
+    documents: Any,
+    dtype: torch.dtype = torch.bfloat16,
+    shown: Callable[[Image.Image], Image.Image] = lambda picture: picture,
+    **pruning: Any,
+) -> list[str]:
+    """Answer by `generate` in a `prune` block, or outside one where no argument of `prune` is given.
+
+    Args:
+        documents: of the local task.
+        dtype: of the model; the classes of lmms-eval use bfloat16.
+        shown: makes of each picture the one that the model is shown.
+        **pruning: arguments of `prune`.
+    """
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(TINY_MODEL, dtype=dtype).eval()
@@ -81,7 +103,7 @@ def answers_of_transformers(documents: Any, dtype: torch.dtype = torch.bfloat16,
     answers = []
     with prune(model, **pruning) if pruning else nullcontext():
         for document in documents:
-            pictures = [picture.convert("RGB") for picture in document["images"]]
+            pictures = [shown(picture.convert("RGB")) for picture in document["images"]]
             content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
             messages = [{"role": "user", "content": [*content, {"type": "text", "text": document["question"]}]}]
             text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

@@ -5,14 +5,19 @@ import pytest
 from hawk_kernels import calibration
 from hawk_kernels.tasks.sources import load_tasks
 from tests.on_lmms.local_task import NAME, WRONG_PROMPT
-from tests.on_lmms.runs import BASE, RunError, answers_of_transformers, run_lmms_eval
+from tests.on_lmms.runs import BASE, RunError, answers_of_transformers, run_lmms_eval, through_jpeg
 
 
 @pytest.fixture(scope="module")
 def expected(documents):
-    """Answers by the name of the method, at 20 %."""
-    methods = {"hawk": {"method": "hawk"}, "divprune": {"method": "divprune"}, "fastv": {"method": "fastv", "layer": 1}}
-    pruned = {name: answers_of_transformers(documents, keep_ratio=0.2, **method) for name, method in methods.items()}
+    """Answers by the name of the run, at 20 %."""
+    runs = {
+        "hawk": {"method": "hawk"},
+        "divprune": {"method": "divprune"},
+        "divprune of JPEGs": {"method": "divprune", "shown": through_jpeg},
+        "fastv": {"method": "fastv", "layer": 1},
+    }
+    pruned = {name: answers_of_transformers(documents, keep_ratio=0.2, **run) for name, run in runs.items()}
     return {"unpruned": answers_of_transformers(documents), **pruned}
 
 
@@ -27,7 +32,7 @@ def score_of(answers, documents):
         ("unpruned", "qwen2_5_vl", "", (), 1),
         ("hawk", "hawk", "base=qwen2_5_vl,keep_ratio=0.2,", (), 1),
         ("hawk", "hawk", "base=qwen2_5_vl,keep_ratio=0.2,", (), 2),
-        ("divprune", "hawk", "base=qwen2_5_vl,keep_ratio=0.2,method=divprune,", ("--force_simple",), 1),
+        ("divprune of JPEGs", "hawk", "base=qwen2_5_vl,keep_ratio=0.2,method=divprune,", ("--force_simple",), 1),
         ("fastv", "hawk", "base=qwen2_5_vl,keep_ratio=0.2,method=fastv,layer=1,", (), 1),
     ],
     ids=["unpruned", "pruned", "two_ranks", "simple", "inside_the_stack"],
@@ -81,6 +86,20 @@ def test_stages_are_written_as_json():
     built = get_model("hawk").create_from_arg_string(arguments, {"device": "cpu", "batch_size": 1})
     assert type(built).__name__ == "Qwen2_5_VL"
     assert not built.is_simple
+
+
+def test_a_recipe_brings_its_method_and_takes_its_options():
+    from lmms_eval.models import get_model
+
+    def build(arguments):
+        given = {"device": "cpu", "batch_size": 1}
+        return get_model("hawk").create_from_arg_string(f"base=qwen2_5_vl,keep_ratio=0.2,{arguments},{BASE}", given)
+
+    assert type(build("recipe=fastv-release,layer=1")).__name__ == "Qwen2_5_VL"
+    with pytest.raises(ValueError, match=r"recipe: expected one of .*'fastv-release'.*, got 'tea'"):
+        build("recipe=tea")
+    with pytest.raises(TypeError, match=r"positions: expected 'original' for qwen2_5_vl, got 'packed'"):
+        build("method=divprune,positions=packed")
 
 
 def test_prompts_of_other_models_stay_theirs(folder, documents):

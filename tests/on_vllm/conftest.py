@@ -98,7 +98,7 @@ def count_equal():
         )
         prompts = sum(answer["prompt"] for answer in found)
         _COUNTS.append(
-            f"{what}: {sum(same)} of {len(same)} answers equal, log-probabilities within {worst:.1e}, "
+            f"equal answers: {sum(same)} of {len(same)}, {what}, log-probabilities within {worst:.1e}, "
             f"{prompts} prompt tokens"
         )
         return sum(same), worst
@@ -106,6 +106,7 @@ def count_equal():
     return count
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("vLLM beside transformers and prune")
     for line in _COUNTS:
