@@ -10,8 +10,13 @@ Of this package, only `models`, `processing`, `projections` and `cpu_worker` imp
 """
 
 ARCHITECTURES = {
-    "HawkQwen2_5_VLForConditionalGeneration": "hawk_kernels.vllm.models:HawkQwen2_5_VLForConditionalGeneration",
-    "HawkQwen2VLForConditionalGeneration": "hawk_kernels.vllm.models:HawkQwen2VLForConditionalGeneration",
+    f"Hawk{architecture}": f"hawk_kernels.vllm.models:Hawk{architecture}"
+    for architecture in (
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2VLForConditionalGeneration",
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLMoeForConditionalGeneration",
+    )
 }
 """What `--hf-overrides` may name, and the class that each stands for."""
 

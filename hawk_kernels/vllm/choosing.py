@@ -24,17 +24,19 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a picture stands in a pruned prompt.
+    """Where a picture stands in a pruned prompt, and which of its tokens are visual before any are dropped.
 
     Attributes:
         ids: int64 `[T]`, the whole pruned prompt.
         start: index of its first placeholder.
-        places: number of its placeholders.
+        places: number of its placeholders. The last of them hold the ids of the texts between a video's frames.
+        visual: bool `[tokens]` of the whole picture or video, False at these texts.
     """
 
     ids: NDArray[np.int64]
     start: int
     places: int
+    visual: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class PictureChooser:
         if place is None:
             prompt, states = _alone(len(rows), self.visual_token_ids[0]), rows
         else:
-            prompt = self._in_prompt(len(rows), place)
+            prompt = self._in_prompt(place)
             ids = torch.from_numpy(prompt.ids[0]).to(rows.device)
             states = self.embed(ids).to(rows.dtype)
             states[torch.from_numpy(prompt.visual[0]).to(rows.device)] = rows
@@ -82,16 +84,18 @@ class PictureChooser:
         count = chooser.method.kept_count(chooser.keep_ratio, len(rows))
         return of_picture.int().argsort(descending=True, stable=True)[:count]
 
-    def _in_prompt(self, count: int, place: Place) -> Prompt:
-        """Put all `count` tokens of a picture where its placeholders stand."""
+    def _in_prompt(self, place: Place) -> Prompt:
+        """Put all tokens of a picture where its placeholders stand."""
         ids, stop = place.ids, place.start + place.places
-        visual = np.isin(ids, self.visual_token_ids)
-        asked, _ = text_queries(ids[None], np.ones((1, len(ids)), dtype=bool), visual[None], self.markers)
-        whole = np.concatenate([ids[: place.start], np.full(count, ids[place.start]), ids[stop:]])
-        query, of_picture = np.zeros((2, len(whole)), dtype=bool)
-        query[: place.start], query[place.start + count :] = asked[0, : place.start], asked[0, stop:]
-        of_picture[place.start : place.start + count] = True
-        return _prompt(whole, of_picture, query)
+        item = np.full(len(place.visual), ids[place.start])
+        texts = np.count_nonzero(~place.visual)
+        item[~place.visual] = ids[stop - texts : stop]
+        whole = np.concatenate([ids[: place.start], item, ids[stop:]])
+        valid, visual = np.ones(len(whole), dtype=bool), np.isin(whole, self.visual_token_ids)
+        query, _ = text_queries(whole[None], valid[None], visual[None], self.markers)
+        of_picture = np.zeros(len(whole), dtype=bool)
+        of_picture[place.start : place.start + len(item)] = place.visual
+        return _prompt(whole, of_picture, query[0])
 
 
 def _alone(count: int, placeholder: int) -> Prompt:

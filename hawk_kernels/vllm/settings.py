@@ -9,7 +9,7 @@ from typing import Any
 from hawk_kernels.methods import Method, resolve_method
 
 # These look at nothing but one picture, so that its rows can be dropped before vLLM caches them.
-OF_ONE_PICTURE = ("divprune", "downsample", "key_norm")
+OF_ONE_PICTURE = ("divprune", "downsample", "evs", "key_norm", "vidcom2")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ def served(folder, tmp_path_factory):
         of_each_kind=OF_EACH_KIND,
         rounds=None,
         hash_pictures_alone=False,
+        videos=False,
         **engine,
     ):
         here = tmp_path_factory.mktemp("job")
@@ -54,6 +55,7 @@ def served(folder, tmp_path_factory):
             "of_each_kind": of_each_kind,
             "rounds": rounds,
             "hash_pictures_alone": hash_pictures_alone,
+            "videos": videos,
             "engine": {**(pruned if rate else {}), **engine},
         }
         (here / "job.json").write_text(json.dumps(job))
