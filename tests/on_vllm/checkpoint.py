@@ -90,7 +90,9 @@ def _qwen3_vl(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, i
     processor = json.loads((folder / "preprocessor_config.json").read_text())
     patches = {"patch_size": 16, "size": {"shortest_edge": 1024, "longest_edge": 1 << 20}}
     (folder / "preprocessor_config.json").write_text(json.dumps({**processor, **patches}))
-    video = {"video_processor_type": "Qwen3VLVideoProcessor", "cap_pixels_per_frame": False, **patches}
+    # vLLM takes the mean and deviation of pixels from the image processor for videos too
+    pixels = {name: processor[name] for name in ("image_mean", "image_std")}
+    video = {"video_processor_type": "Qwen3VLVideoProcessor", "cap_pixels_per_frame": False, **patches, **pixels}
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
     rope = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
     text = {**text, "model_type": "qwen3_vl_text", "head_dim": NEW, "rope_parameters": rope}
