@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hawk_kernels.methods import Method, resolve_method
+from hawk_kernels.methods import METHODS, Method, resolve_method
 
-# These look at nothing but one picture, so that its rows can be dropped before vLLM caches them.
+# These look at nothing but one picture or video, so that its rows can be dropped before vLLM caches them.
 OF_ONE_PICTURE = ("divprune", "downsample", "evs", "key_norm", "vidcom2")
 
 
@@ -76,15 +76,23 @@ def read_settings(config: Any, pruning_rate: float | None) -> Settings:
 
 
 def _check_works_in_vllm(method: Method) -> None:
-    lacks = None
-    if method.inside_only:
-        lacks = "vLLM prunes before the first layer and drops no tokens after later ones"
-    elif method.reads_encoder():
-        lacks = "vLLM's vision encoder hands out its result alone"
-    elif method.uses_positions:
-        lacks = "vLLM projects queries and keys before it knows their positions"
+    lacks = _what_vllm_lacks(method)
     if lacks:
+        # a class of the user's own may need arguments
+        own = {name: other() for name, other in METHODS.items() if other.__module__.startswith("hawk_kernels.methods.")}
+        *working, last = (repr(name) for name, other in sorted(own.items()) if _what_vllm_lacks(other) is None)
         raise TypeError(
             f"method: expected one that works inside vLLM, got {method.name!r}, but {lacks}; "
-            "'hawk', 'cdpruner', 'heed', 'dart', 'divprune', 'key_norm', 'downsample' and 'random' do"
+            f"use {', '.join(working)} or {last}"
         )
+
+
+def _what_vllm_lacks(method: Method) -> str | None:
+    """Say why a method cannot work inside vLLM, or return None if it can."""
+    if method.inside_only:
+        return "vLLM prunes before the first layer and drops no tokens after later ones"
+    if method.reads_encoder():
+        return "vLLM's vision encoder hands out its result alone"
+    if method.uses_positions:
+        return "vLLM projects queries and keys before it knows their positions"
+    return None

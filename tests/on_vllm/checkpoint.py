@@ -70,8 +70,9 @@ def write_qwen3_vl_moe(folder: Path) -> Path:
     from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
     text, vision, ids = _qwen3_vl(folder)
-    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    text = {**text, **experts, "model_type": "qwen3_vl_moe_text"}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    # transformers always divides by the sum of the chosen probabilities, and vLLM asks for it
+    text = {**text, **experts, "num_experts": 4, "norm_topk_prob": True, "model_type": "qwen3_vl_moe_text"}
     vision = {**vision, "model_type": "qwen3_vl_moe_vision"}
     config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
     return _write_random(folder, Qwen3VLMoeForConditionalGeneration, config)
