@@ -75,7 +75,14 @@ def write_qwen3_vl_moe(folder: Path) -> Path:
     text = {**text, **experts, "num_experts": 4, "norm_topk_prob": True, "model_type": "qwen3_vl_moe_text"}
     vision = {**vision, "model_type": "qwen3_vl_moe_vision"}
     config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
-    return _write_random(folder, Qwen3VLMoeForConditionalGeneration, config)
+    _write_random(folder, Qwen3VLMoeForConditionalGeneration, config)
+    weights = load_file(folder / "model.safetensors")
+    # published checkpoints have the experts transposed, which transformers undoes on loading and not on saving
+    published = {
+        name: weight.transpose(1, 2).contiguous() if "experts" in name else weight for name, weight in weights.items()
+    }
+    save_file(published, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def _tinyvqa(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
