@@ -214,7 +214,9 @@ def test_a_video_with_timestamps_has_the_positions_that_transformers_gives_it(te
     visual = np.concatenate([[False] * text + [True] * height * width for text in before] + [[False] * after])
     ids = torch.tensor([[7, *np.where(visual, 6, 9), 8, 8]])
     wanted, wanted_delta = Qwen3VLModel.get_rope_index(
-        SimpleNamespace(config=Qwen3VLConfig(), get_vision_position_ids=Qwen3VLModel.get_vision_position_ids.__get__(0)),
+        SimpleNamespace(
+            config=Qwen3VLConfig(), get_vision_position_ids=Qwen3VLModel.get_vision_position_ids.__get__(0)
+        ),
         ids,
         mm_token_type_ids=2 * (ids == 6).int(),
         video_grid_thw=torch.tensor([[len(before), 2 * height, 2 * width]]),

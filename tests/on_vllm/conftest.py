@@ -14,7 +14,7 @@ import torch
 from tests.on_vllm import oracle
 from tests.on_vllm.checkpoint import write_padded
 from tests.on_vllm.engine import CPU_WORKER, settings
-from tests.on_vllm.questions import OF_EACH_KIND, questions
+from tests.on_vllm.questions import OF_EACH_KIND, questions, video_questions
 
 torch.set_num_threads(1)
 
@@ -28,13 +28,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def served(folder, tmp_path_factory):
-    """Return a function that asks vLLM; keyword arguments are those of a job, `engine` without the usual ones."""
+def served_in_turn(folder, tmp_path_factory):
+    """Return a function that asks several engines one after the other, in one process that imports vLLM once.
+
+    It takes a pruning rate and what `hawk` is for each engine; keyword arguments are those of a job, `engine` without
+    the usual ones.
+    """
 
     def ask(
         rate,
-        hawk,
-        *,
+        *hawks,
         architecture="HawkQwen2_5_VLForConditionalGeneration",
         model=folder,
         of_each_kind=OF_EACH_KIND,
@@ -44,22 +47,25 @@ def served(folder, tmp_path_factory):
         **engine,
     ):
         here = tmp_path_factory.mktemp("job")
-        rounds = rounds or [list(range(7 * of_each_kind))]
-        pruned = {
-            "video_pruning_rate": rate,
-            "worker_cls": CPU_WORKER,
-            "hf_overrides": {"architectures": [architecture], "hawk": hawk},
-        }
-        job = {
-            "model": str(model),
-            "of_each_kind": of_each_kind,
-            "rounds": rounds,
-            "hash_pictures_alone": hash_pictures_alone,
-            "videos": videos,
-            "engine": {**(pruned if rate else {}), **engine},
-        }
-        (here / "job.json").write_text(json.dumps(job))
-        command = [sys.executable, "-m", "tests.on_vllm.engine", str(here / "job.json"), str(here / "out.json")]
+        jobs = []
+        for hawk in hawks:
+            pruned = {
+                "video_pruning_rate": rate,
+                "worker_cls": CPU_WORKER,
+                "hf_overrides": {"architectures": [architecture], "hawk": hawk},
+            }
+            jobs.append(
+                {
+                    "model": str(model),
+                    "of_each_kind": of_each_kind,
+                    "rounds": rounds or [list(range(7 * of_each_kind))],
+                    "hash_pictures_alone": hash_pictures_alone,
+                    "videos": videos,
+                    "engine": {**(pruned if rate else {}), **engine},
+                }
+            )
+        (here / "jobs.json").write_text(json.dumps(jobs))
+        command = [sys.executable, "-m", "tests.on_vllm.engine", str(here / "jobs.json"), str(here / "out.json")]
         with (here / "log").open("w") as log:
             subprocess.run(
                 command, cwd=ROOT, env={**os.environ, **settings()}, stdout=log, stderr=log, timeout=600, check=False
@@ -72,14 +78,25 @@ def served(folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def served(served_in_turn):
+    """Return a function that asks one engine."""
+
+    def ask(rate, hawk, **job):
+        return served_in_turn(rate, hawk, **job)[0]
+
+    return ask
+
+
+@pytest.fixture(scope="session")
 def expected(folder):
     """Return a function that asks transformers and `prune`."""
     known = {}
 
-    def ask(keep_ratio, method, *, of_each_kind=OF_EACH_KIND, **options):
-        key = repr((keep_ratio, getattr(method, "name", method), of_each_kind, options))
+    def ask(keep_ratio, method, *, of_each_kind=OF_EACH_KIND, videos=False, model=folder, **options):
+        key = repr((keep_ratio, getattr(method, "name", method), of_each_kind, videos, str(model), options))
         if key not in known:
-            known[key] = oracle.answers(folder, questions(of_each_kind), keep_ratio, method, **options)
+            asked = (video_questions if videos else questions)(of_each_kind)
+            known[key] = oracle.answers(str(model), asked, keep_ratio, method, **options)
         return known[key]
 
     return ask

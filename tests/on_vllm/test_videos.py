@@ -1,0 +1,50 @@
+"""TinyVQA's trained model answers questions about videos in vLLM as in transformers with `prune`."""
+
+import pytest
+
+from hawk_kernels.methods import METHODS
+from tests.on_vllm.oracle import OfEachPicture
+from tests.on_vllm.questions import OF_EACH_KIND, video_questions
+
+TOLERANCE = 1e-4
+HAWK = {"method": "hawk", "head_weights": "tinyvqa"}
+SMALL_BLOCKS_AND_CHUNKS = {
+    "block_size": 32,
+    "enable_prefix_caching": True,
+    "max_num_batched_tokens": 16,
+    "enable_chunked_prefill": True,
+}
+
+
+@pytest.fixture(scope="module")
+def served_at_20(served_in_turn):
+    methods = ("evs", "vidcom2", "divprune")
+    answers = served_in_turn(0.8, *({"method": name} for name in methods), videos=True)
+    return dict(zip(methods, answers, strict=True))
+
+
+def test_there_are_enough_questions_of_each_sort():
+    asked = video_questions()
+    assert len(asked) >= 150
+    assert sum(len(one.videos) == 2 for one in asked) >= 10
+    assert sum(bool(one.pictures) for one in asked) >= 5
+    assert len({video.frames.shape for one in asked for video in one.videos}) >= 10
+
+
+@pytest.mark.parametrize("method", ["evs", "vidcom2", "divprune"])
+def test_a_method_that_looks_at_one_video(served_at_20, expected, count_equal, method):
+    found, wanted = served_at_20[method], expected(0.2, method, videos=True)
+    equal, worst = count_equal(f"videos, {method}, 20 %", found, wanted)
+    assert equal == len(wanted)
+    assert worst < TOLERANCE
+    assert [answer["prompt"] for answer in found] == [answer["prompt"] for answer in wanted]
+
+
+def test_hawk_in_chunks_with_a_prefix_cache(served, expected, count_equal):
+    twice = [list(range(7 * OF_EACH_KIND))] * 2
+    found = served(0.5, HAWK, videos=True, rounds=twice, **SMALL_BLOCKS_AND_CHUNKS)
+    wanted = expected(0.5, OfEachPicture(METHODS["hawk"]()), videos=True, head_weights="tinyvqa")
+    equal, worst = count_equal("videos, hawk, 50 %, 16-token chunks, prefix cache, asked twice", found, wanted)
+    assert equal == len(wanted)
+    assert worst < TOLERANCE
+    assert sum(answer["cached"] for answer in found) > 0
