@@ -6,7 +6,7 @@ a choice that depended on the other picture would depend on how the prompt was c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from hawk_kernels.hf.choose_tokens import Chooser, Context
+from hawk_kernels.hf.encoders.recorder import PromptAttention
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.question import NO_VISUAL, Markers, text_queries
@@ -55,13 +56,21 @@ class PictureChooser:
     markers: Markers
     embed: Callable[[torch.Tensor], torch.Tensor]
 
-    def choose(self, rows: torch.Tensor, grid: Grid, place: Place | None = None) -> torch.Tensor:
+    def choose(
+        self,
+        rows: torch.Tensor,
+        grid: Grid,
+        place: Place | None = None,
+        recorded: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Choose among the rows of a picture; return the places of those that stay, int64 `[K]`, ascending.
 
         Args:
             rows: `[n, C]`, the embeddings that enter the language model.
             grid: frames, height and width of its tokens, `n` together.
             place: where it stands in the prompt, for a method that reads the prompt.
+            recorded: what is known of each row from the vision encoder, `[n, ...]` by name as in
+                `PromptAttention.values`, for a method that reads the encoder.
         """
         if place is None:
             prompt, states = _alone(len(rows), self.visual_token_ids[0]), rows
@@ -75,7 +84,11 @@ class PictureChooser:
             # an error here would end the server, not the request
             chooser = Chooser(Downsample(chooser.method.rounding), chooser.keep_ratio)
         frames, height, width = grid
-        context = Context(frames=lambda: [[[(height, width)] * frames]])
+        attention = None
+        if recorded:
+            separators = np.zeros_like(prompt.visual)
+            attention = PromptAttention(dict(recorded), [[[(1, height, width)] * frames]], separators)
+        context = Context(attention, frames=lambda: [[[(height, width)] * frames]])
         kept = chooser.choose(states.unsqueeze(0), prompt, self.projections, context).kept[0]
         of_picture = kept[torch.from_numpy(prompt.visual[0]).to(kept.device)]
         assert isinstance(chooser.keep_ratio, (float, int))

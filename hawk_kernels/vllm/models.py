@@ -32,6 +32,7 @@ from hawk_kernels.vllm.folding import POSITION_COLUMNS, fold, split_positions, u
 from hawk_kernels.vllm.positions import Media, media_positions, prompt_positions
 from hawk_kernels.vllm.processing import Qwen2_5_VLProcessor, Qwen2VLProcessor
 from hawk_kernels.vllm.projections import PackedProjections
+from hawk_kernels.vllm.recording import EncoderRecorder, check_encoder
 from hawk_kernels.vllm.settings import read_settings
 
 _CPU_WORKER = "hawk_kernels.vllm.cpu_worker.CPUWorker"
@@ -51,11 +52,14 @@ class PrunesVisualTokens:
     config: Any
     visual: Any
     language_model: Any
+    _recorder: EncoderRecorder | None = None
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         multimodal = vllm_config.model_config.get_multimodal_config()
         settings = read_settings(vllm_config.model_config.hf_config, multimodal.video_pruning_rate)
         check_worker(vllm_config.parallel_config.worker_cls)
+        if settings.method.reads_encoder():
+            check_encoder(vllm_config.compilation_config, settings.method.name)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._settings = settings
         projections = PackedProjections(self.language_model.model.layers[0])
@@ -69,19 +73,31 @@ class PrunesVisualTokens:
             markers=_markers(vllm_config.model_config),
             embed=self.language_model.embed_input_ids,
         )
+        if settings.method.reads_encoder():
+            self._recorder = EncoderRecorder(self.visual, settings.method, self.config.vision_config.model_type)
 
     def _packed(self, rows: torch.Tensor, patches: Sequence[int], seconds: float = 1.0) -> torch.Tensor:
-        """Turn the `n` rows of a picture or video into the `K` that vLLM caches, with their positions."""
+        """Turn the `n` rows of a picture or video into the `K` that vLLM caches, with their positions.
+
+        Rows that are to be chosen later keep what was recorded of them.
+        """
         side = self.visual.spatial_merge_size
         grid = (patches[0], patches[1] // side, patches[2] // side)
         positions = torch.from_numpy(media_positions(*grid, seconds)).to(rows.device)
-        placed = with_positions(rows, positions)
         if self._settings.reads_prompt:
-            return fold(placed, self._settings.kept_count(len(rows)))
-        return placed[self._chosen(rows, grid)]
+            return fold(with_positions(rows, positions), self._settings.kept_count(len(rows)))
+        rows, recorded = self._separated(rows)
+        chosen = self._chosen(rows, recorded, grid)
+        return with_positions(rows[chosen], positions[chosen])
 
-    def _chosen(self, rows: torch.Tensor, grid: Grid, place: Place | None = None) -> torch.Tensor:
-        chosen = self._chooser.choose(rows, grid, place)
+    def _separated(self, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Take what was recorded in the encoder off the rows that left it."""
+        return (rows, {}) if self._recorder is None else self._recorder.columns.separated(rows)
+
+    def _chosen(
+        self, rows: torch.Tensor, recorded: dict[str, torch.Tensor], grid: Grid, place: Place | None = None
+    ) -> torch.Tensor:
+        chosen = self._chooser.choose(rows, grid, place, recorded)
         group = get_tp_group()
         # ranks that differed in a single token would compute nonsense together
         return chosen if group.world_size == 1 else group.broadcast(chosen.contiguous(), src=0)
@@ -141,12 +157,14 @@ class PrunesVisualTokens:
             while start and ids[start - 1] == ids[at]:
                 start -= 1
             return *split_positions(part), start
-        item = unfold(part, self._hidden_size + POSITION_COLUMNS)
+        recorded_columns = 0 if self._recorder is None else self._recorder.columns.count
+        item = unfold(part, self._hidden_size + recorded_columns + POSITION_COLUMNS)
         rows, positions = split_positions(item.rows)
+        rows, recorded = self._separated(rows)
         place = Place(ids, at - item.start, item.places)
         # positions of time may be stretched, so the frames are counted
         height, width = (int(positions[-1, axis]) + 1 for axis in (1, 2))
-        chosen = self._chosen(rows, (len(rows) // (height * width), height, width), place)
+        chosen = self._chosen(rows, recorded, (len(rows) // (height * width), height, width), place)
         chosen = chosen[item.start : item.start + len(part)]
         return rows[chosen], positions[chosen], place.start
 

@@ -9,7 +9,7 @@ from typing import Any
 from hawk_kernels.methods import Method, resolve_method
 
 # These look at nothing but one picture, so that its rows can be dropped before vLLM caches them.
-OF_ONE_PICTURE = ("divprune", "downsample", "key_norm")
+OF_ONE_PICTURE = ("divprune", "downsample", "key_norm", "hiprune", "fastervlm", "vispruner", "holov")
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,13 @@ def _check_works_in_vllm(method: Method) -> None:
     lacks = None
     if method.inside_only:
         lacks = "vLLM prunes before the first layer and drops no tokens after later ones"
-    elif method.reads_encoder():
-        lacks = "vLLM's vision encoder hands out its result alone"
+    elif method.stage == "encoder":
+        lacks = "it merges rows before the projector, and vLLM hands them out after it"
     elif method.uses_positions:
         lacks = "vLLM projects queries and keys before it knows their positions"
     if lacks:
         raise TypeError(
             f"method: expected one that works inside vLLM, got {method.name!r}, but {lacks}; "
-            "'hawk', 'cdpruner', 'heed', 'dart', 'divprune', 'key_norm', 'downsample' and 'random' do"
+            "'hawk', 'cdpruner', 'heed', 'dart', 'mmtok', 'divprune', 'hiprune', 'fastervlm', 'vispruner', 'holov', "
+            "'key_norm', 'downsample' and 'random' do"
         )
