@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from hawk_kernels.hf.choose_tokens import Chooser, Context
+from hawk_kernels.hf.encoder_stage import merged_before_projector
 from hawk_kernels.hf.encoders.recorder import PromptAttention
 from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt
@@ -38,6 +40,18 @@ class Place:
     places: int
 
 
+class Chosen(NamedTuple):
+    """The tokens of a picture that stay.
+
+    Attributes:
+        places: int64 `[K]`, ascending.
+        merged: `[K, C]`, their embeddings where the method merges dropped tokens in; None where each stays as it is.
+    """
+
+    places: torch.Tensor
+    merged: torch.Tensor | None
+
+
 @dataclass(frozen=True)
 class PictureChooser:
     """Chooses the tokens of one picture or video that stay, as `prune` chooses those of a prompt with this one alone.
@@ -48,6 +62,7 @@ class PictureChooser:
         visual_token_ids: placeholders of images and videos.
         markers: ids that close images and turns.
         embed: embeds the ids of text, int64 `[T]` to `[T, C]`.
+        project: runs the projector on rows that were recorded as "features", for a method that merges these.
     """
 
     chooser: Chooser
@@ -55,6 +70,7 @@ class PictureChooser:
     visual_token_ids: tuple[int, ...]
     markers: Markers
     embed: Callable[[torch.Tensor], torch.Tensor]
+    project: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def choose(
         self,
@@ -62,8 +78,8 @@ class PictureChooser:
         grid: Grid,
         place: Place | None = None,
         recorded: Mapping[str, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """Choose among the rows of a picture; return the places of those that stay, int64 `[K]`, ascending.
+    ) -> Chosen:
+        """Choose among the rows of a picture.
 
         Args:
             rows: `[n, C]`, the embeddings that enter the language model.
@@ -89,11 +105,18 @@ class PictureChooser:
             separators = np.zeros_like(prompt.visual)
             attention = PromptAttention(dict(recorded), [[[(1, height, width)] * frames]], separators)
         context = Context(attention, frames=lambda: [[[(height, width)] * frames]])
-        kept = chooser.choose(states.unsqueeze(0), prompt, self.projections, context).kept[0]
-        of_picture = kept[torch.from_numpy(prompt.visual[0]).to(kept.device)]
+        choice = chooser.choose(states.unsqueeze(0), prompt, self.projections, context)
+        picture = torch.from_numpy(np.flatnonzero(prompt.visual[0])).to(rows.device)
         assert isinstance(chooser.keep_ratio, (float, int))
         count = chooser.method.kept_count(chooser.keep_ratio, len(rows))
-        return of_picture.int().argsort(descending=True, stable=True)[:count]
+        of_picture = choice.kept[0].index_select(0, picture)
+        places = of_picture.int().argsort(descending=True, stable=True)[:count]
+        if choice.merge is None:
+            return Chosen(places, None)
+        assert attention is not None and self.project is not None
+        states, merge = states.unsqueeze(0), choice.merge
+        merged = merged_before_projector(states, prompt, choice.kept, choice.counts, merge, attention, self.project)
+        return Chosen(places, merged[0].index_select(0, picture[places]))
 
     def _in_prompt(self, count: int, place: Place) -> Prompt:
         """Put all `count` tokens of a picture where its placeholders stand."""

@@ -62,6 +62,8 @@ class PrunesVisualTokens:
             check_encoder(vllm_config.compilation_config, settings.method.name)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._settings = settings
+        if settings.method.reads_encoder():
+            self._recorder = EncoderRecorder(self.visual, settings.method, self.config.vision_config.model_type)
         projections = PackedProjections(self.language_model.model.layers[0])
         weights = None
         if settings.method.uses_head_weights:
@@ -72,9 +74,8 @@ class PrunesVisualTokens:
             visual_token_ids=(self.config.image_token_id, self.config.video_token_id),
             markers=_markers(vllm_config.model_config),
             embed=self.language_model.embed_input_ids,
+            project=None if self._recorder is None else self._recorder.project,
         )
-        if settings.method.reads_encoder():
-            self._recorder = EncoderRecorder(self.visual, settings.method, self.config.vision_config.model_type)
 
     def _packed(self, rows: torch.Tensor, patches: Sequence[int], seconds: float = 1.0) -> torch.Tensor:
         """Turn the `n` rows of a picture or video into the `K` that vLLM caches, with their positions.
@@ -86,21 +87,22 @@ class PrunesVisualTokens:
         positions = torch.from_numpy(media_positions(*grid, seconds)).to(rows.device)
         if self._settings.reads_prompt:
             return fold(with_positions(rows, positions), self._settings.kept_count(len(rows)))
-        rows, recorded = self._separated(rows)
-        chosen = self._chosen(rows, recorded, grid)
-        return with_positions(rows[chosen], positions[chosen])
+        return with_positions(*self._staying(rows, positions, grid))
 
-    def _separated(self, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Take what was recorded in the encoder off the rows that left it."""
-        return (rows, {}) if self._recorder is None else self._recorder.columns.separated(rows)
-
-    def _chosen(
-        self, rows: torch.Tensor, recorded: dict[str, torch.Tensor], grid: Grid, place: Place | None = None
-    ) -> torch.Tensor:
-        chosen = self._chooser.choose(rows, grid, place, recorded)
+    def _staying(
+        self, rows: torch.Tensor, positions: torch.Tensor, grid: Grid, place: Place | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose among the rows of a picture or video, and take off what was recorded of them in the encoder."""
+        recorded = None
+        if self._recorder is not None:
+            rows, recorded = self._recorder.columns.separated(rows)
+        places, merged = self._chooser.choose(rows, grid, place, recorded)
         group = get_tp_group()
-        # ranks that differed in a single token would compute nonsense together
-        return chosen if group.world_size == 1 else group.broadcast(chosen.contiguous(), src=0)
+        if group.world_size > 1:
+            # ranks that differed in a single token would compute nonsense together
+            places = group.broadcast(places.contiguous(), src=0)
+            merged = None if merged is None else group.broadcast(merged.contiguous(), src=0)
+        return rows[places] if merged is None else merged, positions[places]
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
         """Lay out the positions of a prompt whose placeholders are already as many as its tokens that stay."""
@@ -160,13 +162,13 @@ class PrunesVisualTokens:
         recorded_columns = 0 if self._recorder is None else self._recorder.columns.count
         item = unfold(part, self._hidden_size + recorded_columns + POSITION_COLUMNS)
         rows, positions = split_positions(item.rows)
-        rows, recorded = self._separated(rows)
         place = Place(ids, at - item.start, item.places)
         # positions of time may be stretched, so the frames are counted
         height, width = (int(positions[-1, axis]) + 1 for axis in (1, 2))
-        chosen = self._chosen(rows, recorded, (len(rows) // (height * width), height, width), place)
-        chosen = chosen[item.start : item.start + len(part)]
-        return rows[chosen], positions[chosen], place.start
+        grid = (len(rows) // (height * width), height, width)
+        rows, positions = self._staying(rows, positions, grid, place)
+        here = slice(item.start, item.start + len(part))
+        return rows[here], positions[here], place.start
 
     @property
     def _hidden_size(self) -> int:

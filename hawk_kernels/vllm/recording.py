@@ -7,11 +7,13 @@ ranks than this one, and returns their rows alone; what was recorded therefore l
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
 
@@ -70,89 +72,110 @@ class EncoderRecorder:
         heads = (attention.num_attention_heads_per_partition * self._ranks, attention.hidden_size_per_attention_head)
         special = {_KEYS: heads, FEATURES: (visual.merger.hidden_size,)}
         self.columns = Columns({name: special.get(name, ()) for name in reads}, visual.dtype)
-        self._received: dict[int, torch.Tensor] = {}
-        self._others: dict[str, torch.Tensor] = {}
-        self._grids: list[list[int]] = []
-        self._windows: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._run: _Run | None = None
         self._attach()
+
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        """Run the merger on rows of visual tokens that were recorded as "features", `[K, C]` to `[K, hidden]`."""
+        # the merger sets the patches of a visual token side by side itself, after a norm of each
+        patches = rows.unflatten(1, (self._visual.spatial_merge_size**2, -1)).flatten(0, 1)
+        embeddings: torch.Tensor = self._visual.merger(patches)
+        return embeddings
 
     def _attach(self) -> None:
         visual = self._visual
         visual.register_forward_pre_hook(self._before_encoder, with_kwargs=True)
         for layer in sorted({layer for name, layer in self._layer_of.items() if name != _KEYS}):
-            attention = visual.blocks[layer - 1].attn
             hook = partial(self._before_attention, layer)
-            attention.attn.register_forward_pre_hook(hook, with_kwargs=True)
+            visual.blocks[layer - 1].attn.attn.register_forward_pre_hook(hook, with_kwargs=True)
         if _KEYS in self._layer_of:
-            attention = visual.blocks[self._layer_of[_KEYS] - 1].attn
-            attention.apply_rotary_emb.register_forward_pre_hook(self._before_rotation)
+            rotation = visual.blocks[self._layer_of[_KEYS] - 1].attn.apply_rotary_emb
+            rotation.register_forward_pre_hook(self._before_rotation)
         if FEATURES in self.columns.shapes:
-            # vLLM calls the merger itself past its hooks
+            # vLLM calls the merger itself in a way that passes over its hooks
             visual.merger.ln_q.register_forward_pre_hook(self._before_merger)
         visual.register_forward_hook(self._after_encoder)
-        # an encoder with data parallelism tells by this the width of no rows at all
+        # a rank without pictures makes rows of this width to gather those of the others
         visual.out_hidden_size += self.columns.count
 
     def _before_encoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
-        self._grids = grids if isinstance(grids, list) else grids.tolist()
+        given = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+        grids = given if isinstance(given, list) else given.tolist()
         has_windows = hasattr(module, "get_window_index_thw")
-        self._windows = [self._visual.get_window_index_thw(*grid) for grid in self._grids] if has_windows else []
-        self._received, self._others = {}, {}
+        self._run = _Run(grids, [self._visual.get_window_index_thw(*grid) for grid in grids] if has_windows else [])
 
     def _before_attention(self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._run is None:
+            return
         queries, keys = (kwargs[name][0].transpose(0, 1) for name in ("query", "key"))
-        segments = torch.from_numpy(self._segments(layer)).to(keys.device, non_blocking=True)
-        self._received[layer] = attention_column_mean(
-            queries, keys, cu_seqlens=segments, reduction="sum", scale=self._visual.blocks[layer - 1].attn.attn.scale
-        )
+        # what the attention gets of segments is laid out for its backend and need not count patches
+        within_windows = layer - 1 not in getattr(self._visual, "fullatt_block_indexes", [layer - 1])
+        segments = torch.from_numpy(self._run.segments(within_windows)).to(keys.device, non_blocking=True)
+        scale = self._visual.blocks[layer - 1].attn.attn.scale
+        columns = attention_column_mean(queries, keys, cu_seqlens=segments, reduction="sum", scale=scale)
+        self._run.received[layer] = columns
 
     def _before_rotation(self, module: nn.Module, args: Any) -> None:
-        # queries and keys in one batch, [2, patches, heads, D]
-        keys = args[0][1].float()
-        if self._ranks > 1:
-            keys = tensor_model_parallel_all_gather(keys.contiguous(), dim=1)
-        self._others[_KEYS] = keys
+        if self._run is None:
+            return
+        # queries and keys come as one batch, [2, patches, heads, D]
+        keys = args[0][1].float().contiguous()
+        self._run.others[_KEYS] = keys if self._ranks == 1 else tensor_model_parallel_all_gather(keys, dim=1)
 
     def _before_merger(self, module: nn.Module, args: Any) -> None:
-        self._others[FEATURES] = args[0].flatten(0, -2)
+        if self._run is not None:
+            self._run.others[FEATURES] = args[0].flatten(0, -2)
 
     def _after_encoder(self, module: nn.Module, args: Any, rows: torch.Tensor) -> torch.Tensor:
-        received, others, recorded = self._received, self._others, {}
-        self._received, self._others = {}, {}
-        if received:
-            together = torch.stack(list(received.values()))
+        run, self._run = self._run, None
+        assert run is not None
+        recorded: dict[str, torch.Tensor] = {}
+        if run.received:
+            received = torch.stack(list(run.received.values()))
             if self._ranks > 1:
-                together = tensor_model_parallel_all_reduce(together) / self._ranks
-            of_layer = dict(zip(received, together, strict=True))
+                received = tensor_model_parallel_all_reduce(received) / self._ranks
+            of_layer = dict(zip(run.received, received, strict=True))
             recorded = {name: of_layer[layer] for name, layer in self._layer_of.items() if name != _KEYS}
-        merged = len(next(iter({**recorded, **others}.values()))) // len(rows)
-        recorded = {name: patches.unflatten(0, (-1, merged)).mean(dim=1) for name, patches in recorded.items()}
-        if _KEYS in others:
-            recorded[_KEYS] = others[_KEYS].unflatten(0, (-1, merged)).mean(dim=1)
-        if FEATURES in others:
-            recorded[FEATURES] = others[FEATURES].reshape(len(rows), -1)
-        if self._windows:
-            order = torch.from_numpy(self._token_order()).to(rows.device, non_blocking=True)
+        if _KEYS in run.others:
+            recorded[_KEYS] = run.others[_KEYS]
+        recorded = {name: of_patches.unflatten(0, (len(rows), -1)).mean(dim=1) for name, of_patches in recorded.items()}
+        if FEATURES in run.others:
+            recorded[FEATURES] = run.others[FEATURES].reshape(len(rows), -1)
+        if run.windows:
+            order = torch.from_numpy(run.token_order()).to(rows.device, non_blocking=True)
             recorded = {name: values.index_select(0, order) for name, values in recorded.items()}
         return self.columns.joined(rows, recorded)
 
-    def _segments(self, layer: int) -> np.ndarray:
-        """Find where the sequences of patches that see each other in a layer begin and end, int32 `[S + 1]`.
 
-        What vLLM hands to the attention itself is laid out for the backend, in which it need not count patches.
-        """
-        whole = getattr(self._visual, "fullatt_block_indexes", None)
-        if not self._windows or whole is None or layer - 1 in whole:
-            lengths = [np.full(frames, height * width) for frames, height, width in self._grids]
+@dataclass
+class _Run:
+    """One call of the encoder.
+
+    Attributes:
+        grids: frames, height and width of each picture or video, in patches.
+        windows: for each of these the order in which windows put its visual tokens, and where each window ends, counted
+            in patches; none in an encoder without windows.
+        received: what was measured in each layer, float32 `[patches]`.
+        others: keys float32 `[patches, H, D]` and features `[patches, C]`, by name.
+    """
+
+    grids: list[list[int]]
+    windows: list[tuple[torch.Tensor, torch.Tensor]]
+    received: dict[int, torch.Tensor] = field(default_factory=dict)
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def segments(self, within_windows: bool) -> NDArray[np.int32]:
+        """Find where patches that see each other begin and end, frame by frame or window by window, int32 `[S + 1]`."""
+        if within_windows:
+            lengths = [np.diff(ends.numpy(), prepend=0) for _, ends in self.windows]
         else:
-            lengths = [np.diff(ends.numpy(), prepend=0) for _, ends in self._windows]
+            lengths = [np.full(frames, height * width) for frames, height, width in self.grids]
         return np.concatenate([[0], np.concatenate(lengths).cumsum()]).astype(np.int32)
 
-    def _token_order(self) -> np.ndarray:
-        """Find where in the encoder's order of windows each visual token stands, int64 `[n]`."""
+    def token_order(self) -> NDArray[np.int64]:
+        """Find where in the order of windows each visual token stands, int64 `[n]`."""
         orders, start = [], 0
-        for index, _ in self._windows:
+        for index, _ in self.windows:
             orders.append(index.numpy() + start)
             start += len(index)
         return np.argsort(np.concatenate(orders))

@@ -9,7 +9,10 @@ from typing import Any
 from hawk_kernels.methods import Method, resolve_method
 
 # These look at nothing but one picture, so that its rows can be dropped before vLLM caches them.
-OF_ONE_PICTURE = ("divprune", "downsample", "key_norm", "hiprune", "fastervlm", "vispruner", "holov")
+OF_ONE_PICTURE = (
+    *("divprune", "downsample", "key_norm"),
+    *("fastervlm", "hiprune", "holov", "prumerge", "visionzip", "vispruner"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,11 @@ def _check_works_in_vllm(method: Method) -> None:
     lacks = None
     if method.inside_only:
         lacks = "vLLM prunes before the first layer and drops no tokens after later ones"
-    elif method.stage == "encoder":
-        lacks = "it merges rows before the projector, and vLLM hands them out after it"
     elif method.uses_positions:
         lacks = "vLLM projects queries and keys before it knows their positions"
     if lacks:
         raise TypeError(
             f"method: expected one that works inside vLLM, got {method.name!r}, but {lacks}; "
-            "'hawk', 'cdpruner', 'heed', 'dart', 'mmtok', 'divprune', 'hiprune', 'fastervlm', 'vispruner', 'holov', "
-            "'key_norm', 'downsample' and 'random' do"
+            "'hawk', 'cdpruner', 'heed', 'dart', 'mmtok', 'divprune', 'hiprune', 'vispruner', 'fastervlm', 'holov', "
+            "'visionzip', 'prumerge', 'key_norm', 'downsample' and 'random' do"
         )

@@ -29,7 +29,7 @@ def test_hiprune(served, expected, check):
     check("hiprune, 20 %", served(0.8, {"method": "hiprune"}), expected(0.2, "hiprune"))
 
 
-@pytest.mark.parametrize("method", ["fastervlm", "vispruner", "holov", "mmtok"])
+@pytest.mark.parametrize("method", ["fastervlm", "vispruner", "holov", "visionzip", "prumerge", "mmtok"])
 def test_other_methods(served, expected, check, method):
     check(f"{method}, 20 %", served(0.8, {"method": method}), expected(0.2, method))
 
