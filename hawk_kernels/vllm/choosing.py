@@ -21,6 +21,7 @@ from hawk_kernels.hf.projections import LayerProjections
 from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.question import NO_VISUAL, Markers, text_queries
 from hawk_kernels.methods.downsample import Downsample
+from hawk_kernels.ops.compact import compact
 
 Grid = tuple[int, int, int]
 
@@ -106,17 +107,21 @@ class PictureChooser:
             attention = PromptAttention(dict(recorded), [[[(1, height, width)] * frames]], separators)
         context = Context(attention, frames=lambda: [[[(height, width)] * frames]])
         choice = chooser.choose(states.unsqueeze(0), prompt, self.projections, context)
-        picture = torch.from_numpy(np.flatnonzero(prompt.visual[0])).to(rows.device)
         assert isinstance(chooser.keep_ratio, (float, int))
         count = chooser.method.kept_count(chooser.keep_ratio, len(rows))
-        of_picture = choice.kept[0].index_select(0, picture)
+        of_picture = choice.kept[0][torch.from_numpy(prompt.visual[0]).to(rows.device)]
         places = of_picture.int().argsort(descending=True, stable=True)[:count]
         if choice.merge is None:
             return Chosen(places, None)
-        assert attention is not None and self.project is not None
-        states, merge = states.unsqueeze(0), choice.merge
-        merged = merged_before_projector(states, prompt, choice.kept, choice.counts, merge, attention, self.project)
-        return Chosen(places, merged[0].index_select(0, picture[places]))
+        states, start = states.unsqueeze(0), int(prompt.visual[0].argmax())
+        if chooser.method.stage == "decoder":
+            merged = compact(states, choice.kept, length=choice.counts[0], merge=choice.merge).inputs_embeds[0]
+            return Chosen(places, merged[start : start + count])
+        assert attention is not None
+        assert self.project is not None
+        kept, counts, merge = choice.kept, choice.counts, choice.merge
+        merged = merged_before_projector(states, prompt, kept, counts, merge, attention, self.project)[0]
+        return Chosen(places, merged[start : start + len(rows)].index_select(0, places))
 
     def _in_prompt(self, count: int, place: Place) -> Prompt:
         """Put all `count` tokens of a picture where its placeholders stand."""

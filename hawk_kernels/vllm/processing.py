@@ -33,7 +33,9 @@ class PrunedPlaceholders:
         placeholders = {"image": vocabulary[processor.image_token], "video": vocabulary[processor.video_token]}
 
         def replacement(item: int, modality: str) -> list[int]:
-            patches = int(out_mm_kwargs[modality][item][f"{modality}_grid_thw"].data.prod())
+            values = out_mm_kwargs[modality][item]
+            self._settings.check_pixels(modality, values)
+            patches = int(values[f"{modality}_grid_thw"].data.prod())
             return [placeholders[modality]] * self._settings.kept_count(patches // merged)
 
         return [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,22 @@ class Settings:
     def kept_count(self, num_tokens: int) -> int:
         """Count the tokens that stay of a picture or video of `num_tokens`."""
         return self.method.kept_count(self.keep_ratio, num_tokens)
+
+    def check_pixels(self, modality: str, given: Collection[str]) -> None:
+        """Refuse a picture or video that comes as embeddings to a method that watches how the encoder makes these.
+
+        Args:
+            modality: "image" or "video".
+            given: names of what came of it.
+
+        Raises:
+            ValueError: embeddings came.
+        """
+        if f"{modality}_embeds" in given and self.method.reads_encoder():
+            raise ValueError(
+                f"{modality}_embeds: expected pixels with method {self.method.name!r}, which reads the vision encoder, "
+                f"got embeddings; send the {modality} itself, or serve with another method, such as 'divprune'"
+            )
 
 
 def read_settings(config: Any, pruning_rate: float | None) -> Settings:
