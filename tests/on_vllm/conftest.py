@@ -29,7 +29,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def served(folder, tmp_path_factory):
-    """Return a function that asks vLLM; keyword arguments are those of a job, `engine` without the usual ones."""
+    """Return a function that asks vLLM; keyword arguments are those of a job, `engine` without the usual ones.
+
+    A list in place of the settings `hawk` gives a list of answers.
+    """
 
     def ask(
         rate,
@@ -56,7 +59,8 @@ def served(folder, tmp_path_factory):
             "hash_pictures_alone": hash_pictures_alone,
             "engine": {**(pruned if rate else {}), **engine},
         }
-        (here / "job.json").write_text(json.dumps(job))
+        given = [_with_settings(job, one) for one in hawk] if isinstance(hawk, list) else job
+        (here / "job.json").write_text(json.dumps(given))
         command = [sys.executable, "-m", "tests.on_vllm.engine", str(here / "job.json"), str(here / "out.json")]
         with (here / "log").open("w") as log:
             subprocess.run(
@@ -104,6 +108,11 @@ def count_equal():
         return sum(same), worst
 
     return count
+
+
+def _with_settings(job, hawk):
+    engine = job["engine"]
+    return {**job, "engine": {**engine, "hf_overrides": {**engine["hf_overrides"], "hawk": hawk}}}
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,5 +1,7 @@
 """Methods that read the vision encoder choose inside vLLM what they choose in transformers with `prune`."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from tests.on_vllm import oracle
@@ -7,6 +9,7 @@ from tests.on_vllm.checkpoint import write_qwen2_vl
 from tests.on_vllm.questions import OF_EACH_KIND, questions
 
 TOLERANCE = 1e-4
+METHODS = ["hiprune", "fastervlm", "vispruner", "holov", "visionzip", "prumerge", "mmtok"]
 SMALL_BLOCKS = {"block_size": 32, "enable_prefix_caching": True}
 CHUNKS = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
@@ -25,35 +28,46 @@ def check(count_equal):
     return compare
 
 
-def test_hiprune(served, expected, check):
-    check("hiprune, 20 %", served(0.8, {"method": "hiprune"}), expected(0.2, "hiprune"))
+def test_each_method(served, expected, check):
+    with ThreadPoolExecutor(1) as meanwhile:
+        answers = meanwhile.submit(served, 0.8, [{"method": method} for method in METHODS])
+        wanted = [expected(0.2, method) for method in METHODS]
+    for method, of_vllm, of_prune in zip(METHODS, answers.result(), wanted, strict=True):
+        check(f"{method}, 20 %", of_vllm, of_prune)
 
 
-@pytest.mark.parametrize("method", ["fastervlm", "vispruner", "holov", "visionzip", "prumerge", "mmtok"])
-def test_other_methods(served, expected, check, method):
-    check(f"{method}, 20 %", served(0.8, {"method": method}), expected(0.2, method))
-
-
-def test_hiprune_in_chunks_with_a_prefix_cache(served, expected, check):
-    """Questions about one picture share what was chosen when it was encoded."""
+def test_questions_about_a_picture_share_what_was_chosen_when_it_was_encoded(served, expected, check):
     twice = [list(range(7 * OF_EACH_KIND))] * 2
-    found = served(0.6, {"method": "hiprune"}, rounds=twice, **SMALL_BLOCKS, **CHUNKS)
-    check("hiprune, 40 %, 16-token chunks, prefix cache, asked twice", found, expected(0.4, "hiprune"))
+    with ThreadPoolExecutor(1) as meanwhile:
+        answers = meanwhile.submit(served, 0.6, {"method": "hiprune"}, rounds=twice, **SMALL_BLOCKS, **CHUNKS)
+        wanted = expected(0.4, "hiprune")
+    found = answers.result()
+    check("hiprune, 40 %, 16-token chunks, prefix cache, asked twice", found, wanted)
     assert sum(answer["cached"] for answer in found) > 0
 
 
-@pytest.mark.parametrize("mode", ["weights", "data"])
-def test_ranks_that_share_the_heads_or_the_pictures(served, expected, check, mode):
-    found = served(0.6, {"method": "hiprune"}, mm_encoder_tp_mode=mode, **TWO_RANKS)
-    check(f"hiprune, 40 %, two ranks, each with a part of the {mode}", found, expected(0.4, "hiprune"))
+@pytest.mark.parametrize("shared", ["weights", "data"])
+def test_ranks_that_share_the_heads_or_the_pictures_of_the_encoder(served, expected, check, shared):
+    found = served(0.6, {"method": "hiprune"}, mm_encoder_tp_mode=shared, **TWO_RANKS)
+    check(f"hiprune, 40 %, two ranks that share the encoder's {shared}", found, expected(0.4, "hiprune"))
 
 
-@pytest.mark.parametrize("method", ["hiprune", "mmtok"])
-def test_qwen2_vl(served, check, tmp_path, method):
-    folder = write_qwen2_vl(tmp_path)
+def test_qwen2_vl(served, check, tmp_path):
+    folder, methods, of_each_kind = write_qwen2_vl(tmp_path), ["hiprune", "mmtok", "prumerge"], 4
     found = served(
-        0.6, {"method": method}, architecture="HawkQwen2VLForConditionalGeneration", model=folder, of_each_kind=4
+        0.6,
+        [{"method": method} for method in methods],
+        architecture="HawkQwen2VLForConditionalGeneration",
+        model=folder,
+        of_each_kind=of_each_kind,
     )
-    wanted = oracle.answers(str(folder), questions(4), 0.4, method)
-    assert len({tuple(answer["ids"]) for answer in wanted}) > 3
-    check(f"Qwen2-VL of random weights, {method}, 40 %", found, wanted)
+    for method, of_vllm in zip(methods, found, strict=True):
+        wanted = oracle.answers(str(folder), questions(of_each_kind), 0.4, method)
+        assert len({tuple(answer["ids"]) for answer in wanted}) > 3
+        check(f"Qwen2-VL of random weights, {method}, 40 %", of_vllm, wanted)
+
+
+def test_bfloat16_mostly_answers_as_float32(served, expected, count_equal):
+    found, wanted = served(0.8, {"method": "hiprune"}, dtype="bfloat16"), expected(0.2, "hiprune")
+    equal, _ = count_equal("hiprune, 20 %, bfloat16 beside float32", found, wanted)
+    assert equal >= 0.95 * len(wanted)
