@@ -157,7 +157,8 @@ def test_what_was_recorded_stays_with_its_picture(pictures, width, dtype, names)
 def test_embeddings_are_refused_where_the_encoder_is_read(name):
     settings = read_settings(config(method=name), 0.8)
     settings.check_pixels("image", ["pixel_values", "image_grid_thw"])
-    with pytest.raises(ValueError, match=f"image_embeds: expected pixels with method '{name}', .*send the image itself"):
+    message = f"image_embeds: expected pixels with method '{name}', .*send the image itself"
+    with pytest.raises(ValueError, match=message):
         settings.check_pixels("image", ["image_embeds", "image_grid_thw"])
     read_settings(config(method="divprune"), 0.8).check_pixels("image", ["image_embeds", "image_grid_thw"])
 

@@ -24,6 +24,8 @@ from hawk_kernels.ops.attention_column_mean import attention_column_mean
 from hawk_kernels.vllm.columns import FEATURES, Columns
 
 _KEYS = "keys"
+# what the merger calls its norm of each patch, in Qwen2-VL and Qwen2.5-VL and in Qwen3-VL
+_NORMS = ("ln_q", "norm")
 
 
 def check_encoder(compilation: Any, method: str) -> None:
@@ -93,7 +95,8 @@ class EncoderRecorder:
             rotation.register_forward_pre_hook(self._before_rotation)
         if FEATURES in self.columns.shapes:
             # vLLM calls the merger itself in a way that passes over its hooks
-            visual.merger.ln_q.register_forward_pre_hook(self._before_merger)
+            first = next(getattr(visual.merger, name) for name in _NORMS if hasattr(visual.merger, name))
+            first.register_forward_pre_hook(self._before_merger)
         visual.register_forward_hook(self._after_encoder)
         # a rank without pictures makes rows of this width to gather those of the others
         visual.out_hidden_size += self.columns.count

@@ -1,8 +1,8 @@
 """Answer the questions with vLLM in a process of its own: `python -m tests.on_vllm.engine JOB.json OUT.json`.
 
 A job has `model`, `engine` (arguments of `vllm.LLM`), `of_each_kind` and `rounds`: lists of indices of questions that
-are sent together, round after round, so that later rounds meet filled caches. A list of jobs is done one by one, in less
-time than in processes of their own, and gives a list of answers.
+are sent together, round after round, so that later rounds meet filled caches. A list of jobs is done one by one, which
+takes less time than a process for each, and gives a list of answers.
 """
 
 from __future__ import annotations

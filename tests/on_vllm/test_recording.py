@@ -60,12 +60,13 @@ class Attention(nn.Module):
 class Merger(nn.Module):
     hidden_size = CHANNELS * SIDE**2
 
-    def __init__(self):
+    def __init__(self, name_of_norm="ln_q"):
         super().__init__()
-        self.ln_q, self.out = nn.Identity(), nn.Linear(self.hidden_size, OUT)
+        self.out, self.norm_of_patches = nn.Linear(self.hidden_size, OUT), name_of_norm
+        self.add_module(name_of_norm, nn.Identity())
 
     def forward(self, x):
-        return self.out(self.ln_q(x).view(-1, self.hidden_size))
+        return self.out(self.get_submodule(self.norm_of_patches)(x).view(-1, self.hidden_size))
 
 
 class Encoder(nn.Module):
@@ -109,6 +110,12 @@ class EncoderWithWindows(Encoder):
         return torch.cat(orders)
 
 
+class EncoderOfQwen3(Encoder):
+    def __init__(self):
+        super().__init__()
+        self.merger = Merger("norm")
+
+
 ENCODERS = pytest.mark.parametrize("make", [Encoder, EncoderWithWindows])
 
 
@@ -149,7 +156,7 @@ def test_attention_received_is_that_of_the_whole_matrix(make):
         torch.testing.assert_close(values[name], merged(torch.cat(received), visual.order(GRIDS)))
 
 
-@ENCODERS
+@pytest.mark.parametrize("make", [Encoder, EncoderWithWindows, EncoderOfQwen3])
 def test_keys_are_those_before_rotation_and_rows_those_that_enter_the_merger(make):
     method = METHODS["prumerge"](cls_layer=2)
     visual, recorder, rows, values = recorded_of(make, method, GRIDS, pixels(GRIDS))
@@ -218,7 +225,7 @@ def test_ranks_average_over_their_heads_and_gather_keys(monkeypatch):
     monkeypatch.setattr(recording, "tensor_model_parallel_all_gather", lambda x, dim: torch.cat([x, x], dim=dim))
     monkeypatch.setattr(Attention, "tp_size", 2)
     method = METHODS["prumerge"]()
-    visual, _, _, values = recorded_of(Encoder, method, GRIDS, pixels(GRIDS))
+    *_, values = recorded_of(Encoder, method, GRIDS, pixels(GRIDS))
     assert values["keys"].shape[1:] == (2 * HEADS, HEAD_DIM)
     monkeypatch.undo()
     *_, alone = recorded_of(Encoder, method, GRIDS, pixels(GRIDS))
@@ -253,7 +260,7 @@ def test_the_usual_layers_are_those_of_prune(model_type, depth, layer):
 
 
 def test_what_cannot_be_recorded_is_refused():
-    with pytest.raises(ValueError, match="object_layer: expected 1 to 4, .* got 5; None takes layer 2"):
+    with pytest.raises(ValueError, match=r"object_layer: expected 1 to 4, .* got 5; None takes layer 2"):
         EncoderRecorder(Encoder(), METHODS["hiprune"](object_layer=5), "qwen2_vl")
     check_encoder(SimpleNamespace(compile_mm_encoder=False), "hiprune")
     with pytest.raises(ValueError, match="compile_mm_encoder: expected False with method 'hiprune'"):
