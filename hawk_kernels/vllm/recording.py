@@ -98,6 +98,7 @@ class EncoderRecorder:
             first = next(getattr(visual.merger, name) for name in _NORMS if hasattr(visual.merger, name))
             first.register_forward_pre_hook(self._before_merger)
         visual.register_forward_hook(self._after_encoder)
+        visual.register_forward_hook(self._forget, always_call=True)
         # a rank without pictures makes rows of this width to gather those of the others
         visual.out_hidden_size += self.columns.count
 
@@ -130,7 +131,7 @@ class EncoderRecorder:
             self._run.others[FEATURES] = args[0].flatten(0, -2)
 
     def _after_encoder(self, module: nn.Module, args: Any, rows: torch.Tensor) -> torch.Tensor:
-        run, self._run = self._run, None
+        run = self._run
         assert run is not None
         recorded: dict[str, torch.Tensor] = {}
         if run.received:
@@ -148,6 +149,10 @@ class EncoderRecorder:
             order = torch.from_numpy(run.token_order()).to(rows.device, non_blocking=True)
             recorded = {name: values.index_select(0, order) for name, values in recorded.items()}
         return self.columns.joined(rows, recorded)
+
+    def _forget(self, module: nn.Module, args: Any, rows: torch.Tensor | None) -> None:
+        """Let go of what a call has left, also of one that failed."""
+        self._run = None
 
 
 @dataclass

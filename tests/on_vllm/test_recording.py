@@ -219,6 +219,15 @@ def test_nothing_outlives_a_call(make):
     assert not [value for value in vars(recorder).values() if isinstance(value, (torch.Tensor, recording._Run))]
 
 
+def test_nothing_is_left_of_a_call_that_failed():
+    visual = Encoder()
+    recorder = EncoderRecorder(visual, METHODS["prumerge"](), "qwen2_5_vl_vision")
+    visual.merger.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        visual(pixels(GRIDS), GRIDS)
+    assert recorder._run is None
+
+
 def test_ranks_average_over_their_heads_and_gather_keys(monkeypatch):
     """A rank that sees one of two heads, beside another with the same numbers, measures what one with both does."""
     monkeypatch.setattr(recording, "tensor_model_parallel_all_reduce", lambda x: x * 2)
