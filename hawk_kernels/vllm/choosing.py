@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hawk_kernels.hf.choose_tokens import Chooser, Context
+from hawk_kernels.backends.eager.compact import restore
+from hawk_kernels.hf.choose_tokens import Choice, Chooser, Context
 from hawk_kernels.hf.encoder_stage import merged_before_projector
 from hawk_kernels.hf.encoders.recorder import PromptAttention
 from hawk_kernels.hf.projections import LayerProjections
@@ -22,6 +23,7 @@ from hawk_kernels.hf.prompt import Prompt
 from hawk_kernels.hf.question import NO_VISUAL, Markers, text_queries
 from hawk_kernels.methods.downsample import Downsample
 from hawk_kernels.ops.compact import compact
+from hawk_kernels.selection import Merge
 
 Grid = tuple[int, int, int]
 
@@ -109,19 +111,21 @@ class PictureChooser:
         choice = chooser.choose(states.unsqueeze(0), prompt, self.projections, context)
         assert isinstance(chooser.keep_ratio, (float, int))
         count = chooser.method.kept_count(chooser.keep_ratio, len(rows))
-        of_picture = choice.kept[0][torch.from_numpy(prompt.visual[0]).to(rows.device)]
-        places = of_picture.int().argsort(descending=True, stable=True)[:count]
-        if choice.merge is None:
-            return Chosen(places, None)
-        states, start = states.unsqueeze(0), int(prompt.visual[0].argmax())
-        if chooser.method.stage == "decoder":
-            merged = compact(states, choice.kept, length=choice.counts[0], merge=choice.merge).inputs_embeds[0]
-            return Chosen(places, merged[start : start + count])
+        picture = torch.from_numpy(np.flatnonzero(prompt.visual[0])).to(rows.device)
+        places = choice.kept[0, picture].int().argsort(descending=True, stable=True)[:count]
+        merged = None if choice.merge is None else self._merged(states, prompt, choice, choice.merge, attention)
+        return Chosen(places, None if merged is None else merged[picture[places]])
+
+    def _merged(
+        self, states: torch.Tensor, prompt: Prompt, choice: Choice, merge: Merge, attention: PromptAttention | None
+    ) -> torch.Tensor:
+        """Return the states `[T, C]` of a prompt with those of kept tokens replaced by what a method merges."""
+        states, kept = states.unsqueeze(0), choice.kept
+        if self.chooser.method.stage == "decoder":
+            return restore(compact(states, kept, length=choice.counts[0], merge=merge).inputs_embeds, kept)[0]
         assert attention is not None
         assert self.project is not None
-        kept, counts, merge = choice.kept, choice.counts, choice.merge
-        merged = merged_before_projector(states, prompt, kept, counts, merge, attention, self.project)[0]
-        return Chosen(places, merged[start : start + len(rows)].index_select(0, places))
+        return merged_before_projector(states, prompt, kept, choice.counts, merge, attention, self.project)[0]
 
     def _in_prompt(self, count: int, place: Place) -> Prompt:
         """Put all `count` tokens of a picture where its placeholders stand."""
