@@ -6,7 +6,7 @@ architectures, and `--hf-overrides` chooses one of them:
     vllm serve Qwen/Qwen2.5-VL-7B-Instruct --video-pruning-rate 0.8 --hf-overrides \\
         '{"architectures": ["HawkQwen2_5_VLForConditionalGeneration"], "hawk": {"method": "hawk"}}'
 
-Of this package, only `models`, `processing`, `projections` and `cpu_worker` import vLLM.
+Of this package, only `models`, `processing`, `projections`, `recording` and `cpu_worker` import vLLM.
 """
 
 ARCHITECTURES = {

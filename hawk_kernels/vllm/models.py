@@ -38,6 +38,7 @@ from hawk_kernels.vllm.folding import Noted, Unfolded, fold, unfold
 from hawk_kernels.vllm.positions import Media, media_positions, positions_among_texts, prompt_positions
 from hawk_kernels.vllm.processing import Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor, frame_texts
 from hawk_kernels.vllm.projections import PackedProjections
+from hawk_kernels.vllm.recording import EncoderRecorder, check_encoder
 from hawk_kernels.vllm.settings import read_settings
 
 _CPU_WORKER = "hawk_kernels.vllm.cpu_worker.CPUWorker"
@@ -57,13 +58,18 @@ class PrunesVisualTokens:
     config: Any
     visual: Any
     language_model: Any
+    _recorder: EncoderRecorder | None = None
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         multimodal = vllm_config.model_config.get_multimodal_config()
         settings = read_settings(vllm_config.model_config.hf_config, multimodal.video_pruning_rate)
         check_worker(vllm_config.parallel_config.worker_cls)
+        if settings.method.reads_encoder():
+            check_encoder(vllm_config.compilation_config, settings.method.name)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._settings = settings
+        if settings.method.reads_encoder():
+            self._recorder = EncoderRecorder(self.visual, settings.method, self.config.vision_config.model_type)
         projections = PackedProjections(self.language_model.model.layers[0])
         weights = None
         if settings.method.uses_head_weights:
@@ -74,6 +80,8 @@ class PrunesVisualTokens:
             visual_token_ids=(self.config.image_token_id, self.config.video_token_id),
             markers=_markers(vllm_config.model_config),
             embed=self.language_model.embed_input_ids,
+            project=None if self._recorder is None else self._recorder.project,
+            hidden_size=self._hidden_size,
         )
 
     def _packed(self, rows: torch.Tensor, patches: Sequence[int], seconds: float = 1.0) -> torch.Tensor:
@@ -101,19 +109,27 @@ class PrunesVisualTokens:
         return self._staying(item, grid).joined()
 
     def _staying(self, item: Noted, grid: Grid, place: Place | None = None) -> Noted:
-        """Choose among the visual rows of a picture or video; its texts stay."""
+        """Choose among the visual rows of a picture or video, and take off what was recorded of them in the encoder.
+
+        Its texts stay.
+        """
+        rows, recorded = item.rows, None
         # unlike a mask, an order is found without waiting for the device
         order = item.visual.int().argsort(descending=True, stable=True)
         visual, texts = order.tensor_split([grid[0] * grid[1] * grid[2]])
-        chosen = self._chosen(item.rows[visual, : self._hidden_size], grid, place)
-        stays = torch.cat([visual[chosen], texts]).sort().values
-        return Noted(item.rows[stays], item.positions[stays], item.visual[stays])
-
-    def _chosen(self, rows: torch.Tensor, grid: Grid, place: Place | None = None) -> torch.Tensor:
-        chosen = self._chooser.choose(rows, grid, place)
+        if self._recorder is not None:
+            rows, of_all = self._recorder.columns.separated(rows)
+            recorded = {name: values[visual] for name, values in of_all.items()}
+        places, merged = self._chooser.choose(rows[visual], grid, place, recorded)
         group = get_tp_group()
-        # ranks that differed in a single token would compute nonsense together
-        return chosen if group.world_size == 1 else group.broadcast(chosen.contiguous(), src=0)
+        if group.world_size > 1:
+            # ranks that differed in a single token would compute nonsense together
+            places = group.broadcast(places.contiguous(), src=0)
+            merged = None if merged is None else group.broadcast(merged.contiguous(), src=0)
+        if merged is not None:
+            rows = rows.index_copy(0, visual[places], merged)
+        stays = torch.cat([visual[places], texts]).sort().values
+        return Noted(rows[stays], item.positions[stays], item.visual[stays])
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
         """Lay out the positions of a prompt whose placeholders are already as many as its tokens that stay."""

@@ -35,6 +35,7 @@ class PrunedPlaceholders:
 
         def replacement(item: int, modality: str) -> list[int]:
             values = out_mm_kwargs[modality][item]
+            self._settings.check_pixels(modality, values)
             patches = int(values[f"{modality}_grid_thw"].data.prod())
             return [placeholders[modality]] * self._settings.kept_count(patches // merged) + self._texts_within(values)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hawk_kernels.methods import METHODS, Method, resolve_method
 
 # These look at nothing but one picture or video, so that its rows can be dropped before vLLM caches them.
-OF_ONE_PICTURE = ("divprune", "downsample", "evs", "key_norm", "vidcom2")
+OF_ONE_PICTURE = (
+    *("divprune", "downsample", "evs", "key_norm", "vidcom2"),
+    *("fastervlm", "hiprune", "holov", "prumerge", "visionzip", "vispruner"),
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,22 @@ class Settings:
     def kept_count(self, num_tokens: int) -> int:
         """Count the tokens that stay of a picture or video of `num_tokens`."""
         return self.method.kept_count(self.keep_ratio, num_tokens)
+
+    def check_pixels(self, modality: str, given: Collection[str]) -> None:
+        """Refuse a picture or video that comes as embeddings to a method that watches how the encoder makes these.
+
+        Args:
+            modality: "image" or "video".
+            given: names of what came of it.
+
+        Raises:
+            ValueError: embeddings came.
+        """
+        if f"{modality}_embeds" in given and self.method.reads_encoder():
+            raise ValueError(
+                f"{modality}_embeds: expected pixels with method {self.method.name!r}, which reads the vision encoder, "
+                f"got embeddings; send the {modality} itself, or serve with another method, such as 'divprune'"
+            )
 
 
 def read_settings(config: Any, pruning_rate: float | None) -> Settings:
@@ -91,8 +110,6 @@ def _what_vllm_lacks(method: Method) -> str | None:
     """Say why a method cannot work inside vLLM, or return None if it can."""
     if method.inside_only:
         return "vLLM prunes before the first layer and drops no tokens after later ones"
-    if method.reads_encoder():
-        return "vLLM's vision encoder hands out its result alone"
     if method.uses_positions:
         return "vLLM projects queries and keys before it knows their positions"
     return None

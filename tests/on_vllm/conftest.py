@@ -125,6 +125,11 @@ def count_equal():
     return count
 
 
+def _with_settings(job, hawk):
+    engine = job["engine"]
+    return {**job, "engine": {**engine, "hf_overrides": {**engine["hf_overrides"], "hawk": hawk}}}
+
+
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("vLLM beside transformers and prune")
     for line in _COUNTS:
