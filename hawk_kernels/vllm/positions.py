@@ -56,13 +56,13 @@ def positions_among_texts(visual: NDArray[np.bool_], height: int, width: int) ->
         visual: bool `[tokens]`, False at text.
         height, width: grid of a frame.
     """
-    cells = height * width
-    before = np.cumsum(visual) - visual
-    texts = np.cumsum(~visual) - ~visual
-    corner = texts + before // cells * max(height, width)
-    cell = before % cells
+    counted = visual.astype(np.int64)
+    before: NDArray[np.int64] = counted.cumsum() - counted
+    texts = np.arange(len(counted)) - before
+    frame, cell = np.divmod(before, height * width)
+    corner = texts + frame * max(height, width)
     within = np.stack([np.zeros_like(cell), cell // width, cell % width], axis=1)
-    positions: NDArray[np.int64] = corner[:, None] + within * visual[:, None]
+    positions: NDArray[np.int64] = corner[:, None] + within * counted[:, None]
     return positions
 
 

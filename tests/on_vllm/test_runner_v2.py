@@ -208,17 +208,16 @@ def test_frames_and_texts_of_a_video_stand_in_their_order(method, steps):
         start += len(item)
         if grid is None:
             break
-        # one text after the other where no visual token stands between, and no position twice
-        corner = end if end else 2
+        # the first video begins after two tokens of text, the second right after the first
+        corner = end or 2
         frames, height, width = grid
         is_text = (own[:, HIDDEN:] == 0).all(dim=1)
         assert int(is_text.sum()) == TEXTS_OF_FRAME * frames
         texts = [token for time in range(frames) for token in (6, time, START, END)]
         assert torch.equal(own[is_text][:, :HIDDEN], model._chooser.embed(torch.tensor(texts)))
         side = max(height, width)
-        wanted = [
-            corner + frame * (TEXTS_OF_FRAME + side) + at for frame in range(frames) for at in (0, 1, 2, 3 + side)
-        ]
+        per_frame = TEXTS_OF_FRAME + side
+        wanted = [corner + frame * per_frame + text for frame in range(frames) for text in (0, 1, 2, 3 + side)]
         assert at[0, is_text].tolist() == wanted
         frame = (is_text.cumsum(0) - 3).div(TEXTS_OF_FRAME, rounding_mode="floor")[~is_text]
         line, column = (at[axis, ~is_text] - at[0, ~is_text] for axis in (1, 2))
