@@ -87,3 +87,15 @@ def test_qwen3_vl_with_experts(compare):
 
 def test_qwen3_vl_with_experts_reads_videos(compare):
     compare("Qwen3VLMoe", write_qwen3_vl_moe, ["evs"], videos=True, of_each_kind=2)
+
+
+OF_THE_ENCODER = ["hiprune", "vispruner", "prumerge", "mmtok"]
+
+
+@pytest.mark.parametrize("videos", [False, True], ids=["pictures", "videos"])
+def test_qwen3_vl_with_methods_that_read_the_encoder(compare, videos):
+    compare("Qwen3VL", write_qwen3_vl, OF_THE_ENCODER, videos=videos)
+
+
+def test_qwen2_vl_reads_videos_with_methods_that_read_the_encoder(compare):
+    compare("Qwen2VL", write_qwen2_vl, OF_THE_ENCODER, videos=True)

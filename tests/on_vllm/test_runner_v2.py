@@ -38,6 +38,7 @@ class Parts:
             (IMAGE, VIDEO),
             Markers(vision_ends=(END,)),
             lambda ids: embeddings[ids],
+            hidden_size=HIDDEN,
         )
         self.visual = SimpleNamespace(spatial_merge_size=2)
         self.config = SimpleNamespace(

@@ -48,3 +48,13 @@ def test_hawk_in_chunks_with_a_prefix_cache(served, expected, count_equal):
     assert equal == len(wanted)
     assert worst < TOLERANCE
     assert sum(answer["cached"] for answer in found) > 0
+
+
+def test_methods_that_read_the_encoder(served_in_turn, expected, count_equal):
+    some = [{"method": "hiprune", "alpha": 1.0}, {"method": "prumerge"}, {"method": "mmtok"}]
+    for hawk, found in zip(some, served_in_turn(0.8, *some, videos=True), strict=True):
+        wanted = expected(0.2, **hawk, videos=True)
+        equal, worst = count_equal(f"videos, {hawk['method']}, 20 %", found, wanted)
+        assert equal == len(wanted)
+        assert worst < TOLERANCE
+        assert [answer["prompt"] for answer in found] == [answer["prompt"] for answer in wanted]
