@@ -33,9 +33,9 @@ def test_there_are_enough_questions_and_some_have_two_pictures():
 
 
 @pytest.fixture(scope="module")
-def served_at_20(served_in_turn):
+def served_at_20(served):
     methods = ("divprune", "cdpruner")
-    return dict(zip(methods, served_in_turn(0.8, *({"method": name} for name in methods)), strict=True))
+    return dict(zip(methods, served(0.8, [{"method": name} for name in methods]), strict=True))
 
 
 @pytest.mark.parametrize("method", ["divprune", "cdpruner"])
@@ -48,9 +48,9 @@ def test_a_method_that_prune_has(served_at_20, expected, count_equal, method):
 
 
 @pytest.fixture(scope="module")
-def served_in_chunks(served_in_turn):
+def served_in_chunks(served):
     methods = ("downsample", "key_norm", "heed", "dart")
-    answers = served_in_turn(0.6, *({"method": name} for name in methods), **SMALL_BLOCKS, **CHUNKS)
+    answers = served(0.6, [{"method": name} for name in methods], **SMALL_BLOCKS, **CHUNKS)
     return dict(zip(methods, answers, strict=True))
 
 

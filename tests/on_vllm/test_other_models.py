@@ -17,15 +17,15 @@ SMALL_BLOCKS_AND_CHUNKS = {
 
 
 @pytest.fixture
-def compare(served_in_turn, expected, count_equal, tmp_path):
+def compare(served, expected, count_equal, tmp_path):
     """Return a function that writes a model, asks it by several methods, and compares all answers at 40 %."""
 
     def compare(model_name, write, methods, *, videos=False, of_each_kind=OF_EACH_KIND, **job):
         model = write(tmp_path)
         hawks = [{"method": name, **_head_weights(name)} for name in methods]
-        every = served_in_turn(
+        every = served(
             0.6,
-            *hawks,
+            hawks,
             architecture=f"Hawk{model_name}ForConditionalGeneration",
             model=model,
             videos=videos,

@@ -17,9 +17,9 @@ SMALL_BLOCKS_AND_CHUNKS = {
 
 
 @pytest.fixture(scope="module")
-def served_at_20(served_in_turn):
+def served_at_20(served):
     methods = ("evs", "vidcom2", "divprune")
-    answers = served_in_turn(0.8, *({"method": name} for name in methods), videos=True)
+    answers = served(0.8, [{"method": name} for name in methods], videos=True)
     return dict(zip(methods, answers, strict=True))
 
 
