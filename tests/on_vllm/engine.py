@@ -18,6 +18,9 @@ from tests.on_vllm.questions import Asked, questions, video_questions
 
 NEW_TOKENS = 3
 CPU_WORKER = "hawk_kernels.vllm.cpu_worker.CPUWorker"
+# Prompts of TinyVQA are shorter than the 128 tokens of vLLM's usual block on a CPU.
+SMALL_BLOCKS = {"block_size": 32, "enable_prefix_caching": True}
+CHUNKS = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
 
 
 def settings() -> dict[str, str]:

@@ -4,14 +4,12 @@ import pytest
 
 from hawk_kernels.methods import METHODS
 from hawk_kernels.selection import kept_count
+from tests.on_vllm.engine import CHUNKS, SMALL_BLOCKS
 from tests.on_vllm.oracle import OfEachPicture
 from tests.on_vllm.questions import OF_EACH_KIND, questions
 
 TOLERANCE = 1e-4
 HAWK = {"method": "hawk", "head_weights": "tinyvqa"}
-# Prompts of TinyVQA are shorter than the 128 tokens of vLLM's usual block on a CPU.
-SMALL_BLOCKS = {"block_size": 32, "enable_prefix_caching": True}
-CHUNKS = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,11 @@ import pytest
 
 from hawk_kernels.methods import METHODS
 from tests.on_vllm.checkpoint import write_qwen2_vl, write_qwen3_vl, write_qwen3_vl_moe
+from tests.on_vllm.engine import CHUNKS, SMALL_BLOCKS
 from tests.on_vllm.oracle import OfEachPicture
 
 TOLERANCE = 1e-4
 OF_EACH_KIND = 4
-SMALL_BLOCKS_AND_CHUNKS = {
-    "block_size": 32,
-    "enable_prefix_caching": True,
-    "max_num_batched_tokens": 16,
-    "enable_chunked_prefill": True,
-}
 
 
 @pytest.fixture
@@ -68,7 +63,7 @@ def test_qwen3_vl(compare):
 def test_qwen3_vl_in_chunks_with_a_prefix_cache(compare):
     twice = [list(range(7 * OF_EACH_KIND))] * 2
     for found in compare(
-        "Qwen3VL", write_qwen3_vl, ["divprune", "hawk"], keep=0.5, rounds=twice, **SMALL_BLOCKS_AND_CHUNKS
+        "Qwen3VL", write_qwen3_vl, ["divprune", "hawk"], keep=0.5, rounds=twice, **SMALL_BLOCKS, **CHUNKS
     ):
         assert sum(answer["cached"] for answer in found) > 0
 
@@ -82,7 +77,7 @@ def test_qwen3_vl_reads_videos_in_chunks_with_a_prefix_cache(compare):
     twice = [list(range(7 * OF_EACH_KIND))] * 2
     methods = ["evs", "vidcom2", "cdpruner"]
     for found in compare(
-        "Qwen3VL", write_qwen3_vl, methods, keep=0.5, videos=True, rounds=twice, **SMALL_BLOCKS_AND_CHUNKS
+        "Qwen3VL", write_qwen3_vl, methods, keep=0.5, videos=True, rounds=twice, **SMALL_BLOCKS, **CHUNKS
     ):
         assert sum(answer["cached"] for answer in found) > 0
 

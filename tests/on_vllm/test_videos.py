@@ -3,17 +3,12 @@
 import pytest
 
 from hawk_kernels.methods import METHODS
+from tests.on_vllm.engine import CHUNKS, SMALL_BLOCKS
 from tests.on_vllm.oracle import OfEachPicture
 from tests.on_vllm.questions import OF_EACH_KIND, video_questions
 
 TOLERANCE = 1e-4
 HAWK = {"method": "hawk", "head_weights": "tinyvqa"}
-SMALL_BLOCKS_AND_CHUNKS = {
-    "block_size": 32,
-    "enable_prefix_caching": True,
-    "max_num_batched_tokens": 16,
-    "enable_chunked_prefill": True,
-}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +37,7 @@ def test_a_method_that_looks_at_one_video(served_at_20, expected, count_equal, m
 
 def test_hawk_in_chunks_with_a_prefix_cache(served, expected, count_equal):
     twice = [list(range(7 * OF_EACH_KIND))] * 2
-    found = served(0.5, HAWK, videos=True, rounds=twice, **SMALL_BLOCKS_AND_CHUNKS)
+    found = served(0.5, HAWK, videos=True, rounds=twice, **SMALL_BLOCKS, **CHUNKS)
     wanted = expected(0.5, OfEachPicture(METHODS["hawk"]()), videos=True, head_weights="tinyvqa")
     equal, worst = count_equal("videos, hawk, 50 %, 16-token chunks, prefix cache, asked twice", found, wanted)
     assert equal == len(wanted)
