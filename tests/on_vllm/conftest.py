@@ -28,16 +28,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def served_in_turn(folder, tmp_path_factory):
-    """Return a function that asks several engines one after the other, in one process that imports vLLM once.
+def served(folder, tmp_path_factory):
+    """Return a function that asks vLLM; keyword arguments are those of a job, `engine` without the usual ones.
 
-    It takes a pruning rate and what `hawk` is for each engine; keyword arguments are those of a job, `engine` without
-    the usual ones.
+    A list in place of the settings `hawk` gives a list of answers.
     """
 
     def ask(
         rate,
-        *hawks,
+        hawk,
+        *,
         architecture="HawkQwen2_5_VLForConditionalGeneration",
         model=folder,
         of_each_kind=OF_EACH_KIND,
@@ -47,25 +47,23 @@ def served_in_turn(folder, tmp_path_factory):
         **engine,
     ):
         here = tmp_path_factory.mktemp("job")
-        jobs = []
-        for hawk in hawks:
-            pruned = {
-                "video_pruning_rate": rate,
-                "worker_cls": CPU_WORKER,
-                "hf_overrides": {"architectures": [architecture], "hawk": hawk},
-            }
-            jobs.append(
-                {
-                    "model": str(model),
-                    "of_each_kind": of_each_kind,
-                    "rounds": rounds or [list(range(7 * of_each_kind))],
-                    "hash_pictures_alone": hash_pictures_alone,
-                    "videos": videos,
-                    "engine": {**(pruned if rate else {}), **engine},
-                }
-            )
-        (here / "jobs.json").write_text(json.dumps(jobs))
-        command = [sys.executable, "-m", "tests.on_vllm.engine", str(here / "jobs.json"), str(here / "out.json")]
+        rounds = rounds or [list(range(7 * of_each_kind))]
+        pruned = {
+            "video_pruning_rate": rate,
+            "worker_cls": CPU_WORKER,
+            "hf_overrides": {"architectures": [architecture], "hawk": hawk},
+        }
+        job = {
+            "model": str(model),
+            "of_each_kind": of_each_kind,
+            "rounds": rounds,
+            "hash_pictures_alone": hash_pictures_alone,
+            "videos": videos,
+            "engine": {**(pruned if rate else {}), **engine},
+        }
+        given = [_with_settings(job, one) for one in hawk] if isinstance(hawk, list) else job
+        (here / "job.json").write_text(json.dumps(given))
+        command = [sys.executable, "-m", "tests.on_vllm.engine", str(here / "job.json"), str(here / "out.json")]
         with (here / "log").open("w") as log:
             subprocess.run(
                 command, cwd=ROOT, env={**os.environ, **settings()}, stdout=log, stderr=log, timeout=600, check=False
@@ -73,16 +71,6 @@ def served_in_turn(folder, tmp_path_factory):
         if not (here / "out.json").exists():
             pytest.fail((here / "log").read_text()[-6000:])
         return json.loads((here / "out.json").read_text())
-
-    return ask
-
-
-@pytest.fixture(scope="session")
-def served(served_in_turn):
-    """Return a function that asks one engine."""
-
-    def ask(rate, hawk, **job):
-        return served_in_turn(rate, hawk, **job)[0]
 
     return ask
 

@@ -4,14 +4,12 @@ import pytest
 
 from hawk_kernels.methods import METHODS
 from hawk_kernels.selection import kept_count
+from tests.on_vllm.engine import CHUNKS, SMALL_BLOCKS
 from tests.on_vllm.oracle import OfEachPicture
 from tests.on_vllm.questions import OF_EACH_KIND, questions
 
 TOLERANCE = 1e-4
 HAWK = {"method": "hawk", "head_weights": "tinyvqa"}
-# Prompts of TinyVQA are shorter than the 128 tokens of vLLM's usual block on a CPU.
-SMALL_BLOCKS = {"block_size": 32, "enable_prefix_caching": True}
-CHUNKS = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +31,9 @@ def test_there_are_enough_questions_and_some_have_two_pictures():
 
 
 @pytest.fixture(scope="module")
-def served_at_20(served_in_turn):
+def served_at_20(served):
     methods = ("divprune", "cdpruner")
-    return dict(zip(methods, served_in_turn(0.8, *({"method": name} for name in methods)), strict=True))
+    return dict(zip(methods, served(0.8, [{"method": name} for name in methods]), strict=True))
 
 
 @pytest.mark.parametrize("method", ["divprune", "cdpruner"])
@@ -48,9 +46,9 @@ def test_a_method_that_prune_has(served_at_20, expected, count_equal, method):
 
 
 @pytest.fixture(scope="module")
-def served_in_chunks(served_in_turn):
+def served_in_chunks(served):
     methods = ("downsample", "key_norm", "heed", "dart")
-    answers = served_in_turn(0.6, *({"method": name} for name in methods), **SMALL_BLOCKS, **CHUNKS)
+    answers = served(0.6, [{"method": name} for name in methods], **SMALL_BLOCKS, **CHUNKS)
     return dict(zip(methods, answers, strict=True))
 
 

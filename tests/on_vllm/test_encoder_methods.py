@@ -6,14 +6,13 @@ import pytest
 
 from tests.on_vllm import oracle
 from tests.on_vllm.checkpoint import write_qwen2_vl
+from tests.on_vllm.engine import CHUNKS, SMALL_BLOCKS
 from tests.on_vllm.questions import OF_EACH_KIND, questions
 
 TOLERANCE = 1e-4
 # TinyVQA's pictures keep too few tokens for an anchor at the usual alpha; HiPrune would choose what FasterVLM does
 HIPRUNE = {"method": "hiprune", "alpha": 1.0}
 ALL = [HIPRUNE, *({"method": name} for name in ("fastervlm", "vispruner", "holov", "visionzip", "prumerge", "mmtok"))]
-SMALL_BLOCKS = {"block_size": 32, "enable_prefix_caching": True}
-CHUNKS = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
@@ -30,9 +29,9 @@ def check(count_equal):
     return compare
 
 
-def test_each_method(served_in_turn, expected, check):
+def test_each_method(served, expected, check):
     with ThreadPoolExecutor(1) as meanwhile:
-        answers = meanwhile.submit(served_in_turn, 0.8, *ALL)
+        answers = meanwhile.submit(served, 0.8, ALL)
         wanted = [expected(0.2, **hawk) for hawk in ALL]
     for hawk, of_vllm, of_prune in zip(ALL, answers.result(), wanted, strict=True):
         check(f"{hawk['method']}, 20 %", of_vllm, of_prune)
@@ -60,11 +59,11 @@ def test_ranks_that_share_the_heads_or_the_pictures_of_the_encoder(served, expec
     check(f"hiprune, 40 %, two ranks that share the encoder's {shared}", found, expected(0.4, **HIPRUNE))
 
 
-def test_qwen2_vl(served_in_turn, check, tmp_path):
+def test_qwen2_vl(served, check, tmp_path):
     folder, of_each_kind = write_qwen2_vl(tmp_path), 4
     some = [HIPRUNE, {"method": "mmtok"}, {"method": "prumerge"}]
     architecture = "HawkQwen2VLForConditionalGeneration"
-    found = served_in_turn(0.6, *some, architecture=architecture, model=folder, of_each_kind=of_each_kind)
+    found = served(0.6, some, architecture=architecture, model=folder, of_each_kind=of_each_kind)
     for hawk, of_vllm in zip(some, found, strict=True):
         wanted = oracle.answers(str(folder), questions(of_each_kind), 0.4, **hawk)
         assert len({tuple(answer["ids"]) for answer in wanted}) > 3
