@@ -9,11 +9,12 @@ whose inputs are not recorded, so these features are merged after they were proj
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 from hawk_kernels.hf.anatomy import Anatomy
-from hawk_kernels.hf.encoders import VisionEncoder
 from hawk_kernels.hf.encoders.recorder import PromptAttention
 from hawk_kernels.hf.families import MERGES_BEFORE_PROJECTOR, NO_ENCODER_STAGE
 from hawk_kernels.hf.hooks import upload
@@ -45,7 +46,7 @@ def merged_before_projector(
     counts: list[int],
     merge: Merge,
     recorded: PromptAttention,
-    encoder: VisionEncoder,
+    project: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Return the embeddings `[B, T, hidden]` with those of kept visual tokens projected from merged rows.
 
@@ -58,7 +59,7 @@ def merged_before_projector(
         counts: how many stay in each row.
         merge: the map by which kept tokens become sums of visual tokens; its places count the T tokens.
         recorded: the rows that entered the projector, as "features", and which visual tokens have none.
-        encoder: the vision encoder, which knows its projector.
+        project: runs the projector on rows, `[K, C]` to `[K, hidden]`.
     """
     rows = recorded.values["features"]
     device = rows.device
@@ -72,7 +73,7 @@ def merged_before_projector(
     kept_cells = kept.to(device).flatten().index_select(0, cells)
     length = sum(counts) - int((prompt.valid & ~is_cell).sum())
     merged = compact(rows.unsqueeze(0), kept_cells.unsqueeze(0), length=length, merge=in_one_row.ordered())
-    embeddings = encoder.project(merged.inputs_embeds[0]).to(inputs_embeds)
+    embeddings = project(merged.inputs_embeds[0]).to(inputs_embeds)
     places = cells.index_select(0, merged.source[0]).to(inputs_embeds.device)
     whole = inputs_embeds.flatten(0, 1).index_copy(0, places, embeddings)
     return torch.unflatten(whole, 0, inputs_embeds.shape[:2])

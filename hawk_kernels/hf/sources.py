@@ -131,8 +131,8 @@ class Sources:
         """Return the embeddings with those of kept visual tokens projected from merged rows of the encoder."""
         recorder = self._recorder
         assert recorder is not None
-        recorded = self._attention(recorder, prefill)
-        return merged_before_projector(inputs_embeds, prefill.prompt, kept, counts, merge, recorded, recorder.encoder)
+        recorded, project = self._attention(recorder, prefill), recorder.encoder.project
+        return merged_before_projector(inputs_embeds, prefill.prompt, kept, counts, merge, recorded, project)
 
     def _attention(self, recorder: VisionRecorder, prefill: Prefill) -> PromptAttention:
         return attention_of_prompt(recorder.recordings(prefill.arguments), prefill.prompt, self._anatomy.kinds)

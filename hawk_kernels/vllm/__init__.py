@@ -6,12 +6,17 @@ architectures, and `--hf-overrides` chooses one of them:
     vllm serve Qwen/Qwen2.5-VL-7B-Instruct --video-pruning-rate 0.8 --hf-overrides \\
         '{"architectures": ["HawkQwen2_5_VLForConditionalGeneration"], "hawk": {"method": "hawk"}}'
 
-Of this package, only `models`, `processing`, `projections` and `cpu_worker` import vLLM.
+Of this package, only `models`, `processing`, `projections`, `recording` and `cpu_worker` import vLLM.
 """
 
 ARCHITECTURES = {
-    "HawkQwen2_5_VLForConditionalGeneration": "hawk_kernels.vllm.models:HawkQwen2_5_VLForConditionalGeneration",
-    "HawkQwen2VLForConditionalGeneration": "hawk_kernels.vllm.models:HawkQwen2VLForConditionalGeneration",
+    f"Hawk{architecture}": f"hawk_kernels.vllm.models:Hawk{architecture}"
+    for architecture in (
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2VLForConditionalGeneration",
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLMoeForConditionalGeneration",
+    )
 }
 """What `--hf-overrides` may name, and the class that each stands for."""
 

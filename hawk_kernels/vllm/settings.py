@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hawk_kernels.methods import Method, resolve_method
+from hawk_kernels.methods import METHODS, Method, resolve_method
 
-# These look at nothing but one picture, so that its rows can be dropped before vLLM caches them.
-OF_ONE_PICTURE = ("divprune", "downsample", "key_norm")
+# These look at nothing but one picture or video, so that its rows can be dropped before vLLM caches them.
+OF_ONE_PICTURE = (
+    *("divprune", "downsample", "evs", "key_norm", "vidcom2"),
+    *("fastervlm", "hiprune", "holov", "prumerge", "visionzip", "vispruner"),
+)
+# whether a method drops tokens inside the stack does not depend on the depth
+_SOME_DEPTH = 32
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,22 @@ class Settings:
     def kept_count(self, num_tokens: int) -> int:
         """Count the tokens that stay of a picture or video of `num_tokens`."""
         return self.method.kept_count(self.keep_ratio, num_tokens)
+
+    def check_pixels(self, modality: str, given: Collection[str]) -> None:
+        """Refuse a picture or video that comes as embeddings to a method that watches how the encoder makes these.
+
+        Args:
+            modality: "image" or "video".
+            given: names of what came of it.
+
+        Raises:
+            ValueError: embeddings came.
+        """
+        if f"{modality}_embeds" in given and self.method.reads_encoder():
+            raise ValueError(
+                f"{modality}_embeds: expected pixels with method {self.method.name!r}, which reads the vision encoder, "
+                f"got embeddings; send the {modality} itself, or serve with another method, such as 'divprune'"
+            )
 
 
 def read_settings(config: Any, pruning_rate: float | None) -> Settings:
@@ -76,15 +97,23 @@ def read_settings(config: Any, pruning_rate: float | None) -> Settings:
 
 
 def _check_works_in_vllm(method: Method) -> None:
-    lacks = None
-    if method.inside_only:
-        lacks = "vLLM prunes before the first layer and drops no tokens after later ones"
-    elif method.reads_encoder():
-        lacks = "vLLM's vision encoder hands out its result alone"
-    elif method.uses_positions:
-        lacks = "vLLM projects queries and keys before it knows their positions"
+    lacks = _what_vllm_lacks(method)
     if lacks:
+        # a class of the user's own may need arguments
+        own = {name: other() for name, other in METHODS.items() if other.__module__.startswith("hawk_kernels.methods.")}
+        *working, last = (repr(name) for name, other in sorted(own.items()) if _what_vllm_lacks(other) is None)
         raise TypeError(
             f"method: expected one that works inside vLLM, got {method.name!r}, but {lacks}; "
-            "'hawk', 'cdpruner', 'heed', 'dart', 'divprune', 'key_norm', 'downsample' and 'random' do"
+            f"use {', '.join(working)} or {last}"
         )
+
+
+def _what_vllm_lacks(method: Method) -> str | None:
+    """Say why a method cannot work inside vLLM, or return None if it can."""
+    if method.inside_only or any(method.stages(0.5, _SOME_DEPTH)):
+        return "vLLM prunes before the first layer and drops no tokens after later ones"
+    if method.uses_positions:
+        return "vLLM projects queries and keys before it knows their positions"
+    if method.uses_local_attention:
+        return "no shallow layer of the vision encoder is watched there"
+    return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -48,14 +49,77 @@ def write_qwen2_vl(folder: Path) -> Path:
     """Write a Qwen2-VL of random weights that reads TinyVQA's prompts; its answers mean nothing."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+    text, ids = _tinyvqa(folder)
+    vision = {"depth": 2, "embed_dim": 64, "num_heads": 4, "hidden_size": text["hidden_size"], "mlp_ratio": 2}
+    text = {**text, "model_type": "qwen2_vl_text"}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    return _write_random(folder, Qwen2VLForConditionalGeneration, config)
+
+
+def write_qwen3_vl(folder: Path) -> Path:
+    """Write a Qwen3-VL of random weights that reads TinyVQA's prompts; two layers of its encoder go to DeepStack."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    text, vision, ids = _qwen3_vl(folder)
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    return _write_random(folder, Qwen3VLForConditionalGeneration, config)
+
+
+def write_qwen3_vl_moe(folder: Path) -> Path:
+    """Write a Qwen3-VL of random weights with four experts in each layer."""
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    text, vision, ids = _qwen3_vl(folder)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    # transformers always divides by the sum of the chosen probabilities, and vLLM asks for it
+    text = {**text, **experts, "num_experts": 4, "norm_topk_prob": True, "model_type": "qwen3_vl_moe_text"}
+    vision = {**vision, "model_type": "qwen3_vl_moe_vision"}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    _write_random(folder, Qwen3VLMoeForConditionalGeneration, config)
+    weights = load_file(folder / "model.safetensors")
+    # published checkpoints have the experts transposed, which transformers undoes on loading and not on saving
+    published = {
+        name: weight.transpose(1, 2).contiguous() if "experts" in name else weight for name, weight in weights.items()
+    }
+    save_file(published, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _tinyvqa(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Write TinyVQA's tokenizer and processor, and return its text config and the ids of its special tokens."""
     write_padded(folder)
     config = json.loads((folder / "config.json").read_text())
-    text = {**config["text_config"], "model_type": "qwen2_vl_text"}
-    vision = {"depth": 2, "embed_dim": 64, "num_heads": 4, "hidden_size": text["hidden_size"], "mlp_ratio": 2}
-    ids = {name: value for name, value in config.items() if name.endswith("token_id")}
+    return config["text_config"], {name: value for name, value in config.items() if name.endswith("token_id")}
+
+
+def _qwen3_vl(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+    """Write the processor of a small Qwen3-VL, and return its text and vision configs and its special tokens."""
+    text, ids = _tinyvqa(folder)
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    patches = {"patch_size": 16, "size": {"shortest_edge": 1024, "longest_edge": 1 << 20}}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**processor, **patches}))
+    # vLLM takes the mean and deviation of pixels from the image processor for videos too
+    pixels = {name: processor[name] for name in ("image_mean", "image_std")}
+    video = {"video_processor_type": "Qwen3VLVideoProcessor", "cap_pixels_per_frame": False, **patches, **pixels}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
+    rope = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    text = {**text, "model_type": "qwen3_vl_text", "head_dim": NEW, "rope_parameters": rope}
+    vision = {
+        "depth": 3,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "out_hidden_size": text["hidden_size"],
+        "num_position_embeddings": 144,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    return text, vision, ids
+
+
+def _write_random(folder: Path, model_class: Any, config: Any) -> Path:
+    """Write a model of random weights."""
     torch.manual_seed(0)
-    own = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
-    model = Qwen2VLForConditionalGeneration(own)
+    model = model_class(config)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:

@@ -14,7 +14,7 @@ import torch
 from tests.on_vllm import oracle
 from tests.on_vllm.checkpoint import write_padded
 from tests.on_vllm.engine import CPU_WORKER, settings
-from tests.on_vllm.questions import OF_EACH_KIND, questions
+from tests.on_vllm.questions import OF_EACH_KIND, questions, video_questions
 
 torch.set_num_threads(1)
 
@@ -29,7 +29,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def served(folder, tmp_path_factory):
-    """Return a function that asks vLLM; keyword arguments are those of a job, `engine` without the usual ones."""
+    """Return a function that asks vLLM; keyword arguments are those of a job, `engine` without the usual ones.
+
+    A list in place of the settings `hawk` gives a list of answers.
+    """
 
     def ask(
         rate,
@@ -40,6 +43,7 @@ def served(folder, tmp_path_factory):
         of_each_kind=OF_EACH_KIND,
         rounds=None,
         hash_pictures_alone=False,
+        videos=False,
         **engine,
     ):
         here = tmp_path_factory.mktemp("job")
@@ -54,9 +58,11 @@ def served(folder, tmp_path_factory):
             "of_each_kind": of_each_kind,
             "rounds": rounds,
             "hash_pictures_alone": hash_pictures_alone,
+            "videos": videos,
             "engine": {**(pruned if rate else {}), **engine},
         }
-        (here / "job.json").write_text(json.dumps(job))
+        given = [_with_settings(job, one) for one in hawk] if isinstance(hawk, list) else job
+        (here / "job.json").write_text(json.dumps(given))
         command = [sys.executable, "-m", "tests.on_vllm.engine", str(here / "job.json"), str(here / "out.json")]
         with (here / "log").open("w") as log:
             subprocess.run(
@@ -74,10 +80,11 @@ def expected(folder):
     """Return a function that asks transformers and `prune`."""
     known = {}
 
-    def ask(keep_ratio, method, *, of_each_kind=OF_EACH_KIND, **options):
-        key = repr((keep_ratio, getattr(method, "name", method), of_each_kind, options))
+    def ask(keep_ratio, method, *, of_each_kind=OF_EACH_KIND, videos=False, model=folder, **options):
+        key = repr((keep_ratio, getattr(method, "name", method), of_each_kind, videos, str(model), options))
         if key not in known:
-            known[key] = oracle.answers(folder, questions(of_each_kind), keep_ratio, method, **options)
+            asked = (video_questions if videos else questions)(of_each_kind)
+            known[key] = oracle.answers(str(model), asked, keep_ratio, method, **options)
         return known[key]
 
     return ask
@@ -104,6 +111,11 @@ def count_equal():
         return sum(same), worst
 
     return count
+
+
+def _with_settings(job, hawk):
+    engine = job["engine"]
+    return {**job, "engine": {**engine, "hf_overrides": {**engine["hf_overrides"], "hawk": hawk}}}
 
 
 @pytest.hookimpl(trylast=True)

@@ -80,7 +80,7 @@ def answers(
     with pruning or nullcontext():
         for one in asked:
             text = processor.apply_chat_template(one.messages(), add_generation_prompt=True, tokenize=False)
-            inputs = processor(text=[text], images=one.pictures, return_tensors="pt")
+            inputs = processor(text=[text], images=one.pictures or None, **_videos(one), return_tensors="pt")
             out = model.generate(
                 **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
             )
@@ -91,3 +91,16 @@ def answers(
             prompt = length if pruning is None else pruning.stats.samples[0].prompt_tokens_after
             found.append({"ids": ids, "logprobs": logprobs, "prompt": prompt})
     return found
+
+
+def _videos(asked: Asked) -> dict[str, Any]:
+    """Return the arguments of a processor that describe the videos of a question."""
+    from transformers.video_utils import VideoMetadata
+
+    if not asked.videos:
+        return {}
+    return {
+        "videos": [video.frames for video in asked.videos],
+        "video_metadata": [VideoMetadata(**video.metadata()) for video in asked.videos],
+        "do_sample_frames": False,
+    }

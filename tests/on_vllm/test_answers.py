@@ -4,14 +4,12 @@ import pytest
 
 from hawk_kernels.methods import METHODS
 from hawk_kernels.selection import kept_count
+from tests.on_vllm.engine import CHUNKS, SMALL_BLOCKS
 from tests.on_vllm.oracle import OfEachPicture
 from tests.on_vllm.questions import OF_EACH_KIND, questions
 
 TOLERANCE = 1e-4
 HAWK = {"method": "hawk", "head_weights": "tinyvqa"}
-# Prompts of TinyVQA are shorter than the 128 tokens of vLLM's usual block on a CPU.
-SMALL_BLOCKS = {"block_size": 32, "enable_prefix_caching": True}
-CHUNKS = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +30,31 @@ def test_there_are_enough_questions_and_some_have_two_pictures():
     assert sum(len(one.pictures) == 2 for one in asked) >= 20
 
 
+@pytest.fixture(scope="module")
+def served_at_20(served):
+    methods = ("divprune", "cdpruner")
+    return dict(zip(methods, served(0.8, [{"method": name} for name in methods]), strict=True))
+
+
 @pytest.mark.parametrize("method", ["divprune", "cdpruner"])
-def test_a_method_that_prune_has(served, expected, count_equal, method):
-    found, wanted = served(0.8, {"method": method}), expected(0.2, method)
+def test_a_method_that_prune_has(served_at_20, expected, count_equal, method):
+    found, wanted = served_at_20[method], expected(0.2, method)
     equal, worst = count_equal(f"{method}, 20 %", found, wanted)
     assert equal == len(wanted)
     assert worst < TOLERANCE
     assert prompt_tokens(found) == prompt_tokens(wanted)
 
 
+@pytest.fixture(scope="module")
+def served_in_chunks(served):
+    methods = ("downsample", "key_norm", "heed", "dart")
+    answers = served(0.6, [{"method": name} for name in methods], **SMALL_BLOCKS, **CHUNKS)
+    return dict(zip(methods, answers, strict=True))
+
+
 @pytest.mark.parametrize("method", ["downsample", "key_norm", "heed", "dart"])
-def test_a_method_with_small_blocks_and_chunks(served, expected, count_equal, method):
-    found = served(0.6, {"method": method}, **SMALL_BLOCKS, **CHUNKS)
+def test_a_method_with_small_blocks_and_chunks(served_in_chunks, expected, count_equal, method):
+    found = served_in_chunks[method]
     wanted = expected(0.4, OfEachPicture(METHODS[method]()) if method == "heed" else method)
     equal, worst = count_equal(f"{method}, 40 %, 16-token chunks, prefix cache", found, wanted)
     assert equal == len(wanted)

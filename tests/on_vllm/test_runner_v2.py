@@ -23,13 +23,11 @@ GRIDS = ((1, 5, 4), (1, 3, 6))
 
 
 class Features(SimpleNamespace):
-    """What vLLM knows of a picture in a prompt."""
-
-    modality = "image"
+    """What vLLM knows of a picture or video in a prompt."""
 
 
-class Model(models.PrunesVisualTokens):
-    """The plugin's part of a model, without the rest."""
+class Parts:
+    """What the plugin's part of a model finds in the rest."""
 
     def __init__(self, method: str) -> None:
         self._settings = read_settings(SimpleNamespace(hawk={"method": method}), 0.6)
@@ -40,9 +38,19 @@ class Model(models.PrunesVisualTokens):
             (IMAGE, VIDEO),
             Markers(vision_ends=(END,)),
             lambda ids: embeddings[ids],
+            hidden_size=HIDDEN,
         )
         self.visual = SimpleNamespace(spatial_merge_size=2)
-        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=HIDDEN))
+        self.config = SimpleNamespace(
+            get_text_config=lambda: SimpleNamespace(hidden_size=HIDDEN),
+            video_token_id=VIDEO,
+            vision_start_token_id=START,
+            vision_end_token_id=END,
+        )
+
+
+class Model(Parts, models.PrunesVisualTokens):
+    """A model like Qwen2.5-VL."""
 
     def iter_mm_grid_thw(self, features):
         for feature in features:
@@ -72,21 +80,36 @@ def request(model):
     ids, items, features = [1, 2], [], []
     for number, (frames, height, width) in enumerate(GRIDS):
         ids.append(START)
-        generator = torch.Generator().manual_seed(number + 1)
-        rows = torch.randn(frames * height * width, HIDDEN, generator=generator)
+        rows = random_rows(frames * height * width, HIDDEN, seed=number + 1)
         item = model._packed(rows, (frames, height * 2, width * 2))
-        place = SimpleNamespace(
-            offset=len(ids), length=len(item), get_embeds_indices_in_range=lambda start, stop: (start, stop)
-        )
-        features.append(Features(mm_position=place, grid=(frames, height, width), identifier=str(number)))
+        features.append(feature(len(ids), item, (frames, height, width)))
         items.append((rows, item))
         ids += [IMAGE] * len(item) + [END]
     return [*ids, 3, 4, 5], items, features
 
 
-def read_in_steps(model, steps):
-    """Return the rows and positions of a prompt that is read in `steps`, lengths that sum to its own."""
-    ids, items, features = request(model)
+def random_rows(count, width, seed):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def feature(offset, item, grid, modality="image"):
+    """Return what vLLM knows of a picture or video that begins at `offset`."""
+    place = SimpleNamespace(
+        offset=offset, length=len(item), get_embeds_indices_in_range=lambda start, stop: (start, stop)
+    )
+    patches = SimpleNamespace(data=torch.tensor(grid) * torch.tensor([1, 2, 2]))
+    return Features(
+        mm_position=place,
+        grid=grid,
+        identifier=str(offset),
+        modality=modality,
+        data={f"{modality}_grid_thw": patches},
+    )
+
+
+def read_in_steps(model, steps, prompt=request):
+    """Return the rows and positions of a prompt that is read in `steps`, and in a last one what is left of it."""
+    ids, items, features = prompt(model)
     positions, delta = model.get_mrope_input_positions(ids, features)
     rope = RopeState(positions)
     pruner = MultiModalPruner(model, rope, SimpleNamespace(mm_features={"a": features}), HIDDEN)
@@ -140,3 +163,68 @@ def test_one_choice_whether_a_picture_comes_alone_or_with_another():
     whole, *_ = read_in_steps(Model("cdpruner"), [])
     apart, *_ = read_in_steps(Model("cdpruner"), [13])
     assert torch.equal(whole, apart)
+
+
+class Qwen3(Parts, models.PrunesVideosWithTimestamps):
+    """A model like Qwen3-VL: a timestamp of two tokens, and rows that go to DeepStack."""
+
+    _tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: [6, int(float(text.split()[0][1:]))])
+
+
+LEVELS = 2
+VIDEO_GRIDS = ((3, 2, 3), (4, 3, 2))
+TEXTS_OF_FRAME = 4
+
+
+def request_with_videos(model):
+    """Return a prompt of two videos and a picture, and what `request` returns of them."""
+    ids, items, features = [1, START], [], []
+    for number, grid in enumerate(VIDEO_GRIDS):
+        frames, height, width = grid
+        rows = random_rows(frames * height * width, HIDDEN * (1 + LEVELS), seed=number)
+        item = model._packed_video(rows, (frames, height * 2, width * 2), [float(time) for time in range(frames)])
+        features.append(feature(len(ids), item, grid, "video"))
+        items.append((rows, item))
+        texts = [token for time in range(frames) for token in (6, time, START, END)]
+        ids += [VIDEO] * (len(item) - len(texts)) + texts
+    rows = random_rows(12, HIDDEN * (1 + LEVELS), seed=9)
+    item = model._packed(rows, (1, 6, 8))
+    ids += [END, START]
+    features.append(feature(len(ids), item, (1, 3, 4)))
+    items.append((rows, item))
+    return [*ids, *[IMAGE] * len(item), END, 3, 4, 5], items, features
+
+
+@pytest.mark.parametrize("method", ["evs", "vidcom2", "divprune", "cdpruner", "random"])
+@pytest.mark.parametrize("steps", [[], [5, 7, 16], [9, 1, 1, 1, 8, 2, 5, 3, 1, 1, 1]], ids=["whole", "few", "many"])
+@pytest.mark.usefixtures("alone")
+def test_frames_and_texts_of_a_video_stand_in_their_order(method, steps):
+    model = Qwen3(method)
+    rows, rope, delta, ids, items, features = read_in_steps(model, steps, request_with_videos)
+    assert rope.delta == delta
+    start = end = 0
+    for (every, item), of_item, grid in zip(items, features, (*VIDEO_GRIDS, None), strict=True):
+        offset = of_item.mm_position.offset
+        own, at = rows[start : start + len(item)], rope.positions[:, offset : offset + len(item)]
+        start += len(item)
+        if grid is None:
+            break
+        # the first video begins after two tokens of text, the second right after the first
+        corner = end or 2
+        frames, height, width = grid
+        is_text = (own[:, HIDDEN:] == 0).all(dim=1)
+        assert int(is_text.sum()) == TEXTS_OF_FRAME * frames
+        texts = [token for time in range(frames) for token in (6, time, START, END)]
+        assert torch.equal(own[is_text][:, :HIDDEN], model._chooser.embed(torch.tensor(texts)))
+        side = max(height, width)
+        per_frame = TEXTS_OF_FRAME + side
+        wanted = [corner + frame * per_frame + text for frame in range(frames) for text in (0, 1, 2, 3 + side)]
+        assert at[0, is_text].tolist() == wanted
+        frame = (is_text.cumsum(0) - 3).div(TEXTS_OF_FRAME, rounding_mode="floor")[~is_text]
+        line, column = (at[axis, ~is_text] - at[0, ~is_text] for axis in (1, 2))
+        cells = (frame * height + line) * width + column
+        assert (cells.diff() > 0).all()
+        assert torch.equal(own[~is_text], every[cells])
+        end = wanted[-1] + 1
+    assert start == len(rows)
+    assert delta + len(ids) == rope.positions[0, -1] + 1

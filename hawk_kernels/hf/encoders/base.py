@@ -58,13 +58,10 @@ class VisionEncoder(ABC):
         taken = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
         self.deep_layer = _deepest(taken, self.depth)
         self.has_cls = any(name.endswith(_CLS_TOKENS) for name, _ in self.tower.named_parameters())
-        kind = getattr(self.tower.config, "model_type", "").removesuffix("_vision")
-        published = _PUBLISHED.get((kind, self.depth))
-        fraction = _OBJECT_DEPTH.get(kind, _USUAL_OBJECT_DEPTH)
-        self.default_object_layer = published or max(1, round(self.depth * fraction))
+        kind = getattr(self.tower.config, "model_type", "")
+        self.default_object_layer, self.object_layer_source = usual_object_layer(kind, self.depth)
         # layer 6 of 24 in CLIP and 8 of 32 in Qwen2.5-VL (arXiv 2505.22654)
         self.default_local_layer = min(self.deep_layer, max(1, round(self.depth / 4)))
-        self.object_layer_source = "arXiv 2508.00553" if published else f"{fraction:g} of {self.depth} layers"
 
     def projecting(self, layer: int) -> list[nn.Module]:
         """Return the modules whose outputs are a layer's queries and keys; layers count from 1."""
@@ -142,6 +139,21 @@ class VisionEncoder(ABC):
             The rows of the visual tokens that are cells, `[cells, C]`, in the order of the features; and the pieces
             that all visual tokens form.
         """
+
+
+def usual_object_layer(model_type: str, depth: int) -> tuple[int, str]:
+    """Find the layer that HiPrune finds objects in, counted from 1, and say where that number comes from.
+
+    Args:
+        model_type: of the encoder's config.
+        depth: number of its layers.
+    """
+    kind = model_type.removesuffix("_vision")
+    published = _PUBLISHED.get((kind, depth))
+    if published is not None:
+        return published, "arXiv 2508.00553"
+    fraction = _OBJECT_DEPTH.get(kind, _USUAL_OBJECT_DEPTH)
+    return max(1, round(depth * fraction)), f"{fraction:g} of {depth} layers"
 
 
 def _attentions(tower: nn.Module, projections: list[str]) -> list[nn.Module]:

@@ -82,15 +82,8 @@ class VisionRecorder:
     ) -> None:
         deep = encoder.deep_layer
         shallow = encoder.default_local_layer
-        defaults = {"object": encoder.default_object_layer, "deep": deep, "cls": deep, "local": shallow, "keys": deep}
-        chosen = {"object": object_layer, "cls": cls_layer, "local": local_layer, "keys": cls_layer}
-        for name, layer in (("object", object_layer), ("cls", cls_layer), ("local", local_layer)):
-            if layer is not None and layer > encoder.depth:
-                raise ValueError(
-                    f"{name}_layer: expected 1 to {encoder.depth}, the layers of the vision encoder, got {layer}; "
-                    f"None takes layer {defaults[name]}"
-                )
-        self._layer_of = {name: chosen.get(name) or defaults[name] for name in reads if name in defaults}
+        usual = {"object": encoder.default_object_layer, "deep": deep, "cls": deep, "local": shallow, "keys": deep}
+        self._layer_of = layers_to_watch(reads, usual, encoder.depth, object_layer, cls_layer, local_layer)
         self.layers = tuple(self._layer_of.values())
         self._reads = set(reads)
         self._source = encoder.object_layer_source if object_layer is None else "the option object_layer"
@@ -226,6 +219,48 @@ class VisionRecorder:
         setattr(features, _ATTRIBUTE, run)
 
 
+def what_is_read(method: Method) -> list[str]:
+    """List what a method asks of the vision encoder, out of the names in `Recording.values`."""
+    return [
+        *(("object", "deep") if method.uses_encoder_attention else ()),
+        *(("cls",) if method.uses_cls_attention else ()),
+        *(("local",) if method.uses_local_attention else ()),
+        *(("keys",) if method.uses_encoder_keys else ()),
+        *(("features",) if method.uses_encoder_features or method.stage == "encoder" else ()),
+    ]
+
+
+def layers_to_watch(
+    reads: Sequence[str],
+    usual: dict[str, int],
+    depth: int,
+    object_layer: int | None,
+    cls_layer: int | None,
+    local_layer: int | None = None,
+) -> dict[str, int]:
+    """Find the encoder layer, counted from 1, in which each thing that is read of a layer is measured.
+
+    Args:
+        reads: what to measure, out of the names in `Recording.values`.
+        usual: the layer of each name that is measured in one, where the method names none.
+        depth: number of layers.
+        object_layer: what the method says, or None.
+        cls_layer: likewise; keys are taken from the same layer.
+        local_layer: likewise.
+
+    Raises:
+        ValueError: a layer that the encoder does not have.
+    """
+    for name, layer in (("object", object_layer), ("cls", cls_layer), ("local", local_layer)):
+        if layer is not None and layer > depth:
+            raise ValueError(
+                f"{name}_layer: expected 1 to {depth}, the layers of the vision encoder, got {layer}; None takes layer "
+                f"{usual[name]}"
+            )
+    chosen = {"object": object_layer, "cls": cls_layer, "local": local_layer, "keys": cls_layer}
+    return {name: chosen.get(name) or usual[name] for name in reads if name in usual}
+
+
 def recorder_for(anatomy: Anatomy, method: Method) -> VisionRecorder:
     """Make the recorder of a model's vision encoder for a method that reads it.
 
@@ -233,13 +268,7 @@ def recorder_for(anatomy: Anatomy, method: Method) -> VisionRecorder:
         TypeError: a family whose encoder cannot be read.
         ValueError: a layer that the encoder does not have.
     """
-    reads = [
-        *(("object", "deep") if method.uses_encoder_attention else ()),
-        *(("cls",) if method.uses_cls_attention else ()),
-        *(("local",) if method.uses_local_attention else ()),
-        *(("keys",) if method.uses_encoder_keys else ()),
-        *(("features",) if method.uses_encoder_features or method.stage == "encoder" else ()),
-    ]
+    reads = what_is_read(method)
     make = anatomy.family.encoder
     if make is None:
         what = "what enters its projector" if reads == ["features"] else "its attention"
