@@ -11,8 +11,6 @@ from tests.on_vllm.questions import OF_EACH_KIND, video_questions
 
 TOLERANCE = 1e-4
 HAWK = {"method": "hawk", "head_weights": "tinyvqa"}
-
-
 METHODS_OF_ONE_VIDEO = ("evs", "vidcom2", "divprune")
 
 
