@@ -269,7 +269,7 @@ class TestStreamsOfOthers:
 
 class TestFreeingKeptMemory:
     def test_everything_kept_is_freed_and_counted(self, pretended_gpu):
-        assert free_workspaces() == 0
+        free_workspaces()  # what the PyTorch path of earlier tests has kept
         counters = launch.launch_counters(5000, GPU)
         floats, _ = launch.workspace(10**5, 10, GPU)
         assert free_workspaces() == counters.untyped_storage().nbytes() + floats.untyped_storage().nbytes()

@@ -109,6 +109,7 @@ def test_its_triton_backend_equals_that_of_the_package(loaded, device, monkeypat
     mine = loaded.compact(embeds, keep, backend="triton")
     assert_same_bits(tuple(mine), tuple(hawk_kernels.compact(embeds, keep, backend="triton")))
     assert f"{loaded.__name__}.backends.kernels.compact" in sys.modules
+    loaded.free_workspaces(), hawk_kernels.free_workspaces()
     # each frees the memory of its own kernels
     for package, kept in (("hawk_kernels", 1024), (loaded.__name__, 4096)):
         launch = sys.modules[f"{package}.backends.kernels.launch"]

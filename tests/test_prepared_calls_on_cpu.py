@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hawk_kernels import score_and_select, score_tokens
+from hawk_kernels import free_workspaces, score_and_select, score_tokens
 from hawk_kernels.backends.choose import PreparedCalls
 from hawk_kernels.backends.eager import score_and_select as eager
 from hawk_kernels.ops import score_and_select as of_queries
@@ -194,6 +194,16 @@ def test_what_is_kept_is_limited():
     long = make_case(1, 8, 1, 1, eager._MOST_KEPT_BYTES // 32 + 16, 1, normalize="l2")
     assert_same_bits(call(long), in_memory_of_its_own(long))
     assert not eager._kept
+
+
+def test_what_is_kept_is_freed_on_demand():
+    case = make_case()
+    before = call(case)
+    kept = sum(memory.num_bytes for memory in eager._kept.values())
+    assert kept > 0
+    assert free_workspaces() >= kept
+    assert not eager._kept
+    assert_same_bits(call(case), before)
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)

@@ -14,6 +14,7 @@ reads or writes, is kept for the next call, so that a call makes few views and a
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -103,6 +104,16 @@ class PreparedCall:
         else:
             selection = select(scores, self._r, k_mask, self._rounding, self._width)
         return selection if self._batched else as_selection(selection, False)
+
+
+def free_kept_memory() -> int:
+    """Free the memory that prepared calls keep until their next call, and return how many bytes that was."""
+    num_bytes = 0
+    # Other threads may take memory out or put it back meanwhile.
+    with suppress(KeyError):
+        while True:
+            num_bytes += _kept.popitem()[1].num_bytes
+    return num_bytes
 
 
 def score_tokens(
@@ -292,8 +303,8 @@ class _Memory:
         self.needs_mask = layout.unused > 0 and normalize in ("softmax", "minmax")
         # products share what they need
         num_elements = max((product.num_elements for product in self.products), default=0)
-        num_bytes = 4 * (means.numel() + buffer.numel() + num_elements)
-        self.may_be_kept = device.type == "cpu" and num_bytes <= _MOST_KEPT_BYTES
+        self.num_bytes = 4 * (means.numel() + buffer.numel() + num_elements)
+        self.may_be_kept = device.type == "cpu" and self.num_bytes <= _MOST_KEPT_BYTES
 
 
 _kept: dict[PreparedCall, _Memory] = {}
