@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
+from operator import methodcaller
 from pathlib import Path
 
 from hawk_kernels.evaluation.page import MARK as PAGE_MARK
@@ -64,13 +65,14 @@ def check_folder(folder: str | Path) -> None:
 def write_results(evaluation: Evaluation, folder: str | Path) -> None:
     """Write the files of an evaluation; the picture only where matplotlib is installed."""
     folder = Path(folder)
-    content = json.dumps(evaluation.to_dict(), indent=2, allow_nan=False) + "\n"
+    results = json.dumps(evaluation.to_dict(), indent=2, allow_nan=False) + "\n"
     picture = _picture(evaluation)
-    pages = {RESULTS: content, TABLE: markdown(evaluation), PAGE: page(evaluation, picture)}
-    for name, text in pages.items():
-        write_whole(folder / name, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+    texts = {RESULTS: results, TABLE: markdown(evaluation), PAGE: page(evaluation, picture)}
+    contents = {name: text.encode() for name, text in texts.items()}
     if picture is not None:
-        write_whole(folder / PICTURE, lambda file: file.write(picture))
+        contents[PICTURE] = picture
+    for name, content in contents.items():
+        write_whole(folder / name, methodcaller("write", content))
 
 
 def _picture(evaluation: Evaluation) -> bytes | None:

@@ -21,6 +21,7 @@ class Stages(dict[int, Kept]):
     It is what `prune` takes as `keep_ratio`, and unlike other dicts it can itself be a key.
     """
 
+    # dict says that it has none
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(sorted(self)))
 

@@ -37,7 +37,7 @@ _DEFAULT_METHOD = "hawk"
 _PRUNE_ARGUMENTS = ("keep_ratio", "method", "recipe", "head_weights", "budget", "mode", "positions")
 
 
-class _Pruned(lmms):  # type: ignore[misc]
+class _Pruned(lmms):
     """Builds a pruned model; no instance is ever made, since the base takes its place."""
 
     @classmethod

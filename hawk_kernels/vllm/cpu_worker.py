@@ -12,7 +12,7 @@ from vllm.model_executor.models.interfaces import supports_multimodal_pruning
 from vllm.v1.worker import cpu_worker
 
 
-class CPUWorker(cpu_worker.CPUWorker):  # type: ignore[misc]
+class CPUWorker(cpu_worker.CPUWorker):
     """Loads the model, then notes whether it prunes."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:

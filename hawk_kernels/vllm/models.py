@@ -66,6 +66,7 @@ class PrunesVisualTokens:
         check_worker(vllm_config.parallel_config.worker_cls)
         if settings.method.reads_encoder():
             check_encoder(vllm_config.compilation_config, settings.method.name)
+        # the class of vLLM that comes next takes these
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._settings = settings
         if settings.method.reads_encoder():
@@ -138,6 +139,7 @@ class PrunesVisualTokens:
 
     def _media(self, mm_features: list[Any]) -> Iterator[Media]:
         ordered = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
+        # a method of the class of vLLM that comes next
         grids = self.iter_mm_grid_thw(ordered)  # type: ignore[attr-defined]
         for feature, (offset, frames, height, width, seconds) in zip(ordered, grids, strict=True):
             yield Media(offset, feature.mm_position.length, frames, height, width, seconds)
@@ -224,7 +226,7 @@ def _markers(model_config: Any) -> Markers:
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen2_5_VLProcessor, info=Qwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder
 )
-class HawkQwen2_5_VLForConditionalGeneration(PrunesVisualTokens, Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]  # noqa: N801
+class HawkQwen2_5_VLForConditionalGeneration(PrunesVisualTokens, Qwen2_5_VLForConditionalGeneration):  # noqa: N801
     """Qwen2.5-VL with pruning."""
 
     def _postprocess_image_embeds_evs(self, image_embeds_split: Any, image_input: Any) -> tuple[torch.Tensor, ...]:
@@ -244,7 +246,7 @@ class HawkQwen2_5_VLForConditionalGeneration(PrunesVisualTokens, Qwen2_5_VLForCo
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen2VLProcessor, info=Qwen2VLProcessingInfo, dummy_inputs=Qwen2VLDummyInputsBuilder
 )
-class HawkQwen2VLForConditionalGeneration(PrunesVisualTokens, Qwen2VLForConditionalGeneration):  # type: ignore[misc]
+class HawkQwen2VLForConditionalGeneration(PrunesVisualTokens, Qwen2VLForConditionalGeneration):
     """Qwen2-VL with pruning."""
 
     def _process_image_input(self, image_input: Any) -> tuple[torch.Tensor, ...]:
@@ -312,12 +314,12 @@ class PrunesVideosWithTimestamps(PrunesVisualTokens):
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen3VLProcessor, info=Qwen3VLProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
 )
-class HawkQwen3VLForConditionalGeneration(PrunesVideosWithTimestamps, Qwen3VLForConditionalGeneration):  # type: ignore[misc]
+class HawkQwen3VLForConditionalGeneration(PrunesVideosWithTimestamps, Qwen3VLForConditionalGeneration):
     """Qwen3-VL with pruning."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen3VLProcessor, info=Qwen3VLMoeProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
 )
-class HawkQwen3VLMoeForConditionalGeneration(PrunesVideosWithTimestamps, Qwen3VLMoeForConditionalGeneration):  # type: ignore[misc]
+class HawkQwen3VLMoeForConditionalGeneration(PrunesVideosWithTimestamps, Qwen3VLMoeForConditionalGeneration):
     """Qwen3-VL with experts, and with pruning."""

@@ -61,6 +61,7 @@ class PrunedPlaceholders:
         The prefix cache finds blocks of keys and values by these names. By the picture's name alone, a second question
         about a picture would silently be answered from the tokens that the first one kept.
         """
+        # the processor of vLLM that comes next has it
         hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
         if not self._settings.reads_prompt:
             return hashes
@@ -86,15 +87,15 @@ def frame_texts(tokenizer: Any, timestamps: Iterable[float], start: int, end: in
     return [first, *([end, *text] for text in others), [end]]
 
 
-class Qwen2VLProcessor(PrunedPlaceholders, Qwen2VLMultiModalProcessor):  # type: ignore[misc]
+class Qwen2VLProcessor(PrunedPlaceholders, Qwen2VLMultiModalProcessor):
     """Qwen2-VL's processor with pruning."""
 
 
-class Qwen2_5_VLProcessor(PrunedPlaceholders, Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]  # noqa: N801
+class Qwen2_5_VLProcessor(PrunedPlaceholders, Qwen2_5_VLMultiModalProcessor):  # noqa: N801
     """Qwen2.5-VL's processor with pruning."""
 
 
-class Qwen3VLProcessor(PrunedPlaceholders, Qwen3VLMultiModalProcessor):  # type: ignore[misc]
+class Qwen3VLProcessor(PrunedPlaceholders, Qwen3VLMultiModalProcessor):
     """Qwen3-VL's processor with pruning."""
 
     def _texts_within(self, values: Mapping[str, Any]) -> list[int]:
