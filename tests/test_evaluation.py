@@ -333,6 +333,20 @@ def test_stages_in_another_order_are_the_same_and_ask_nothing_new():
     assert Way(contender, one).key == Way(contender, other).key != Way(contender, 0.25).key
 
 
+def test_head_weights_of_the_run_reach_the_stages_that_use_them(model):
+    plain, given = (Contender("dart", "dart", head_weights=weights) for weights in (None, "uniform"))
+    (staged,) = checked_keeps([{0: ("hawk", 0.5), 1: 0.25}])
+    assert Way(given, staged).key != Way(plain, staged).key
+    assert Way(given, 0.25).key == Way(plain, 0.25).key
+    riddles = Riddles("one", 1)
+    inputs = riddles.encode(riddles.samples[0], None)
+    own = Contender("dart", "dart", {"head_weights": "uniform"}, head_weights="no such file")
+    for contender in (given, own):
+        with contender.block(model, staged) as pruning:
+            model.generate(**inputs, max_new_tokens=1)
+        assert pruning.stats.head_weights == "uniform"
+
+
 def test_method_objects_in_stages_differ_by_their_options_and_can_be_written(model, tmp_path):
     contender = Contender("divprune", "divprune")
     floor, ceil = ({0: (METHODS["random"](rounding=rounding), 0.5), 1: 0.25} for rounding in ("floor", "ceil"))

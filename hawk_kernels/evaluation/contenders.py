@@ -33,12 +33,14 @@ class Contender:
         method: its name in `METHODS`, or a method object.
         options: further keyword arguments of `prune`: the method's own, `head_weights`, `budget`, `recipe`, ...
         after: the layer after which it chooses, counted from 1; None leaves that to the method or to the keep ratio.
+        head_weights: for the method and for those of stages, where they use any and `options` brings none.
     """
 
     label: str
     method: str | Method
     options: Mapping[str, Any] = field(default_factory=dict)
     after: int | None = None
+    head_weights: Any = None
 
     @classmethod
     def from_text(cls, text: str) -> Contender:
@@ -96,11 +98,22 @@ class Contender:
         Raises:
             TypeError, ValueError: as `prune` and `keep_ratio` do.
         """
-        return prune(model, self.keep_ratio(keep), method=self.method, **self.options)
+        return prune(model, self.keep_ratio(keep), method=self.method, **self._options(keep))
+
+    def uses_head_weights(self, keep: KeepRatio) -> bool:
+        """Tell whether `head_weights` counts: the method or that of a stage uses some, and no option brings others."""
+        stages = keep.values() if isinstance(keep, Mapping) else ()
+        methods = [self.method, *(stage[0] for stage in stages if isinstance(stage, tuple))]
+        uses = any((METHODS[method] if isinstance(method, str) else method).uses_head_weights for method in methods)
+        return uses and self.head_weights is not None and "head_weights" not in self.options
+
+    def _options(self, keep: KeepRatio) -> Mapping[str, Any]:
+        given = {"head_weights": self.head_weights} if self.uses_head_weights(keep) else {}
+        return {**self.options, **given}
 
     @property
     def key(self) -> str:
-        """A string with all that an answer depends on except the model, the prompt and how much is kept."""
+        """A string with the method, its options and its layer."""
         name = self.method if isinstance(self.method, str) else f"{self.method.name} {self.method.options()}"
         options = {option: _mark(option, value) for option, value in self.options.items()}
         after = "" if self.after is None else f" after {self.after}"
@@ -126,7 +139,12 @@ class Way:
     @property
     def key(self) -> str:
         """A string with all that an answer depends on except the model and the prompt."""
-        return "unpruned" if self.contender is None else f"{self.contender.key} keep {self.keep}"
+        if self.contender is None:
+            return "unpruned"
+        key = f"{self.contender.key} keep {self.keep}"
+        if self.contender.uses_head_weights(self.keep):
+            key += f" weights {_mark('head_weights', self.contender.head_weights)}"
+        return key
 
     @property
     def label(self) -> str:

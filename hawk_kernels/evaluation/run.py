@@ -134,7 +134,7 @@ def evaluate_chosen(
     head = anatomy.head
     asker = _Asker(head, processor_of(model) if processor is None else processor)
     questions = [question for part in chosen for question in part.questions]
-    given = [_with_weights(contender, head_weights) for contender in contenders]
+    given = [replace(contender, head_weights=head_weights) for contender in contenders]
     with Processes() as processes:
         if processes.count > 1 and out is None:
             raise ValueError("out: expected a folder, by whose journal the processes share their work, got None")
@@ -297,16 +297,6 @@ def _refusals(asker: _Asker, ways: Sequence[Way], question: Question) -> dict[st
             with naming(question.place, f"cannot be answered by {way.label}"):
                 reasons[way.label] = refusal(way, asker.model, lambda: asker.first_token(inputs))
     return {label: reason for label, reason in reasons.items() if reason is not None}
-
-
-def _with_weights(contender: Contender, head_weights: Any) -> Contender:
-    """Give a method that uses head weights those of the run, where it does not bring its own."""
-    from hawk_kernels.methods import METHODS
-
-    method = METHODS[contender.method] if isinstance(contender.method, str) else contender.method
-    if head_weights is None or not method.uses_head_weights or "head_weights" in contender.options:
-        return contender
-    return replace(contender, options={**contender.options, "head_weights": head_weights})
 
 
 def _group(question: Question) -> str:
