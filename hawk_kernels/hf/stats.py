@@ -124,9 +124,7 @@ class PruningStats:
         ]
         if any(stage.layer for stage in self.stages):
             verb = "drops all but" if self.mode == "drop" else "hides all but"
-            lines += [
-                f"  after layer {stage.layer}: {stage.method} {verb} {_short(stage.keep)}" for stage in self.stages
-            ]
+            lines += [f"  {_place(stage.layer)}: {stage.method} {verb} {_kept(stage.keep)}" for stage in self.stages]
         if self.cache_bytes_saved:
             lines.append(f"  cache smaller by {self.cache_bytes_saved} bytes")
         if self.reason:
@@ -141,8 +139,15 @@ class PruningStats:
         return "\n".join(lines)
 
 
-def _short(keep: float | int | str) -> str:
-    return f"{keep:.4g}" if isinstance(keep, float) else str(keep)
+def _place(layer: int) -> str:
+    return f"after layer {layer}" if layer else "before layer 1"
+
+
+def _kept(keep: float | int | str) -> str:
+    """Say in words what stays; a method may use words of its own."""
+    if isinstance(keep, str):
+        return keep
+    return f"{keep:.4g} of the visual tokens" if isinstance(keep, float) else f"{keep} visual tokens"
 
 
 @dataclass(frozen=True)
