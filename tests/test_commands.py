@@ -150,6 +150,14 @@ def test_every_public_name_is_there_after_the_import():
     assert hawk_kernels.load_processor(TINY_MODEL).tokenizer is not None
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_reaches_children():
+    """A shell lets jobs in the background ignore Ctrl-C, and what they start inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 # Python's own start, before any line of a package runs, is not ours to guard
 READY = "import os, sys, hawk_kernels.__main__ as m; os.write(2, b'ready\\n'); sys.exit(m.main())"
 
