@@ -487,8 +487,10 @@ class _Trial:
         case = self.case
         method, keep = (case.method, case.keep) if not case.stages else case.stages[-1][1:]
         options = {} if case.stages else case.options
-        rounding = getattr(resolve_method(method, options), "rounding", "floor")
-        if METHODS[method].uses_encoder_attention or METHODS[method].uses_cls_attention:
+        chosen = resolve_method(method, options)
+        rounding = getattr(chosen, "rounding", "floor")
+        if chosen.reads_encoder():
+            # what it reads tells it which placeholders only separate visual tokens, and these do not count
             return
         counts, before = (kept & self.visual).sum(1).tolist(), self.visual.sum(1).tolist()
         if case.budget == "shared":

@@ -21,6 +21,7 @@ REFUSALS: dict[str, tuple[type[Exception], str]] = {
         r"attention_mask: expected one that shows every visual token, since neighbours on the grid count",
     ),
     "grids that do not fit": (ValueError, r"input_ids: expected \w+ placeholders of row \d+ to match the grids"),
+    "keys of one length": (TypeError, r"method: expected one that does not rank by the lengths of keys, since"),
     "no text to rank by": (ValueError, r"query: expected text in row \d+ to rank its visual tokens by, got none"),
     "a stage after the last layer": (ValueError, r"layer: expected 1 to \d+, since tokens leave before the layer"),
     "a stage before a layer without attention": (ValueError, r"layer: expected one of [\d, ]+, since layer \d+ of"),
