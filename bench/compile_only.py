@@ -262,7 +262,7 @@ def _hidden(
     options: dict[str, Any] = dict.fromkeys(("HAS_NORM_WEIGHT", "HAS_QUERY_BIAS", "HAS_KEY_BIAS"), True)
     options |= {"ROUNDING": "floor", "INTERPRETED": False}
     pointer = DTYPES[dtype]
-    tensors = score_hidden.Tensors(*[pointer] * 6, "*fp32")  # type: ignore[call-arg]
+    tensors = score_hidden.Tensors._make([pointer] * 6 + ["*fp32"])
     strides: dict[str, Any] = dict.fromkeys(score_hidden.Strides._fields, 1)
     strides |= dict.fromkeys(("x_t", "wq_o", "wk_o"), "i32")
     groups = {

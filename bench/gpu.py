@@ -31,6 +31,7 @@ if _MISSING:
         "interpreter that has them with make gpu PYTHON=..."
     )
 
+# after the check, which says what to install
 import torch  # noqa: E402
 
 from bench import cli, plots, report  # noqa: E402
@@ -335,6 +336,7 @@ def run(todo: list[list[Stage]], output: Path, budget: float, archive: Path | No
             print(f"{text}, {summary['seconds']} s in all", flush=True)
         try:
             publish(output, archive, summary)
+        # the results are there all the same, and are listed below
         except Exception as error:
             print(f"the report could not be written: {type(error).__name__}: {error}", flush=True)
     print()

@@ -25,6 +25,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,11 +156,12 @@ def contestants(method: str, span: str, inputs: Inputs, kept: int) -> dict[str, 
     def cosines() -> torch.Tensor:
         return inputs.cosines if span == "picks" else cosines_of(features)
 
+    ours: Callable[[], object]
     if method == "max_min":
-        ours = lambda: greedy_max_min(features, kept)  # noqa: E731
+        ours = partial(greedy_max_min, features, kept)
         runs: dict[str, Callable[[], object]] = {"literal": lambda: literal_max_min(cosines(), kept)}
     else:
-        ours = lambda: greedy_dpp(features, quality, kept)  # noqa: E731
+        ours = partial(greedy_dpp, features, quality, kept)
         runs = {"cholesky": lambda: cholesky_dpp(cosines(), quality, kept)}
         if span == "picks":
             runs["literal"] = lambda: literal_dpp(inputs.cosines, quality, kept)

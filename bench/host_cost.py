@@ -219,12 +219,14 @@ def measure(call: Callable[[], object], device: torch.device, rounds: int) -> di
         return statistics.median(a / b for a, b in zip(samples[one], samples[other], strict=True))
 
     prepared, allocation, direct = (median.get(name) for name in ("prepared", "allocation", "direct launch"))
-    has_parts = prepared is not None and direct is not None
+    arguments = None
+    if prepared is not None and direct is not None:
+        arguments = prepared - (allocation or 0.0) - direct
     return {
         "parts": {
             "signature and options": median["call"] - prepared if prepared is not None else None,
             "allocation": allocation,
-            "arguments": prepared - (allocation or 0.0) - direct if has_parts else None,  # type: ignore[operator]
+            "arguments": arguments,
             "direct launch": direct,
         },
         "call": median["call"],

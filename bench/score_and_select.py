@@ -99,6 +99,7 @@ def _checked(contender: Contender, expected: torch.Tensor) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": contender.name, "tolerance": contender.tolerance}
     try:
         parity = contender.check(expected)
+    # code of others may raise anything, and is then reported as failed
     except Exception as error:
         return entry | {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     return entry | {"error": parity.error, "differing": parity.differing}
@@ -118,6 +119,7 @@ def _samplers(
         calls = calls_in_a_graph(eager())
         try:
             warm, cold = Replay(run, calls), Replay(run, calls, flush)
+        # code of others may refuse to be captured in ways of its own
         except Exception as error:
             entries[name]["no_graph"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             torch.cuda.synchronize(device)

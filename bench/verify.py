@@ -385,6 +385,7 @@ def threads(device: torch.device, which: str) -> Iterator[Check]:
                         changed += different(selection, expected)
                     if changed.item():
                         problems.append(f"{changed.item()} of {runs} runs gave other bits")
+            # a thread must not end without a word
             except Exception as error:
                 problems.append(f"{type(error).__name__}: {error}")
 
@@ -418,6 +419,7 @@ def run(
             entry: dict[str, Any] = {"stage": stage, "name": name}
             try:
                 entry |= {"passed": True, "found": check()}
+            # whatever a check raises is its result, and the others go on
             except Exception as error:
                 message = str(error).splitlines()[0] if str(error) else ""
                 entry |= {"passed": False, "found": f"{type(error).__name__}: {message}"}

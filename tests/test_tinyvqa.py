@@ -455,7 +455,7 @@ def test_a_stage_of_the_table_is_the_stage_that_is_pruned():
     inputs = evaluate.model_inputs(subject.encoder, batch)
     for label in ("PyramidDrop", "SparseVLM, recycling", "DART, after layer 2", "VisionZip", "VScan"):
         contender = next(c for c in CONTENDERS if c.label == label)
-        with torch.no_grad(), contender.with_heads({}).block(subject.model, contender.keep(0.2)) as pruning:
+        with torch.no_grad(), contender.with_heads({}).block(subject.model, 0.2) as pruning:
             subject.model(**inputs)
         sample = pruning.stats.samples[0]
         read = sample.visual_tokens_by_layer or [sample.visual_tokens_after] * 3

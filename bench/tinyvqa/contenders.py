@@ -29,7 +29,7 @@ class Contender:
         label: what the table calls it.
         method: its name in `METHODS`.
         options: of the method.
-        after: the layer after which it chooses, counted from 1; 0 leaves that to the method.
+        after: the layer after which it chooses, counted from 1; None leaves that to the method.
         heads: "first" or "all", weights calibrated by hiding heads of the first layer or of all layers; "uniform"; or
             the seed of a permutation of those of the first layer; None for a method without head weights.
     """
@@ -38,11 +38,7 @@ class Contender:
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     heads: str | int | None = None
-    after: int = 0
-
-    def keep(self, ratio: float) -> float | dict[int, float]:
-        """What `prune` takes as `keep_ratio`, where `ratio` of the visual tokens is left in the end."""
-        return {self.after: ratio} if self.after else ratio
+    after: int | None = None
 
     def stages(self, ratio: float, depth: int) -> dict[int, float]:
         """List after which layers of a text model of `depth` layers which share of the visual tokens is left.
@@ -73,7 +69,7 @@ class Contender:
 
     def with_heads(self, calibrated: Mapping[str, torch.Tensor]) -> Compared:
         """Return the method with its head weights, as `hawk_kernels.evaluation` compares it."""
-        return Compared(self.label, self.method, {**self.options, "head_weights": self.head_weights(calibrated)})
+        return Compared(self.label, self.method, self.options, self.after, self.head_weights(calibrated))
 
 
 CONTENDERS = (

@@ -170,7 +170,7 @@ def answer(
     results: dict[str, np.ndarray] = {}
 
     def ask(key: str, contender: Contender | None, ratio: float) -> None:
-        way = UNPRUNED if contender is None else Way(contender.with_heads(heads), contender.keep(ratio))
+        way = UNPRUNED if contender is None else Way(contender.with_heads(heads), ratio)
         with way.block(subject.model):
             said = first_words(subject.model, inputs)
         results[key] = (said == right_words).numpy()
@@ -204,7 +204,7 @@ def refusals(
     one = Batch(batch.layout, batch.pages_of(0), batch.scenes[:1], [batch.questions[0][:1]])
     inputs = model_inputs(subject.encoder, one)
     ask = partial(first_words, subject.model, inputs)
-    reasons = {c.label: refusal(Way(c.with_heads(heads), c.keep(TIMED_RATIO)), subject.model, ask) for c in contenders}
+    reasons = {c.label: refusal(Way(c.with_heads(heads), TIMED_RATIO), subject.model, ask) for c in contenders}
     return {label: reason for label, reason in reasons.items() if reason is not None}
 
 
@@ -227,7 +227,7 @@ def prefill_times(
             with torch.no_grad():
                 timed(WHOLE, partial(first_words, subject.model, inputs))
                 for contender in contenders:
-                    with contender.with_heads(heads).block(subject.model, contender.keep(TIMED_RATIO)):
+                    with contender.with_heads(heads).block(subject.model, TIMED_RATIO):
                         timed(contender.label, partial(first_words, subject.model, inputs))
         found[str(layout)] = {label: round(1e3 * statistics.median(of[1:]), 3) for label, of in times.items()}
     return found

@@ -77,7 +77,8 @@ def run_guarded(command: Callable[[], int], *, is_process: bool = False, show_tr
     except BrokenPipeError:
         _discard_stdout()
         status = CLOSED_PIPE
-    except Exception as error:  # whatever went wrong is said in one line
+    # whatever went wrong is said in one line
+    except Exception as error:
         if show_traceback or os.environ.get(TRACEBACK_VARIABLE):
             raise
         _flush_or_discard_stdout()

@@ -301,6 +301,7 @@ class _Guarded:
                 )
             unguard(cache)
             return cache.update(*args, **kwargs)
+        # the class of the cache that is guarded comes next, which mypy cannot know
         return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:

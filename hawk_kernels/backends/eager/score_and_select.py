@@ -567,7 +567,6 @@ class _WeightedSum:
             self._unused_of_parts = self._unused
             self._parts_of_rows = self._norms_of_parts.view(pieces, matrices, parts)
             self._norms = c.new_empty(matrices, dtype=torch.float64)
-        self._norm_values = self._norms.numpy()
         self._norm = self._norms.view(batch, groups, rows)[..., :group_size].expand(self._weights.shape)
 
     def __call__(self, w: torch.Tensor, outside: torch.Tensor | None) -> torch.Tensor:
@@ -590,8 +589,8 @@ class _WeightedSum:
             torch.linalg.vector_norm(self._parts, dim=1, out=self._norms_of_parts)
             if self._parts_of_rows is not None:
                 torch.linalg.vector_norm(self._parts_of_rows, dim=(0, 2), dtype=torch.float64, out=self._norms)
-            # No norm is longer than their sum, which shows a NaN too. Python adds up a few numbers faster than NumPy.
-            norms = self._norm_values.tolist()
+            # No norm is longer than their sum, which shows a NaN too. Python adds up a few numbers faster than PyTorch.
+            norms = self._norms.tolist()
             if sum(norms) <= _LONGEST and min(norms) >= _SHORTEST:
                 torch.div(w, self._norm, out=self._weights)
                 return
